@@ -1,0 +1,40 @@
+# make demo: a student learns from a teacher on real images.   make test: every test.   Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+CTEST_BUILD := build/ctest
+
+.PHONY: setup demo test lint ctest clean
+
+setup: $(VENV)/.installed
+
+# The tools of the build come first: the extension is compiled against the very PyTorch that will load it.
+$(VENV)/.tools: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "torch>=2.11" numpy "cmake>=3.24" ninja "pybind11>=2.12"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/vkd distill classification --resume
+
+test: lint ctest
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+ctest: setup
+	$(BIN)/cmake -S . -B $(CTEST_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DVKD_BUILD_EXTENSION=OFF -DVKD_BUILD_TESTS=ON
+	$(BIN)/cmake --build $(CTEST_BUILD)
+	$(BIN)/ctest --test-dir $(CTEST_BUILD) --output-on-failure
+
+clean:
+	rm -rf build dist *.egg-info vkd_kernels/*.so vkd_kernels/_build.json

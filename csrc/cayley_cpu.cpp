@@ -1,0 +1,76 @@
+// The Cayley transform on the CPU, on PyTorch's BLAS and LAPACK (vkd_kernels/cayley/reference.py is the definition).
+//
+//   forward    M = I + U - U^T + V^T V,  R = M^-1,  Q = [2R - I; -2 V R]          all in float64
+//   backward   dR = 2 (G1 - V^T G2),     dM = -R^T dR R^T                          S x S, float64
+//              dU = dM - dM^T,           dV = -2 G2 R^T + V (dM + dM^T)            products in the weight's dtype
+//
+// The forward stays in float64 to the end: with a badly scaled V the product V R loses in float32 what the float64
+// inverse has gained. Gradients need no such care.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_inv_ex.h>
+#include <ATen/ops/matmul.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+namespace {
+
+using at::Tensor;
+
+// Autocast would turn the products below into 16-bit ones; the transform always keeps its own precision.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+void check_weight(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() >= 2 && weight.size(-2) >= weight.size(-1) && weight.size(-1) > 0,
+                    "weight must have the shape (..., T, S) with T >= S >= 1; got ", weight.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble,
+                   "weight must be float32 or float64; got ", weight.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
+  check_weight(weight);
+  NoAutocast no_autocast;
+  const int64_t t = weight.size(-2), s = weight.size(-1);
+  const Tensor w = weight.to(at::kDouble);
+  const Tensor u = w.narrow(-2, 0, s), v = w.narrow(-2, s, t - s);
+  Tensor m = u - u.mT();
+  if (t > s) m += at::matmul(v.mT(), v);
+  m.diagonal(0, -2, -1).add_(1.0);
+  Tensor r = std::get<0>(at::linalg_inv_ex(m)).contiguous();  // sym(M) >= I: never singular, so nothing to check
+  Tensor q = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor q1 = q.narrow(-2, 0, s);
+  q1.copy_(r * 2.0);
+  q1.diagonal(0, -2, -1).sub_(1.0);
+  if (t > s) q.narrow(-2, s, t - s).copy_(at::matmul(v, r * -2.0));
+  return {q, r};
+}
+
+Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r) {
+  check_weight(weight);
+  NoAutocast no_autocast;
+  const int64_t t = weight.size(-2), s = weight.size(-1);
+  const Tensor g1 = grad_q.narrow(-2, 0, s), g2 = grad_q.narrow(-2, s, t - s), v = weight.narrow(-2, s, t - s);
+  Tensor d_r = g1.to(at::kDouble);
+  if (t > s) d_r = d_r - at::matmul(v.mT(), g2);
+  const Tensor minus_d_m = at::matmul(at::matmul(r.mT(), d_r), (r * 2.0).mT());
+  Tensor grad = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+  grad.narrow(-2, 0, s).copy_(minus_d_m.mT() - minus_d_m);
+  if (t > s) {
+    const auto dtype = weight.scalar_type();
+    Tensor d_v = at::matmul(g2, (r.mT() * -2.0).to(dtype));
+    d_v -= at::matmul(v, (minus_d_m + minus_d_m.mT()).to(dtype));
+    grad.narrow(-2, s, t - s).copy_(d_v);
+  }
+  return grad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vkd_kernels, CPU, m) {
+  m.impl("cayley_forward", &cayley_forward);
+  m.impl("cayley_backward", &cayley_backward);
+}

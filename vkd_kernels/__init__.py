@@ -1,0 +1,20 @@
+"""Feature distillation with an orthogonal projection (V_kD): the public names."""
+
+from . import functional
+from ._info import info
+from ._version import __version__
+from .cayley import cayley
+from .loss import OrthoProjLoss
+from .normalization import Whitening
+from .projection import OrthogonalLinear, orthogonal
+
+__all__ = [
+    "OrthoProjLoss",
+    "OrthogonalLinear",
+    "Whitening",
+    "__version__",
+    "cayley",
+    "functional",
+    "info",
+    "orthogonal",
+]

@@ -1,0 +1,123 @@
+"""Which backend serves an op: what is available here, the caller's request, and the reason when one can't serve.
+
+Loads the compiled extension once and keeps the reason when it can't be loaded; ``vkd_kernels.info()`` shows it all.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+ENVIRONMENT = "VKD_KERNELS_BACKEND"
+SERVES = {"ortho_proj_loss": ("triton", "torch"), "cayley": ("extension", "torch")}
+BACKENDS = ("triton", "extension", "torch")
+
+
+def no_autocast(device_type: str):
+    """Autocast switched off, on devices that have it ("meta" has not)."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives matrix products here, or None while it is off."""
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def _build_record() -> dict:
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@functools.cache
+def extension():
+    """(the module ``vkd_kernels._C``, None), or (None, the reason why it is missing)."""
+    record = _build_record()
+    if importlib.util.find_spec("vkd_kernels._C") is None:
+        return None, "the extension is not built: " + (record.get("reason") or "install the package to build it")
+    built_with = record.get("torch", torch.__version__)
+    if built_with != torch.__version__:
+        # Loading it could crash the process: the C++ interface of PyTorch is not stable between versions.
+        return None, f"the extension was built with PyTorch {built_with} and this is {torch.__version__}: reinstall it"
+    try:
+        return importlib.import_module("vkd_kernels._C"), None
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, f"the extension can't be loaded: {type(error).__name__}: {error}"
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """The reason why Triton can't run kernels here, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton can't be imported: {error}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    return None
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason why ``backend`` can't serve ``op`` for tensors of this device and dtype, or None when it can."""
+    if backend not in SERVES[op]:
+        return f"{op} has no {backend!r} backend; it has {', '.join(map(repr, SERVES[op]))}"
+    if backend == "triton":
+        if why_no_triton():
+            return why_no_triton()
+        if device_type != "cuda":
+            return f"Triton kernels take CUDA tensors; got a tensor on {device_type}"
+        if dtype == torch.float64:
+            return "the Triton kernels take float32, bfloat16 and float16; got float64"
+    if backend == "extension":
+        module, reason = extension()
+        if module is None:
+            return reason
+        if device_type == "cuda" and module.build_info()["cuda"] is None:
+            return "the extension was built without CUDA: " + (_build_record().get("reason") or "unknown reason")
+        if device_type not in ("cpu", "cuda"):
+            return f"the extension takes CPU and CUDA tensors; got a tensor on {device_type}"
+    return None
+
+
+@functools.cache
+def _warn_once(op: str, backend: str, reason: str) -> None:
+    warnings.warn(
+        f"vkd_kernels: {op} falls back to the PyTorch reference because {reason}. "
+        f"{ENVIRONMENT}=torch asks for the reference and silences this.",
+        stacklevel=4,
+    )
+
+
+def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves ``op``: the requested one or an error, else the fastest that can serve."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    source = "backend"
+    if backend is None:
+        asked = os.environ.get(ENVIRONMENT)
+        if asked and asked not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
+        # The variable speaks for every op at once, so it binds the ops that have such a backend.
+        if asked in SERVES[op]:
+            backend, source = asked, ENVIRONMENT
+    if backend is not None:
+        reason = why_not(op, backend, device_type, dtype)
+        if reason:
+            raise RuntimeError(f"{source}={backend!r} was requested for {op}, but {reason}")
+        return backend
+    best = SERVES[op][0]
+    reason = why_not(op, best, device_type, dtype)
+    if reason is None:
+        return best
+    expected = best == "triton" and (device_type != "cuda" or dtype == torch.float64)
+    expected = expected or (best == "extension" and device_type not in ("cpu", "cuda"))
+    if not expected:
+        _warn_once(op, best, reason)
+    return "torch"

@@ -1,0 +1,81 @@
+"""Argument checks shared by the interfaces: every message names the argument and shows what came."""
+
+import torch
+
+FULL_PRECISION = (torch.float32, torch.float64)
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value) -> str:
+    """What came, in a few words: shape, dtype and device of a tensor; type and value of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"[:200]
+
+
+def check_tensor(name: str, value, dtypes=FLOATING, hint: str = "") -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {describe(value)}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}; got {describe(value)}{hint}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got {value.layout} of shape {tuple(value.shape)}")
+
+
+def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}; got {name} on {value.device}, {other_name} on {other.device}"
+        )
+
+
+def check_choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_number(
+    name: str, value, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> None:
+    """A finite Python number within the given bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {describe(value)}")
+    bounds = [
+        *([f"> {above}"] if above is not None else []),
+        *([f">= {at_least}"] if at_least is not None else []),
+        *([f"<= {at_most}"] if at_most is not None else []),
+    ]
+    inside = (
+        value == value
+        and abs(value) != float("inf")
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{name} must be a finite number{' ' if bounds else ''}{' and '.join(bounds)}; got {value!r}")
+
+
+def check_dim(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def row_weights(name: str, mask, rows: tuple[int, ...], other: torch.Tensor, dtype: torch.dtype):
+    """``mask`` (bool, or non-negative float weights, shape of the rows) as a flat tensor of weights in ``dtype``.
+
+    That float weights are not negative is the caller's promise: looking would stall a GPU.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+        pass
+    else:
+        check_tensor(name, mask, hint="; a 0/1 mask of integers becomes one of bools with mask.bool()")
+    if tuple(mask.shape) != tuple(rows):
+        raise ValueError(f"{name} must have the shape of the rows {tuple(rows)}; got {tuple(mask.shape)}")
+    check_same_device(name, mask, "the features", other)
+    return mask.detach().reshape(-1).to(dtype)

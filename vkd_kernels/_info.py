@@ -1,0 +1,42 @@
+"""``vkd_kernels.info()``: versions, devices, and which backend serves which op, with the reasons why not the others."""
+
+import platform
+
+import torch
+
+from . import _backend
+from ._version import __version__
+
+
+def info() -> dict:
+    """What this installation is and can do, as a dictionary of JSON types.
+
+    Keys: ``vkd_kernels``, ``python``, ``torch``, ``cuda`` (of PyTorch), ``triton`` (versions or None), ``devices``
+    (names), ``extension`` (build facts, or ``{"missing": reason}``), and ``ops``: for every op and device type the
+    backend that serves it in float32 and, for each other backend, the reason why it can't serve.
+    """
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = None
+    module, reason = _backend.extension()
+    ops = {}
+    for op, backends in _backend.SERVES.items():
+        for device in ("cpu", "cuda"):
+            reasons = {b: _backend.why_not(op, b, device, torch.float32) for b in backends}
+            served_by = next(b for b, why in reasons.items() if why is None)
+            ops.setdefault(op, {})[device] = {
+                "served_by": served_by,
+                "not": {b: why for b, why in reasons.items() if why is not None},
+            }
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "vkd_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version,
+        "devices": ["cpu", *gpus],
+        "extension": module.build_info() if module else {"missing": reason},
+        "ops": ops,
+    }

@@ -1,0 +1,39 @@
+"""The definition of the Cayley transform and its inverse, in plain PyTorch; cpp_op.py computes the same."""
+
+import torch
+
+from .._backend import no_autocast
+
+
+def cayley(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S), T >= S -> (..., T, S)
+    """Q = [2R - I; -2 V R] with R = (I + U - Uᵀ + VᵀV)⁻¹ and weight = [U; V], in float64 throughout."""
+    s = weight.shape[-1]
+    with no_autocast(weight.device.type):
+        w = weight.double()
+        u, v = w[..., :s, :], w[..., s:, :]
+        eye = torch.eye(s, dtype=w.dtype, device=w.device)
+        # The symmetric part of M is at least I: M is never singular, so inv_ex has nothing to report (and no sync).
+        r = torch.linalg.inv_ex(eye + (u - u.mT) + v.mT @ v).inverse
+        return torch.cat([2 * r - eye, v @ (-2 * r)], dim=-2).to(weight.dtype)
+
+
+def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (..., T, S) -> (..., T, S), (..., S)
+    """weight and signs D with matrix = cayley(weight) · D, for a matrix [Q1; Q2] with orthonormal columns.
+
+    V = -Q2 D (I + Q1 D)⁻¹ and M = 2 (I + Q1 D)⁻¹, whose skew part is U - Uᵀ. The signs are chosen while eliminating
+    Q1 + D: the k-th sign is that of the k-th pivot, which keeps every pivot at least 1 in magnitude.
+    """
+    s = matrix.shape[-1]
+    q = matrix.detach().double()
+    rest = q[..., :s, :].clone()
+    signs = torch.ones(q.shape[:-2] + (s,), dtype=q.dtype, device=q.device)
+    for k in range(s):
+        signs[..., k] = torch.where(rest[..., k, k] < 0, -1.0, 1.0)
+        pivot = rest[..., k, k] + signs[..., k]
+        column = rest[..., k + 1 :, k] / pivot[..., None]
+        rest[..., k + 1 :, k + 1 :] -= column[..., :, None] * rest[..., k, None, k + 1 :]
+    qd = q * signs[..., None, :]
+    eye = torch.eye(s, dtype=q.dtype, device=q.device)
+    half_m = torch.linalg.inv_ex(eye + qd[..., :s, :]).inverse
+    weight = torch.cat([(half_m - half_m.mT) / 2, -qd[..., s:, :] @ half_m], dim=-2)
+    return weight.to(matrix.dtype), signs.to(matrix.dtype)

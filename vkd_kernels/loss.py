@@ -1,0 +1,122 @@
+"""``OrthoProjLoss``: the feature loss with its own orthonormal projection, as a module."""
+
+import math
+
+import torch
+from torch import nn
+
+from . import _checks
+from .normalization.synchronised import GroupHandle
+from .ortho_proj_loss import interface
+from .projection import OrthogonalLinear
+
+TASKS = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
+    "classification": {"normalization": "layer_norm"},
+    "detection": {"normalization": "batch_norm"},
+    "generation": {"normalization": "whiten", "eps": 1e-3},
+}
+
+
+class OrthoProjLoss(nn.Module):
+    r"""Feature distillation through an orthonormal projection (V_kD, CVPR 2024): one module, one scalar to add.
+
+    ::
+
+        Z = scale · student Pᵀ  (· gain + bias with affine)      P orthonormal, trained
+        L = mean of ρ(Z - normalise(teacher))
+
+    An orthonormal P keeps lengths: a student vector of norm √S stays there while a layer-normed or whitened teacher
+    vector has norm √T. ``scale="match"`` multiplies by √(T / S), which preserves every angle; ``"learned"`` starts
+    there and trains. The default 1.0 is the paper's.
+
+    Args:
+        student_dim: S, channels of the student's features.
+        teacher_dim: T, channels of the teacher's features.
+        normalization, loss, beta, reduction, eps, process_group, backend: see ``functional.ortho_proj_loss``.
+        scale: a number, ``"match"`` or ``"learned"``.
+        affine: a gain and a bias per teacher channel.
+        orthogonal_map: see ``orthogonal``.
+        device, dtype: of the projection; float32 or float64. It stays there under autocast.
+
+    Attributes:
+        projection: the ``OrthogonalLinear``; ``projection.weight`` is P ``(T, S)``.
+        scale: the number, or the parameter that learns it.
+
+    Shape:
+        ``forward(student (..., S), teacher (..., T), mask (...) or None)`` -> float32 scalar (float64 for float64).
+
+    The module's parameters train with the student's: give them to the optimiser, without weight decay
+    (``no_weight_decay()`` names them). Under data parallelism put the module inside the wrapped one, so that its
+    gradients are reduced too. A process group stays with deep copies and does not travel with pickles.
+
+    Example:
+        >>> import torch
+        >>> from vkd_kernels import OrthoProjLoss
+        >>> distill = OrthoProjLoss(student_dim=192, teacher_dim=1024)
+        >>> loss = distill(torch.randn(8, 192, requires_grad=True), torch.randn(8, 1024))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        normalization: str = "layer_norm",
+        loss: str = "smooth_l1",
+        beta: float = 1.0,
+        reduction: str = "mean",
+        scale: float | str = 1.0,
+        affine: bool = False,
+        eps: float = 1e-5,
+        orthogonal_map: str = "cayley",
+        process_group=None,
+        backend: str | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _checks.check_dim("student_dim", student_dim)
+        _checks.check_dim("teacher_dim", teacher_dim)
+        interface.check_options(normalization, loss, beta, eps, reduction)
+        self.student_dim, self.teacher_dim = student_dim, teacher_dim
+        self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
+        self.process_group, self.backend = GroupHandle(process_group), backend
+        self.projection = OrthogonalLinear(
+            student_dim, teacher_dim, affine=affine, orthogonal_map=orthogonal_map, device=device, dtype=dtype
+        )
+        matched = math.sqrt(teacher_dim / student_dim)
+        if isinstance(scale, str):
+            _checks.check_choice("scale", scale, ("match", "learned"))
+            scale = matched if scale == "match" else nn.Parameter(torch.tensor(matched, device=device, dtype=dtype))
+        else:
+            _checks.check_number("scale", scale)
+        self.scale = scale
+
+    @classmethod
+    def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options) -> "OrthoProjLoss":
+        """The paper's choices for ``"classification"``, ``"detection"`` or ``"generation"``; options override them."""
+        _checks.check_choice("task", task, TASKS)
+        return cls(student_dim, teacher_dim, **{**TASKS[task], **options})
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone (all of them), as timm's models say it."""
+        return {name for name, _ in self.named_parameters()}
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        gain, scale = self.projection.gain, self.scale
+        if gain is not None:
+            scale = gain * scale
+        elif not isinstance(scale, torch.Tensor) and scale == 1.0:
+            scale = None
+        return interface.ortho_proj_loss(
+            student, teacher, self.projection.weight, scale=scale, bias=self.projection.bias, mask=mask,
+            normalization=self.normalization, loss=self.loss, beta=self.beta, eps=self.eps, reduction=self.reduction,
+            process_group=self.process_group.group, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        scale = "learned" if isinstance(self.scale, torch.Tensor) else f"{self.scale:g}"
+        return (
+            f"normalization={self.normalization!r}, loss={self.loss!r}, beta={self.beta}, scale={scale}, eps={self.eps}"
+        )

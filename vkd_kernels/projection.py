@@ -1,0 +1,204 @@
+"""Orthogonal projections as modules: ``OrthogonalLinear``, and ``orthogonal()`` for a weight of any module."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from . import _checks
+from ._backend import no_autocast
+from .cayley import cayley, cayley_inverse
+
+ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
+
+
+@torch.no_grad()
+def orthonormal_factor(matrix: torch.Tensor) -> torch.Tensor:  # (..., T, S)
+    """The orthonormal factor of the QR decomposition with a positive diagonal of R (of the transpose, if wide)."""
+    if matrix.shape[-2] < matrix.shape[-1]:
+        return orthonormal_factor(matrix.mT).mT
+    if not torch.isfinite(matrix).all():
+        raise ValueError(
+            f"the matrix assigned to an orthogonal weight has NaN or Inf; its shape is {tuple(matrix.shape)}"
+        )
+    q, r = torch.linalg.qr(matrix.double())
+    return (q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)).to(matrix.dtype)
+
+
+class CayleyMap(nn.Module):
+    """weight -> cayley(weight) · signs. Assignment goes through the inverse and sets the signs, which never train."""
+
+    def __init__(self, matrix: torch.Tensor):  # (..., T, S)
+        super().__init__()
+        t, s = matrix.shape[-2:]
+        shape = (*matrix.shape[:-2], 1, s) if t >= s else (*matrix.shape[:-2], t, 1)
+        self.register_buffer("signs", torch.ones(shape, dtype=matrix.dtype, device=matrix.device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return cayley(weight) * self.signs
+
+    @torch.no_grad()
+    def right_inverse(self, matrix: torch.Tensor) -> torch.Tensor:
+        if matrix.device.type == "meta":
+            return matrix
+        weight, signs = cayley_inverse(orthonormal_factor(matrix))
+        self.signs.copy_(signs)
+        return weight
+
+
+class TorchMap(nn.Module):
+    """One of PyTorch's own maps, for comparison, guarded against two ways of losing orthogonality in training.
+
+    Under autocast the map would run in 16 bit. And the Householder map multiplies by the weight's diagonal truncated
+    to integers: as soon as weight decay takes it below 1 the result is exactly zero, and stays so.
+    """
+
+    def __init__(self, matrix: torch.Tensor, orthogonal_map: str):
+        super().__init__()
+        self.orthogonal_map = orthogonal_map
+        holder = nn.Module()
+        holder.weight = nn.Parameter(torch.zeros_like(matrix).fill_diagonal_(1))
+        parametrizations.orthogonal(holder, "weight", orthogonal_map=orthogonal_map)
+        self.map = holder.parametrizations.weight[0]
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with no_autocast(weight.device.type):
+            if self.orthogonal_map == "householder":
+                diagonal = weight.diagonal(dim1=-2, dim2=-1)
+                weight = weight.diagonal_scatter(
+                    torch.where(diagonal < 0, -1.0, 1.0).to(weight.dtype), dim1=-2, dim2=-1
+                )
+            return self.map(weight)
+
+    @torch.no_grad()
+    def right_inverse(self, matrix: torch.Tensor) -> torch.Tensor:
+        return self.map.right_inverse(orthonormal_factor(matrix))
+
+
+def make_map(matrix: torch.Tensor, orthogonal_map: str) -> nn.Module:
+    _checks.check_choice("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
+    return CayleyMap(matrix) if orthogonal_map == "cayley" else TorchMap(matrix, orthogonal_map)
+
+
+def orthogonal(module: nn.Module, name: str = "weight", orthogonal_map: str = "cayley") -> nn.Module:
+    r"""Keeps a weight of any module orthonormal; a drop-in for ``torch.nn.utils.parametrizations.orthogonal``.
+
+    ``module.<name>`` becomes a matrix with orthonormal columns (or rows, if it is wide); it starts at the orthonormal
+    QR factor of what it was, and assigning a matrix sets it to that matrix's. The trained parameter is
+    ``module.parametrizations.<name>.original``: leave it out of weight decay, as any orthogonal weight.
+
+    Args:
+        module: holds the weight.
+        name: of a parameter of shape ``(..., T, S)``, float32 or float64.
+        orthogonal_map: ``"cayley"`` (closed form, O(T S²)); ``"matrix_exp"`` and ``"householder"`` are PyTorch's maps,
+            hundreds of times slower, kept for comparison and guarded against collapse.
+
+    Returns:
+        The module itself, changed in place.
+
+    Raises:
+        ValueError: no such parameter, fewer than two dimensions, an unknown map.
+        TypeError: a 16-bit weight.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> layer = vk.orthogonal(torch.nn.Linear(192, 3024, bias=False))
+        >>> p = layer.weight
+        >>> bool((p.T @ p - torch.eye(192)).abs().max() < 1e-5)
+        True
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, torch.Tensor):
+        raise ValueError(
+            f"module has no parameter {name!r}; got {type(module).__name__} with "
+            + (", ".join(repr(n) for n, _ in module.named_parameters(recurse=False)) or "no parameters")
+        )
+    _check_map_weight(name, weight)
+    parametrize.register_parametrization(module, name, make_map(weight, orthogonal_map))
+    return module
+
+
+def _check_map_weight(name: str, weight: torch.Tensor) -> None:
+    _checks.check_tensor(name, weight, _checks.FULL_PRECISION, "; orthogonal weights stay in float32 or float64")
+    if weight.dim() < 2:
+        raise ValueError(f"{name} must have the shape (..., T, S); got {tuple(weight.shape)}")
+
+
+class OrthogonalLinear(nn.Module):
+    r"""A linear projection whose matrix is orthonormal: ``x Pᵀ``, or ``x Pᵀ · gain + bias`` with ``affine=True``.
+
+    P starts uniformly distributed over the orthonormal matrices. Every access to ``weight`` computes it from the
+    unconstrained parameter; assigning a matrix to ``weight`` sets P to that matrix's orthonormal QR factor.
+
+    Args:
+        in_features: S.
+        out_features: T.
+        affine: a gain and a bias per output channel.
+        orthogonal_map: see ``orthogonal``.
+        dtype: float32 or float64.
+
+    Attributes:
+        weight: P ``(T, S)``: orthonormal columns for T >= S, orthonormal rows for T < S.
+        unconstrained: the trained parameter ``(T, S)``; ``no_weight_decay()`` names it.
+
+    Shape:
+        ``(..., S) -> (..., T)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        affine: bool = False,
+        orthogonal_map: str = "cayley",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _checks.check_dim("in_features", in_features)
+        _checks.check_dim("out_features", out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.unconstrained = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        _check_map_weight("dtype", self.unconstrained)
+        self.map = make_map(self.unconstrained, orthogonal_map)
+        if affine:
+            self.gain = nn.Parameter(torch.ones(out_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("gain", None)
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.unconstrained.device.type == "meta":
+            return
+        self.weight = torch.randn_like(self.unconstrained)
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
+            nn.init.zeros_(self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:  # (T, S)
+        return self.map(self.unconstrained)
+
+    @weight.setter
+    def weight(self, matrix: torch.Tensor) -> None:
+        if not isinstance(matrix, torch.Tensor) or matrix.shape != self.unconstrained.shape:
+            raise ValueError(
+                f"weight takes a tensor of shape {tuple(self.unconstrained.shape)}; got {_checks.describe(matrix)}"
+            )
+        with torch.no_grad():
+            self.unconstrained.copy_(self.map.right_inverse(matrix.to(self.unconstrained)))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone, as timm's models say it."""
+        return {name for name, _ in self.named_parameters()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., S) -> (..., T)
+        weight = self.weight
+        return F.linear(x, weight if self.gain is None else weight * self.gain[:, None], self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, affine={self.gain is not None}"
