@@ -1,0 +1,98 @@
+// Binds the launchers of cayley_cuda.cu to the ops of module.cpp: checks, outputs, workspace, device and stream.
+//
+// Everything is enqueued on the current stream of the weight's device and nothing is read back, so that the ops can be
+// captured in a CUDA graph. cayley_plan.h counts the launches.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "cayley.h"
+
+namespace {
+
+using at::Tensor;
+namespace cayley = vkd::cayley;
+
+void check_weight(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() >= 2 && weight.size(-2) >= weight.size(-1) && weight.size(-1) > 0,
+                    "weight must have the shape (..., T, S) with T >= S >= 1; got ", weight.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble,
+                   "weight must be float32 or float64; got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.size(-2) <= std::numeric_limits<int>::max(), "weight has too many rows: ", weight.sizes());
+}
+
+// (..., T, S) as (batch, T, S): a view where the strides allow it.
+Tensor as_batch(const Tensor& x) { return x.dim() == 2 ? x.unsqueeze(0) : x.flatten(0, -3); }
+
+cayley::MatrixBatch strided(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor empty_float64(at::IntArrayRef sizes, const Tensor& like) {
+  return at::empty(sizes, like.options().dtype(at::kDouble));
+}
+
+std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
+  check_weight(weight);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const Tensor w = as_batch(weight);
+  const int64_t batch = w.size(0);
+  const int t = int(w.size(1)), s = int(w.size(2));
+  auto r_sizes = weight.sizes().vec();
+  r_sizes[r_sizes.size() - 2] = s;
+  Tensor q = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor r = empty_float64(r_sizes, weight);
+  if (batch == 0) return {q, r};
+  const Tensor workspace = empty_float64({cayley::forward_workspace_cuda(batch, t, s)}, weight);
+  const auto run = [&](auto* q_data) {
+    C10_CUDA_CHECK(cayley::forward_cuda(strided(w), q_data, r.mutable_data_ptr<double>(),
+                                        workspace.mutable_data_ptr<double>(), batch, t, s,
+                                        c10::cuda::getCurrentCUDAStream()));
+  };
+  if (weight.scalar_type() == at::kFloat) run(q.mutable_data_ptr<float>());
+  else run(q.mutable_data_ptr<double>());
+  return {q, r};
+}
+
+Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r) {
+  check_weight(weight);
+  auto r_sizes = weight.sizes().vec();
+  r_sizes[r_sizes.size() - 2] = weight.size(-1);
+  TORCH_CHECK_VALUE(grad_q.sizes() == weight.sizes(), "grad_q must have the weight's shape ", weight.sizes(), "; got ",
+                    grad_q.sizes());
+  TORCH_CHECK_VALUE(r.sizes() == at::IntArrayRef(r_sizes), "r must have the shape ", r_sizes, "; got ", r.sizes());
+  TORCH_CHECK_TYPE(grad_q.scalar_type() == weight.scalar_type(), "grad_q must be ", weight.scalar_type(),
+                   " as the weight is; got ", grad_q.scalar_type());
+  TORCH_CHECK_TYPE(r.scalar_type() == at::kDouble, "r must be float64; got ", r.scalar_type());
+  TORCH_CHECK_VALUE(grad_q.device() == weight.device() && r.device() == weight.device(),
+                    "grad_q and r must be on the weight's device ", weight.device(), "; got ", grad_q.device(), " and ",
+                    r.device());
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const Tensor w = as_batch(weight), g = as_batch(grad_q), inverse = r.contiguous();
+  const int64_t batch = w.size(0);
+  const int t = int(w.size(1)), s = int(w.size(2));
+  Tensor grad = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+  if (batch == 0) return grad;
+  const Tensor workspace = empty_float64({cayley::backward_workspace_cuda(batch, t, s)}, weight);
+  const auto run = [&](auto* grad_data) {
+    C10_CUDA_CHECK(cayley::backward_cuda(strided(g), strided(w), inverse.const_data_ptr<double>(), grad_data,
+                                         workspace.mutable_data_ptr<double>(), batch, t, s,
+                                         c10::cuda::getCurrentCUDAStream()));
+  };
+  if (weight.scalar_type() == at::kFloat) run(grad.mutable_data_ptr<float>());
+  else run(grad.mutable_data_ptr<double>());
+  return grad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vkd_kernels, CUDA, m) {
+  m.impl("cayley_forward", &cayley_forward);
+  m.impl("cayley_backward", &cayley_backward);
+}
