@@ -1,4 +1,4 @@
-// The Cayley transform on the CPU, on PyTorch's BLAS and LAPACK (vkd_kernels/cayley/reference.py is the definition).
+// The Cayley transform on the CPU, on PyTorch's matrix products (vkd_kernels/cayley/reference.py is the definition).
 //
 //   forward    M = I + U - U^T + V^T V,  R = M^-1,  Q = [2R - I; -2 V R]          all in float64
 //   backward   dR = 2 (G1 - V^T G2),     dM = -R^T dR R^T                          S x S, float64
@@ -31,33 +31,53 @@ void check_weight(const Tensor& weight) {
                    "weight must be float32 or float64; got ", weight.scalar_type());
 }
 
+// One matrix as 2-D, a batch as 3-D: the layouts whose products take no detour.
+Tensor flat(const Tensor& x) {
+  Tensor y = x.dim() > 3 ? x.flatten(0, -3) : x;
+  return y.dim() == 3 && y.size(0) == 1 ? y[0] : y;
+}
+
+// r <- r^-1 for r (S, S) or (B, S, S). sym(M) >= I: never singular, so there is no status to check. LAPACK pivots, and
+// must: with fewer than 2S rows of very different scale, elimination without pivoting loses everything in float64 too.
+// One matrix at a time: from 256 x 256 on, PyTorch's batched LU (2.14 with MKL) hangs when it has two threads.
+void invert_(const Tensor& r) {
+  if (r.dim() == 2) {
+    r.copy_(std::get<0>(at::linalg_inv_ex(r)));
+    return;
+  }
+  for (int64_t b = 0; b < r.size(0); ++b) invert_(r[b]);
+}
+
 std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
   check_weight(weight);
   NoAutocast no_autocast;
   const int64_t t = weight.size(-2), s = weight.size(-1);
-  const Tensor w = weight.to(at::kDouble);
+  const Tensor w = flat(weight).to(at::kDouble);
   const Tensor u = w.narrow(-2, 0, s), v = w.narrow(-2, s, t - s);
-  Tensor m = u - u.mT();
-  if (t > s) m += at::matmul(v.mT(), v);
-  m.diagonal(0, -2, -1).add_(1.0);
-  Tensor r = std::get<0>(at::linalg_inv_ex(m)).contiguous();  // sym(M) >= I: never singular, so nothing to check
-  Tensor q = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor r = (u - u.mT()).contiguous();
+  if (t > s) r += at::matmul(v.mT(), v);
+  r.diagonal(0, -2, -1).add_(1.0);
+  invert_(r);
+  Tensor q = at::empty(w.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
   Tensor q1 = q.narrow(-2, 0, s);
   q1.copy_(r * 2.0);
   q1.diagonal(0, -2, -1).sub_(1.0);
   if (t > s) q.narrow(-2, s, t - s).copy_(at::matmul(v, r * -2.0));
-  return {q, r};
+  auto r_sizes = weight.sizes().vec();
+  r_sizes[weight.dim() - 2] = s;
+  return {q.view(weight.sizes()), r.view(r_sizes)};
 }
 
-Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r) {
+Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r_saved) {
   check_weight(weight);
   NoAutocast no_autocast;
   const int64_t t = weight.size(-2), s = weight.size(-1);
-  const Tensor g1 = grad_q.narrow(-2, 0, s), g2 = grad_q.narrow(-2, s, t - s), v = weight.narrow(-2, s, t - s);
+  const Tensor g = flat(grad_q), r = flat(r_saved), v = flat(weight).narrow(-2, s, t - s);
+  const Tensor g1 = g.narrow(-2, 0, s), g2 = g.narrow(-2, s, t - s);
   Tensor d_r = g1.to(at::kDouble);
   if (t > s) d_r = d_r - at::matmul(v.mT(), g2);
   const Tensor minus_d_m = at::matmul(at::matmul(r.mT(), d_r), (r * 2.0).mT());
-  Tensor grad = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor grad = at::empty(g.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
   grad.narrow(-2, 0, s).copy_(minus_d_m.mT() - minus_d_m);
   if (t > s) {
     const auto dtype = weight.scalar_type();
@@ -65,7 +85,7 @@ Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor&
     d_v -= at::matmul(v, (minus_d_m + minus_d_m.mT()).to(dtype));
     grad.narrow(-2, s, t - s).copy_(d_v);
   }
-  return grad;
+  return grad.view(weight.sizes());
 }
 
 }  // namespace

@@ -95,8 +95,12 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
     )
 
 
-def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that serves ``op``: the requested one or an error, else the fastest that can serve."""
+@torch.compiler.assume_constant_result  # what is installed and asked for does not change under a compiled graph
+def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype, fastest: str | None = None) -> str:
+    """The backend that serves ``op``: the requested one or an error, else the fastest that can serve.
+
+    ``fastest`` is the op's own advice for these shapes; by default its first backend.
+    """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     source = "backend"
@@ -112,7 +116,7 @@ def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -
         if reason:
             raise RuntimeError(f"{source}={backend!r} was requested for {op}, but {reason}")
         return backend
-    best = SERVES[op][0]
+    best = fastest or SERVES[op][0]
     reason = why_not(op, best, device_type, dtype)
     if reason is None:
         return best

@@ -26,7 +26,7 @@ def check_tensor(name: str, value, dtypes=FLOATING, hint: str = "") -> None:
 def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.device != other.device:
         raise ValueError(
-            f"{name} must be on the device of {other_name}; got {name} on {value.device}, {other_name} on {other.device}"
+            f"{name} must be on {other_name}'s device; got {name} on {value.device}, {other_name} on {other.device}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The extension's operators for torch.library: fake tensors and autograd (kernels: csrc/cayley_cpu.cpp, cayley_cuda.cu)."""
+"""The extension's operators for torch.library: fake tensors and autograd (kernels: csrc/cayley_*)."""
 
 import torch
 
@@ -35,6 +35,18 @@ def _backward(ctx, grad_q, grad_r):
     return None if grad_q is None else torch.ops.vkd_kernels.cayley_backward(grad_q, weight, r)
 
 
+def _forward_vmap(info, in_dims, weight):
+    return torch.ops.vkd_kernels.cayley_forward(weight.movedim(in_dims[0], 0)), (0, 0)
+
+
+def _backward_vmap(info, in_dims, grad_q, weight, r):
+    batched = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((grad_q, weight, r), in_dims, strict=True)
+    ]
+    return torch.ops.vkd_kernels.cayley_backward(*batched), 0
+
+
 def _refuse_second_order(ctx, *grads):
     raise RuntimeError(
         "the extension's Cayley transform has no second-order gradient: "
@@ -47,3 +59,5 @@ if _backend.extension()[0] is not None:
     torch.library.register_fake("vkd_kernels::cayley_backward", _backward_fake)
     torch.library.register_autograd("vkd_kernels::cayley_forward", _backward, setup_context=_save_for_backward)
     torch.library.register_autograd("vkd_kernels::cayley_backward", _refuse_second_order)
+    torch.library.register_vmap("vkd_kernels::cayley_forward", _forward_vmap)
+    torch.library.register_vmap("vkd_kernels::cayley_backward", _backward_vmap)

@@ -6,12 +6,23 @@ from .. import _backend, _checks
 from . import cpp_op, reference
 
 _HINT = "; an orthogonal matrix in 16 bit is off by 4e-3: keep the weight in float32 and cast the result"
+MAX_KERNEL_COLUMNS = 1024  # unmeasured: see fastest_backend
 
 
 def _check_weight(name: str, weight) -> None:
     _checks.check_tensor(name, weight, _checks.FULL_PRECISION, _HINT)
     if weight.dim() < 2 or weight.shape[-1] < 1 or weight.shape[-2] < 1:
         raise ValueError(f"{name} must have the shape (..., T, S) with T, S >= 1; got {tuple(weight.shape)}")
+
+
+def fastest_backend(device_type: str, s: int) -> str:
+    """Which backend should serve ``s`` columns when the caller asks for none.
+
+    The CUDA kernels eliminate 32 columns a launch. Their time grows like ``s`` while latency dominates and like ``s³``
+    on the scalar float64 units after that; the library's LU, which the reference calls, uses tensor cores and wins
+    somewhere beyond 1024 in a model of both. MAX_KERNEL_COLUMNS is that model's figure, not a measurement.
+    """
+    return "torch" if device_type == "cuda" and s > MAX_KERNEL_COLUMNS else "extension"
 
 
 def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -46,7 +57,8 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     _check_weight("weight", weight)
     if weight.shape[-2] < weight.shape[-1]:
         return cayley(weight.mT, backend=backend).mT
-    chosen = _backend.choose("cayley", backend, weight.device.type, weight.dtype)
+    device = weight.device.type
+    chosen = _backend.choose("cayley", backend, device, weight.dtype, fastest_backend(device, weight.shape[-1]))
     return (cpp_op if chosen == "extension" else reference).cayley(weight)
 
 

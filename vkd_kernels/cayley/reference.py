@@ -5,6 +5,14 @@ import torch
 from .._backend import no_autocast
 
 
+def _inverse(m: torch.Tensor) -> torch.Tensor:  # (..., S, S), symmetric part >= I: never singular
+    # inv_ex neither checks nor synchronises. A batch goes one by one on the CPU: with more than one thread, PyTorch's
+    # batched LU (2.14, MKL) hangs from 256 x 256 on.
+    if m.device.type != "cpu" or m.dim() == 2:
+        return torch.linalg.inv_ex(m).inverse
+    return torch.stack([torch.linalg.inv_ex(x).inverse for x in m.flatten(0, -3)]).view(m.shape) if m.numel() else m
+
+
 def cayley(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S), T >= S -> (..., T, S)
     """Q = [2R - I; -2 V R] with R = (I + U - Uᵀ + VᵀV)⁻¹ and weight = [U; V], in float64 throughout."""
     s = weight.shape[-1]
@@ -12,8 +20,7 @@ def cayley(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S), T >= S -> (...
         w = weight.double()
         u, v = w[..., :s, :], w[..., s:, :]
         eye = torch.eye(s, dtype=w.dtype, device=w.device)
-        # The symmetric part of M is at least I: M is never singular, so inv_ex has nothing to report (and no sync).
-        r = torch.linalg.inv_ex(eye + (u - u.mT) + v.mT @ v).inverse
+        r = _inverse(eye + (u - u.mT) + v.mT @ v)
         return torch.cat([2 * r - eye, v @ (-2 * r)], dim=-2).to(weight.dtype)
 
 
@@ -26,7 +33,7 @@ def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  
     s = matrix.shape[-1]
     q = matrix.detach().double()
     rest = q[..., :s, :].clone()
-    signs = torch.ones(q.shape[:-2] + (s,), dtype=q.dtype, device=q.device)
+    signs = torch.ones((*q.shape[:-2], s), dtype=q.dtype, device=q.device)
     for k in range(s):
         signs[..., k] = torch.where(rest[..., k, k] < 0, -1.0, 1.0)
         pivot = rest[..., k, k] + signs[..., k]
@@ -34,6 +41,6 @@ def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  
         rest[..., k + 1 :, k + 1 :] -= column[..., :, None] * rest[..., k, None, k + 1 :]
     qd = q * signs[..., None, :]
     eye = torch.eye(s, dtype=q.dtype, device=q.device)
-    half_m = torch.linalg.inv_ex(eye + qd[..., :s, :]).inverse
+    half_m = _inverse(eye + qd[..., :s, :])
     weight = torch.cat([(half_m - half_m.mT) / 2, -qd[..., s:, :] @ half_m], dim=-2)
     return weight.to(matrix.dtype), signs.to(matrix.dtype)

@@ -131,8 +131,8 @@ def _check(student, teacher, weight, scale, bias, process_group) -> torch.Size:
     for name, value, size, letter in (("student", student, s, "S"), ("teacher", teacher, t, "T")):
         if value.dim() < 2 or value.shape[-1] != size:
             raise ValueError(
-                f"{name} must have the shape (..., {letter}) with {letter} = {size}, as the weight {tuple(weight.shape)} "
-                f"says; got {tuple(value.shape)}"
+                f"{name} must have the shape (..., {letter}) with {letter} = {size}, as weight {tuple(weight.shape)} says; "
+                f"got {tuple(value.shape)}"
             )
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
