@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Config:
     equal_time: float = option(1.15, "steps of the logits-longer arm, in steps", minimum=1)
     labelled_batch: int = option(32, "labelled images per step", minimum=1)
     unlabelled_batch: int = option(32, "unlabelled images per step", minimum=1)
-    lr: float = option(3e-3, "peak learning rate of the students (one cycle)", above=0)
+    lr: float = option(3e-3, "peak learning rate of the students", above=0)
     warmup: float = option(0.1, "share of the steps in which the learning rate rises", above=0)
     weight_decay: float = option(0.05, "weight decay, except 1-D parameters, positions, projection", minimum=0)
     label_smoothing: float = option(0.1, "label smoothing of the cross-entropy", minimum=0)
@@ -207,10 +208,19 @@ def make_optimizer(
         (kept if excluded else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=steps, pct_start=config.warmup, cycle_momentum=False
-    )
-    return optimizer, schedule
+    return optimizer, one_cycle(optimizer, steps, config.warmup)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate rises in a line over the first `warmup` of the steps, then falls in half a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def train_teacher(config: Config, seed: int, folder: Path, worker: runs.Worker) -> None:
@@ -220,9 +230,7 @@ def train_teacher(config: Config, seed: int, folder: Path, worker: runs.Worker) 
     optimizer = torch.optim.AdamW(
         teacher.parameters(), lr=config.teacher_lr, weight_decay=config.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.teacher_lr, total_steps=config.teacher_steps, cycle_momentum=False
-    )
+    schedule = one_cycle(optimizer, config.teacher_steps, config.warmup)
     loop = runs.Loop(
         run_file(folder, seed, "teacher", ".ckpt"), task=f"teacher {seed}", steps=config.teacher_steps,
         images_per_step=config.teacher_batch, save_every=config.save_every, worker=worker,

@@ -48,7 +48,9 @@ def check_options(config: Any) -> None:
         value, limits = getattr(config, field.name), field.metadata
         for item in value if isinstance(value, tuple) else (value,):
             if limits["choices"] is not None and item not in limits["choices"]:
-                raise OptionError(f"{flag(field.name)}: unknown {item!r}; choose from {', '.join(limits['choices'])}")
+                raise OptionError(
+                    f"{flag(field.name)}: unknown {item!r}; choose from {', '.join(map(str, limits['choices']))}"
+                )
             if limits["minimum"] is not None and not item >= limits["minimum"]:
                 raise OptionError(f"{flag(field.name)}: must be at least {limits['minimum']}, got {item}")
             if limits["above"] is not None and not item > limits["above"]:
