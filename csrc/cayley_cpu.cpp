@@ -39,7 +39,7 @@ Tensor flat(const Tensor& x) {
 
 // r <- r^-1 for r (S, S) or (B, S, S). sym(M) >= I: never singular, so there is no status to check. LAPACK pivots, and
 // must: with fewer than 2S rows of very different scale, elimination without pivoting loses everything in float64 too.
-// One matrix at a time: from 256 x 256 on, PyTorch's batched LU (2.14 with MKL) hangs when it has two threads.
+// One matrix at a time: PyTorch's batched LU (seen with 2.14 and MKL) can hang when it has more than one thread.
 void invert_(const Tensor& r) {
   if (r.dim() == 2) {
     r.copy_(std::get<0>(at::linalg_inv_ex(r)));

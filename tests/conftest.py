@@ -1,7 +1,12 @@
-"""Shared by all tests: the skip of GPU tests with its reason, and the comparison against float64."""
+"""Shared by all tests: the skip of GPU tests with its reason, and a fixed seed."""
 
-import pytest
-import torch
+import os
+
+# Some virtual machines advertise AMX and stop a process that uses it: 16-bit products take the next best instructions.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 

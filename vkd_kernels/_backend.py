@@ -95,33 +95,39 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
     )
 
 
+def requested(op: str, backend: str | None) -> tuple[str | None, str]:
+    """(the backend asked for by argument or environment, or None; which of the two asked)."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend is not None:
+        return backend, "backend"
+    asked = os.environ.get(ENVIRONMENT)
+    if asked and asked not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
+    # The variable speaks for every op at once, so it binds the ops that have such a backend.
+    return (asked if asked in SERVES[op] else None), ENVIRONMENT
+
+
 @torch.compiler.assume_constant_result  # what is installed and asked for does not change under a compiled graph
-def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype, fastest: str | None = None) -> str:
-    """The backend that serves ``op``: the requested one or an error, else the fastest that can serve.
+def choose(
+    op: str, backend: str | None, device_type: str, dtype: torch.dtype, fastest: str | None = None
+) -> tuple[str, bool]:
+    """(the backend that serves ``op``, whether it was asked for): the one asked for or an error, else the fastest.
 
     ``fastest`` is the op's own advice for these shapes; by default its first backend.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    source = "backend"
-    if backend is None:
-        asked = os.environ.get(ENVIRONMENT)
-        if asked and asked not in BACKENDS:
-            raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
-        # The variable speaks for every op at once, so it binds the ops that have such a backend.
-        if asked in SERVES[op]:
-            backend, source = asked, ENVIRONMENT
-    if backend is not None:
-        reason = why_not(op, backend, device_type, dtype)
+    asked, source = requested(op, backend)
+    if asked is not None:
+        reason = why_not(op, asked, device_type, dtype)
         if reason:
-            raise RuntimeError(f"{source}={backend!r} was requested for {op}, but {reason}")
-        return backend
+            raise RuntimeError(f"{source}={asked!r} was requested for {op}, but {reason}")
+        return asked, True
     best = fastest or SERVES[op][0]
     reason = why_not(op, best, device_type, dtype)
     if reason is None:
-        return best
+        return best, False
     expected = best == "triton" and (device_type != "cuda" or dtype == torch.float64)
     expected = expected or (best == "extension" and device_type not in ("cpu", "cuda"))
     if not expected:
         _warn_once(op, best, reason)
-    return "torch"
+    return "torch", False

@@ -58,7 +58,7 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     if weight.shape[-2] < weight.shape[-1]:
         return cayley(weight.mT, backend=backend).mT
     device = weight.device.type
-    chosen = _backend.choose("cayley", backend, device, weight.dtype, fastest_backend(device, weight.shape[-1]))
+    chosen, _ = _backend.choose("cayley", backend, device, weight.dtype, fastest_backend(device, weight.shape[-1]))
     return (cpp_op if chosen == "extension" else reference).cayley(weight)
 
 

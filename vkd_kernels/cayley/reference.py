@@ -6,8 +6,8 @@ from .._backend import no_autocast
 
 
 def _inverse(m: torch.Tensor) -> torch.Tensor:  # (..., S, S), symmetric part >= I: never singular
-    # inv_ex neither checks nor synchronises. A batch goes one by one on the CPU: with more than one thread, PyTorch's
-    # batched LU (2.14, MKL) hangs from 256 x 256 on.
+    # inv_ex neither checks nor synchronises. A batch goes one by one on the CPU: PyTorch's batched LU (seen with 2.14
+    # and MKL) can hang when it has more than one thread.
     if m.device.type != "cpu" or m.dim() == 2:
         return torch.linalg.inv_ex(m).inverse
     return torch.stack([torch.linalg.inv_ex(x).inverse for x in m.flatten(0, -3)]).view(m.shape) if m.numel() else m

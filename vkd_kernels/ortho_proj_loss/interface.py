@@ -4,13 +4,15 @@ import torch
 import torch.distributed as dist
 
 from .. import _backend, _checks
-from ..normalization.reference import sum_of_weights
-from ..normalization.synchronised import global_loss
+from ..normalization.reference import sum_of_weights, total_weight, whiten
+from ..normalization.synchronised import all_reduce, global_loss
 from . import reference
+from .chunked import chunked_loss, column_centred_square_sum, column_sum, student_scatter, student_sum
 
 NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
 LOSSES = ("smooth_l1", "mse")
 REDUCTIONS = ("mean", "sum")
+CHUNKED_FROM = 2**24  # elements of N x T (64 MiB in float32) from which PyTorch goes by chunks of rows
 
 
 def ortho_proj_loss(
@@ -88,7 +90,7 @@ def ortho_proj_loss(
     row_weight = _checks.row_weights("mask", mask, rows, student, precise)
     autocast = None if precise == torch.float64 else _backend.autocast_dtype(device)
     product_dtype = autocast or student.dtype
-    chosen = _backend.choose("ortho_proj_loss", backend, device, product_dtype)
+    chosen, asked = _backend.choose("ortho_proj_loss", backend, device, product_dtype)
 
     with _backend.no_autocast(device):
         student = student.reshape(-1, student.shape[-1]).to(product_dtype)
@@ -96,19 +98,53 @@ def ortho_proj_loss(
         if scale is not None:
             weight = weight * (scale.to(weight.dtype).reshape(-1, 1) if isinstance(scale, torch.Tensor) else scale)
         denominator = _denominator(teacher, row_weight, precise, reduction, process_group)
-        total = reference.loss_sum(
-            student, teacher, weight, bias, row_weight,
-            normalization=normalization, loss=loss, beta=beta, eps=eps, group=process_group,
-        )  # fmt: skip
-        return global_loss(total / denominator, process_group)
+        options = {"normalization": normalization, "loss": loss, "beta": beta, "eps": eps, "group": process_group}
+        core = _core(chosen, asked, teacher, process_group)
+        if core is None:
+            share = reference.loss_sum(student, teacher, weight, bias, row_weight, **options) / denominator
+        else:
+            share = _folded(core, student, teacher, weight, bias, row_weight, denominator=denominator, **options)
+        return global_loss(share, process_group)
 
 
-def check_options(normalization, loss, beta, eps, reduction) -> None:
-    _checks.check_choice("normalization", normalization, NORMALIZATIONS)
-    _checks.check_choice("loss", loss, LOSSES)
-    _checks.check_choice("reduction", reduction, REDUCTIONS)
-    _checks.check_number("beta", beta, above=0)
-    _checks.check_number("eps", eps, at_least=0, at_most=1 if normalization == "whiten" else None)
+def _core(chosen: str, asked: bool, teacher: torch.Tensor, group):
+    """What computes the loss: Triton's kernels, the same schedule in PyTorch, or None for the reference."""
+    if chosen == "triton":
+        from .triton_op import fused_loss  # here, because Triton need not be installed
+
+        return fused_loss
+    # Asked for by name, PyTorch is the reference (which has second-order gradients). Left to choose, large problems
+    # avoid its N x T temporaries; and ranks, which may differ in size, all take the path with the same collectives.
+    return chunked_loss if not asked and (group is not None or teacher.numel() > CHUNKED_FROM) else None
+
+
+def _folded(core, student, teacher, weight, bias, row_weight, *, normalization, loss, beta, eps, denominator, group):
+    """The loss by a core that knows a bias, layer norm and constant statistics of the teacher's channels.
+
+    batch_norm needs no pass over Z: mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ, so standardising Z is another
+    weight and bias, whose gradients flow on through the student's moments.
+    """
+    precise = torch.promote_types(student.dtype, torch.float32)
+    shift = inverse_std = None
+    bias = None if bias is None else bias.to(precise)
+    if normalization == "whiten":
+        teacher = whiten(teacher.to(precise), row_weight, method="zca", eps=eps, group=group)
+    elif normalization == "batch_norm":
+        total = total_weight(teacher[:, :0].to(precise), row_weight, group)
+        shift = all_reduce(column_sum(teacher, row_weight), group) / total
+        variance = all_reduce(column_centred_square_sum(teacher, row_weight, shift), group) / total
+        inverse_std = torch.rsqrt(variance + eps)
+        mean = all_reduce(student_sum(student, row_weight), group) / total
+        covariance = all_reduce(student_scatter(student, row_weight, mean), group) / total
+        p = weight.to(precise)
+        weight = p * torch.rsqrt(((p @ covariance) * p).sum(1).clamp_min(0) + eps)[:, None]
+        # The mean of what the product will see: its weight is rounded to the student's dtype. A bias cancels.
+        unbiased = -(weight.to(student.dtype).to(precise) @ mean)
+        bias = unbiased if bias is None else unbiased + 0.0 * bias
+    return core(
+        student, teacher, weight, bias, row_weight, shift, inverse_std,
+        layer_norm=normalization == "layer_norm", eps=eps, loss=loss, beta=beta, denominator=denominator,
+    )  # fmt: skip
 
 
 def _denominator(teacher, row_weight, precise, reduction, group):
@@ -117,8 +153,16 @@ def _denominator(teacher, row_weight, precise, reduction, group):
         return 1.0
     if row_weight is None and group is None:
         return float(teacher.numel())
-    total = sum_of_weights(teacher.to(precise) if row_weight is None else teacher, row_weight, group)
+    total = sum_of_weights(teacher[:, :0].to(precise), row_weight, group)
     return torch.where(total > 0, total * teacher.shape[1], 1.0)
+
+
+def check_options(normalization, loss, beta, eps, reduction) -> None:
+    _checks.check_choice("normalization", normalization, NORMALIZATIONS)
+    _checks.check_choice("loss", loss, LOSSES)
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    _checks.check_number("beta", beta, above=0)
+    _checks.check_number("eps", eps, at_least=0, at_most=1 if normalization == "whiten" else None)
 
 
 def _check(student, teacher, weight, scale, bias, process_group) -> torch.Size:
@@ -131,8 +175,8 @@ def _check(student, teacher, weight, scale, bias, process_group) -> torch.Size:
     for name, value, size, letter in (("student", student, s, "S"), ("teacher", teacher, t, "T")):
         if value.dim() < 2 or value.shape[-1] != size:
             raise ValueError(
-                f"{name} must have the shape (..., {letter}) with {letter} = {size}, as weight {tuple(weight.shape)} says; "
-                f"got {tuple(value.shape)}"
+                f"{name} must have the shape (..., {letter}) with {letter} = {size}, as weight {tuple(weight.shape)} "
+                f"says; got {tuple(value.shape)}"
             )
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
