@@ -58,7 +58,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Config:
-    seeds: int = option(6, "how many seeds: each has its own split, teacher and initial weights", minimum=1)
+    seeds: int = option(5, "how many seeds: each has its own split, teacher and initial weights", minimum=1)
     first_seed: int = option(0, "number of the first seed", minimum=0)
     arms: tuple[str, ...] = option(tuple(ARMS), f"which students to train, of {', '.join(ARMS)}", choices=tuple(ARMS))
 
@@ -82,7 +82,7 @@ class Config:
     patch: int = option(2, "patch size of the student", choices=(1, 2, 4, 8))
 
     steps: int = option(400, "training steps of a student", minimum=2)
-    equal_time: float = option(1.15, "steps of the logits-longer arm, in steps", minimum=1)
+    equal_time: float = option(1.25, "steps of the logits-longer arm, as a multiple of --steps", minimum=1)
     labelled_batch: int = option(32, "labelled images per step", minimum=1)
     unlabelled_batch: int = option(32, "unlabelled images per step", minimum=1)
     lr: float = option(3e-3, "peak learning rate of the students", above=0)

@@ -134,8 +134,8 @@ def in_words(metrics: dict[str, Any], labels: dict[str, str]) -> str:
     costs = {arm: found["cpu_seconds_mean"] for arm, found in summary.items()}
     if {"vkd", "vkd-match", "logits-longer"} <= costs.keys():
         longer, most = costs["logits-longer"], max(costs["vkd"], costs["vkd-match"])
-        verdict = "no less than" if longer >= most else "LESS than (raise --equal-time)"
-        lines += ["", f'"Equal time" took {longer:.1f} s of CPU time a run, {verdict} V_kD with {most:.1f} s.']
+        verdict = "no less than V_kD's" if longer >= most else "LESS than V_kD's (raise --equal-time):"
+        lines += ["", f"{labels['logits-longer']}: {longer:.1f} s of CPU time a run, {verdict} {most:.1f} s."]
     return "\n".join(lines)
 
 
