@@ -156,8 +156,11 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, capsys):
 
 def test_resume_without_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["distill", "classification", "--resume"]) == 2
-    assert "no run in runs/classification-digits" in capsys.readouterr().err
+    begun = []
+    monkeypatch.setattr(classification, "run", lambda config, folder, **_: begun.append((config.steps, folder)))
+    for _ in range(2):  # begins one, then continues it
+        assert cli.main(["distill", "classification", "--resume", "--steps", "7"]) == 0
+    assert begun == [(7, classification.DEFAULT_OUTPUT)] * 2
     assert cli.main(["distill", "classification", "--resume", "--output", "elsewhere"]) == 2
     assert "elsewhere holds no run" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()

@@ -361,7 +361,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="DIR", help=f"run folder (default: {DEFAULT_OUTPUT}, or the next free number)"
     )
     execution.add_argument(
-        "--resume", action="store_true", help="continue the run in --output (default: the newest), with its options"
+        "--resume",
+        action="store_true",
+        help="continue the run in --output, by default the newest (if there is none, begin one)",
     )
     execution.add_argument(
         "--jobs", type=int, metavar="N", default=cores(), help="worker processes of one thread (default: %(default)s)"
@@ -376,7 +378,7 @@ def read_config(folder: Path, typed: dict[str, Any]) -> Config:
     names = {field.name for field in dataclasses.fields(Config)}
     if saved.keys() != names:
         changed = ", ".join(sorted(names ^ saved.keys()))
-        raise runs.RunError(f"--resume: {folder} was made by another version: it differs in {changed}")
+        raise runs.RunError(f"--resume: {folder} was made by another version ({changed}); leave --resume out")
     return Config(**saved)
 
 
@@ -394,19 +396,16 @@ def command(arguments: argparse.Namespace) -> int:
             raise runs.RunError(f"{' and '.join(missing)} missing: pip install 'vkd_kernels[recipes]'")
         if arguments.jobs < 1:
             raise OptionError(f"--jobs: must be at least 1, got {arguments.jobs}")
-        if arguments.resume:
-            folder = arguments.output or runs.newest_folder(DEFAULT_OUTPUT)
-            config = read_config(folder, typed)
-        else:
-            folder = arguments.output or runs.free_folder(DEFAULT_OUTPUT)
-            config = Config(**typed)
+        resumed = arguments.resume and (arguments.output or runs.newest_folder(DEFAULT_OUTPUT))
+        folder = resumed or arguments.output or runs.free_folder(DEFAULT_OUTPUT)
+        config = read_config(folder, typed) if resumed else Config(**typed)
         baseline = arguments.baseline or ("logits" if "logits" in config.arms else config.arms[0])
         if baseline not in config.arms:
             raise OptionError(f"--baseline: {baseline!r} is not one of this run's arms: {', '.join(config.arms)}")
         with runs.locked(folder):
-            if not arguments.resume:
+            if not resumed:
                 runs.start_folder(folder, dataclasses.asdict(config))
-            print(f"{'resuming' if arguments.resume else 'running'} in {folder}, {arguments.jobs} worker processes")
+            print(f"{'resuming' if resumed else 'running'} in {folder}, {arguments.jobs} worker processes")
             run(config, folder, jobs=arguments.jobs, baseline=baseline, quiet=arguments.quiet)
             print(f"\nwritten to {folder}: figure.png, metrics.json, metrics.csv, table.txt")
     except (runs.RunError, OptionError) as error:

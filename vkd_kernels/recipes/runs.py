@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -95,11 +96,9 @@ def free_folder(default: Path) -> Path:
     return folder
 
 
-def newest_folder(default: Path) -> Path:
+def newest_folder(default: Path) -> Path | None:
     found = [path.parent for path in default.parent.glob(f"{default.name}*/config.json")]
-    if not found:
-        raise RunError(f"--resume: no run in {default}*; start one without --resume, or name its folder with --output")
-    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns, default=None)
 
 
 def start_folder(folder: Path, config: dict[str, Any]) -> None:
@@ -339,8 +338,10 @@ class _Progress:
 
         self.tasks, self.done, self.quiet, self.current = tasks, done, quiet, {}
         self.terminal = sys.stderr.isatty()
+        size = shutil.get_terminal_size((110, 24))  # tqdm itself shows nothing on a terminal of unknown size
         self.bar = tqdm(
-            total=images, unit="img", unit_scale=True, disable=quiet, smoothing=0.05, dynamic_ncols=True,
+            total=images, unit="img", unit_scale=True, disable=quiet, smoothing=0.05,
+            ncols=size.columns, nrows=size.lines,
             mininterval=0.2 if self.terminal else 15,
         )  # fmt: skip
 
