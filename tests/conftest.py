@@ -5,8 +5,12 @@ import os
 # Some virtual machines advertise AMX and stop a process that uses it: 16-bit products take the next best instructions.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's decorators read it when kernels and Triton itself are imported: before any test module does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 

@@ -1,0 +1,82 @@
+"""How the fused loss runs: the launches for a shape, and the one table of tiles (kernels: triton_kernels.py)."""
+
+from typing import NamedTuple
+
+import torch
+
+from .chunked import even_chunk
+
+POOLED_ROWS = 1024
+
+
+class LossTile(NamedTuple):
+    """loss_tile: rows x columns of Z, `inner` of S a step."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+class GradientTiles(NamedTuple):
+    """gradient_tiles: the tile of dX and its step over T, the tile of dP and its step over N."""
+
+    x_rows: int
+    x_columns: int
+    x_inner: int
+    p_rows: int
+    p_columns: int
+    p_inner: int
+    warps: int
+    stages: int
+
+
+# Tiles that compile without spills (tests/test_ortho_proj_loss_aot.py holds them to it), by kernel and operand bits,
+# for compute capabilities from the given one on. "descriptor" and "pointer": rows start on 16-byte boundaries;
+# "ragged": they do not.
+TILES = {
+    ("descriptor", 16): {90: LossTile(128, 128, 64, 8, 3, descriptors=True)},
+    ("pointer", 16): {80: LossTile(128, 128, 64, 8, 3)},
+    ("pointer", 32): {80: LossTile(64, 128, 32, 8, 3)},
+    ("ragged", 16): {80: LossTile(64, 64, 64, 8, 3)},
+    ("ragged", 32): {80: LossTile(64, 128, 32, 8, 3)},
+    # The same on every architecture, so that shapes of saved tensors can be told without a device.
+    ("pooled", 16): {80: LossTile(64, 64, 64, 4, 3)},
+    ("pooled", 32): {80: LossTile(64, 64, 32, 8, 3)},
+    ("gradients", 16): {80: GradientTiles(64, 64, 64, 64, 64, 64, 4, 4)},
+    ("gradients", 32): {80: GradientTiles(64, 64, 32, 64, 64, 32, 8, 3)},
+}
+STATISTICS_ELEMENTS = 4096  # of a block of row_statistics, in 4 warps
+
+
+def tile(kernel: str, dtype: torch.dtype, capability: int = 80):
+    """The tile of a kernel for this dtype on this compute capability (90 for sm_90), or None."""
+    table = TILES.get((kernel, 8 * dtype.itemsize), {})
+    fitting = [least for least in table if least <= capability]
+    return table[max(fitting)] if fitting else None
+
+
+def loss_tile(dtype: torch.dtype, capability: int, aligned: bool) -> LossTile:
+    """The tile of loss_tile for many rows. Descriptors (tensor memory access) save registers where a chip has them."""
+    if not aligned:
+        return tile("ragged", dtype, capability)
+    return tile("descriptor", dtype, capability) or tile("pointer", dtype, capability)
+
+
+class Schedule(NamedTuple):
+    pooled: bool  # all rows at once, G kept for one backward launch; else gradients in the forward pass, chunk by chunk
+    chunk: int  # rows per chunk
+
+
+def choose(n: int, s: int, t: int, dtype: torch.dtype, workspace_bytes: int, rows_of_tile: int = 128) -> Schedule:
+    """Few rows are bound by launches, many by the products.
+
+    Up to POOLED_ROWS rows whose G fits the workspace: row statistics, loss, gradients, one launch each. More: chunks
+    whose G (n, t), statistics and masked copy of X fit the workspace, with library products for the gradients.
+    """
+    if n <= POOLED_ROWS and n * t * dtype.itemsize <= workspace_bytes:
+        return Schedule(True, n)
+    bytes_per_row = (t + 8 + s) * dtype.itemsize + 8 + 4 * -(-t // rows_of_tile)
+    return Schedule(False, even_chunk(n, workspace_bytes // bytes_per_row, rows_of_tile))

@@ -1,0 +1,330 @@
+"""The fused loss as Triton kernels; triton_op.py launches them, schedule.py has their tiles, reference.py defines it.
+
+Everywhere: student X (N, S), teacher Y (N, T), weight P (T, S), Z = X Pᵀ + b, D = Z - normalise(Y), row weights w (N,),
+
+    loss = sum_n w_n sum_j rho(D_nj) / denominator        G_nj = w_n rho'(D_nj), unscaled, in the student's dtype
+    dX = alpha G P      dP = alpha Gᵀ X      db = alpha sum_n G_n      alpha = grad_output * factor / denominator
+
+Accumulation is in float32. Sums over programs go through buffers that one program reads in index order: the same
+inputs give the same bits. A row of weight 0 contributes nothing, whatever it holds; any other NaN or Inf goes through.
+"""
+
+import triton
+import triton.language as tl
+
+# fmt: off  (signatures in groups: tensors, sizes and strides, numbers, constants)
+
+# The interpreter multiplies bfloat16 operands of tl.dot as raw integers, so they are upcast there (and only there).
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, accumulator, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_tile(
+    source,
+    first_row,
+    first_column,
+    stride,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """source[first_row : + ROWS, first_column : + COLUMNS], 0 outside (rows, columns); EVEN: no column is outside."""
+    if DESCRIPTOR:
+        return source.load([first_row, first_column])
+    else:
+        row = tl.arange(0, ROWS)
+        column = first_column + tl.arange(0, COLUMNS)
+        inside = (first_row + row < rows)[:, None]
+        if not EVEN:
+            inside = inside & (column < columns)[None, :]
+        source += first_row.to(tl.int64) * stride  # one 64-bit offset; those within the tile fit in 32 bits
+        return tl.load(source + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _grouped(program, row_blocks, column_blocks, GROUP: tl.constexpr):
+    """Program -> (row block, column block), GROUP row blocks at a time so that neighbours share operands in L2."""
+    width = GROUP * column_blocks
+    first = (program // width) * GROUP
+    height = tl.minimum(row_blocks - first, GROUP)
+    return first + (program % width) % height, (program % width) // height
+
+
+@triton.jit
+def _over(factor, denominator):
+    """factor / denominator (a missing one is 1), and 0 for 0: with every row masked, loss and gradients are 0."""
+    if denominator is not None:
+        value = tl.load(denominator).to(tl.float32)
+        factor = tl.where(value == 0, 0.0, factor / value)
+    return factor
+
+
+@triton.jit(do_not_specialize=["N"])
+def row_statistics(teacher, mean, rstd, counter, N, T, stride_y, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Y (N, T) -> mean (N,), rstd (N,) = 1 / sqrt(var + eps), biased variance. Also clears the counter of loss_tile."""
+    program = tl.program_id(0)
+    if counter is not None:
+        if program == 0:
+            tl.store(counter, 0)
+    first_row = program.to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    inside_rows = first_row + row < N
+    teacher += first_row * stride_y + row[:, None] * stride_y
+    average = tl.zeros((ROWS,), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)  # sum of squared deviations from the average so far
+    count = 0.0
+    for first in range(0, T, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = inside_rows[:, None] & (column < T)[None, :]
+        y = tl.load(teacher + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        # Chan's merge of two blocks: sound when |mean| >> std, which a sum of squares is not.
+        here = tl.minimum(T - first, COLUMNS).to(tl.float32)
+        average_here = tl.sum(y, 1) / here
+        deviation = tl.where(inside, y - average_here[:, None], 0.0)
+        rounding = tl.sum(deviation, 1) / here  # what the sum of large values lost
+        difference = average_here + rounding - average
+        total = count + here
+        average += difference * (here / total)
+        square += tl.sum(deviation * deviation, 1) - here * rounding * rounding
+        square += difference * difference * (count * here / total)
+        count = total
+    tl.store(mean + first_row + row, average, mask=inside_rows)
+    tl.store(rstd + first_row + row, 1.0 / tl.sqrt(square / T + eps), mask=inside_rows)
+
+
+@triton.jit(do_not_specialize=["N", "first_program", "total_programs"])
+def loss_tile(
+    student,
+    weight,
+    teacher,
+    bias,
+    row_weight,
+    mean,
+    rstd,
+    channel_shift,
+    channel_scale,
+    gradient,
+    column_sums,
+    partial,
+    counter,
+    loss,
+    denominator,
+    N,
+    S,
+    T,
+    stride_x,
+    stride_w,
+    stride_y,
+    stride_g,
+    first_program,
+    total_programs,
+    beta,
+    inverse_beta,
+    factor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    SMOOTH_L1: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):
+    """One (ROWS, COLUMNS) tile of D: its G, column sums of G and share of the loss; the last program adds the shares.
+
+    student, weight, teacher and gradient are pointers, or tensor descriptors with DESCRIPTOR. first_program: the
+    number of programs in earlier launches (chunks) of the same loss; the counter runs on through all of them.
+    """
+    program = tl.program_id(0)
+    row_block, column_block = _grouped(program, tl.cdiv(N, ROWS), tl.cdiv(T, COLUMNS), GROUP)
+    first_row = row_block * ROWS
+    first_column = column_block * COLUMNS
+
+    # Z = X Pᵀ + b
+    z = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, S, INNER, num_stages=STAGES):
+        x = _load_tile(student, first_row, first, stride_x, N, S, ROWS, INNER, EVEN_S, DESCRIPTOR)
+        p = _load_tile(weight, first_column, first, stride_w, T, S, COLUMNS, INNER, EVEN_S, DESCRIPTOR)
+        z = _dot(x, tl.trans(p.to(x.dtype)), z, PRECISION)
+
+    row = tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    long_row = first_row.to(tl.int64) + row
+    inside_rows = long_row < N
+    inside_columns = column < T
+    inside = inside_rows[:, None] & inside_columns[None, :]
+    if bias is not None:
+        z += tl.load(bias + column, mask=inside_columns, other=0.0)[None, :]
+
+    # T = (Y - mean) * rstd per row, and / or (Y - shift) * scale per channel
+    y = _load_tile(teacher, first_row, first_column, stride_y, N, T, ROWS, COLUMNS, EVEN_T, DESCRIPTOR).to(tl.float32)
+    if mean is not None:
+        row_mean = tl.load(mean + long_row, mask=inside_rows, other=0.0)
+        row_rstd = tl.load(rstd + long_row, mask=inside_rows, other=0.0)
+        y = (y - row_mean[:, None]) * row_rstd[:, None]
+    if channel_shift is not None:
+        y -= tl.load(channel_shift + column, mask=inside_columns, other=0.0)[None, :]
+    if channel_scale is not None:
+        y *= tl.load(channel_scale + column, mask=inside_columns, other=0.0)[None, :]
+    d = tl.where(inside, z - y, 0.0)
+
+    # smooth L1: g = clamp(d / beta, -1, 1), rho = g (d - beta g / 2): both branches in one. Squared error: g = d (its
+    # factor 2 is in alpha), rho = d d. The clamp must let NaN through, or a gradient scaler misses an overflow.
+    if SMOOTH_L1:
+        g = tl.clamp(d * inverse_beta, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        rho = g * (d - 0.5 * beta * g)
+    else:
+        g = d
+        rho = d * d
+    if row_weight is not None:
+        w = tl.load(row_weight + long_row, mask=inside_rows, other=0.0)[:, None]
+        g = tl.where(w == 0, 0.0, w * g)
+        rho = tl.where(w == 0, 0.0, w * rho)
+
+    if column_sums is not None:
+        tl.store(column_sums + row_block.to(tl.int64) * T + column, tl.sum(g, 0), mask=inside_columns)
+    if gradient is not None:
+        if DESCRIPTOR:
+            gradient.store([first_row, first_column], g.to(gradient.dtype))
+        else:
+            gradient += first_row.to(tl.int64) * stride_g
+            tl.store(gradient + row[:, None] * stride_g + column[None, :], g.to(gradient.dtype.element_ty), mask=inside)
+
+    # loss = (sum of all partial losses) / denominator, by the program that arrives last
+    tl.store(partial + first_program + program, tl.sum(tl.sum(rho, 1), 0))
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == total_programs - 1:
+        total = tl.zeros((SUM_BLOCK,), tl.float32)
+        for first in range(0, total_programs, SUM_BLOCK):
+            index = first + tl.arange(0, SUM_BLOCK)
+            total += tl.load(partial + index, mask=index < total_programs, other=0.0, cache_modifier=".cg")
+        tl.store(loss, tl.sum(total, 0) * _over(factor, denominator))
+
+
+@triton.jit(do_not_specialize=["N", "row_blocks"])
+def gradient_tiles(
+    gradient,
+    student,
+    weight,
+    row_weight,
+    column_sums,
+    grad_output,
+    denominator,
+    grad_student,
+    grad_weight,
+    grad_bias,
+    N,
+    S,
+    T,
+    row_blocks,
+    stride_g,
+    stride_x,
+    stride_w,
+    factor,
+    X_ROWS: tl.constexpr,
+    X_COLUMNS: tl.constexpr,
+    X_INNER: tl.constexpr,
+    P_ROWS: tl.constexpr,
+    P_COLUMNS: tl.constexpr,
+    P_INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dX = alpha G P (N, S), dP = alpha Gᵀ X (T, S) and db = alpha (sum of column sums) (T,), in one launch.
+
+    The first programs each make an (X_ROWS, X_COLUMNS) tile of dX (the longer loop starts first), the next a
+    (P_ROWS, P_COLUMNS) tile of dP, the last P_ROWS entries of db. An output that is None has no programs.
+    """
+    program = tl.program_id(0)
+    alpha = tl.load(grad_output).to(tl.float32) * _over(factor, denominator)
+    x_columns = tl.cdiv(S, X_COLUMNS)
+    p_columns = tl.cdiv(S, P_COLUMNS)
+    x_programs = 0
+    p_programs = 0
+    if grad_student is not None:
+        x_programs = tl.cdiv(N, X_ROWS) * x_columns
+    if grad_weight is not None:
+        p_programs = tl.cdiv(T, P_ROWS) * p_columns
+
+    if program < x_programs:
+        if grad_student is not None:
+            first_row = (program // x_columns) * X_ROWS
+            first_column = (program % x_columns) * X_COLUMNS
+            dx = tl.zeros((X_ROWS, X_COLUMNS), tl.float32)
+            for first in tl.range(0, T, X_INNER, num_stages=STAGES):
+                g = _load_tile(gradient, first_row, first, stride_g, N, T, X_ROWS, X_INNER, EVEN_T, False)
+                p = _load_tile(
+                    weight,
+                    tl.full((), first, tl.int32),
+                    first_column,
+                    stride_w,
+                    T,
+                    S,
+                    X_INNER,
+                    X_COLUMNS,
+                    EVEN_S,
+                    False,
+                )
+                dx = _dot(g, p.to(g.dtype), dx, PRECISION)
+            row = first_row.to(tl.int64) + tl.arange(0, X_ROWS)
+            column = first_column + tl.arange(0, X_COLUMNS)
+            tl.store(
+                grad_student + row[:, None] * S + column[None, :],
+                (alpha * dx).to(grad_student.dtype.element_ty),
+                mask=(row < N)[:, None] & (column < S)[None, :],
+            )
+    elif program < x_programs + p_programs:
+        if grad_weight is not None:
+            first_row = ((program - x_programs) // p_columns) * P_ROWS
+            first_column = ((program - x_programs) % p_columns) * P_COLUMNS
+            dp = tl.zeros((P_ROWS, P_COLUMNS), tl.float32)
+            for first in tl.range(0, N, P_INNER, num_stages=STAGES):
+                start = tl.full((), first, tl.int32)
+                g = _load_tile(gradient, start, first_row, stride_g, N, T, P_INNER, P_ROWS, EVEN_T, False)
+                x = _load_tile(student, start, first_column, stride_x, N, S, P_INNER, P_COLUMNS, EVEN_S, False)
+                if row_weight is not None:  # 0 * NaN is NaN: a row that is out must not be multiplied
+                    n = start + tl.arange(0, P_INNER)
+                    x = tl.where((tl.load(row_weight + n, mask=n < N, other=0.0) == 0)[:, None], 0.0, x)
+                dp = _dot(tl.trans(g), x, dp, PRECISION)
+            row = first_row + tl.arange(0, P_ROWS)
+            column = first_column + tl.arange(0, P_COLUMNS)
+            tl.store(
+                grad_weight + row[:, None].to(tl.int64) * S + column[None, :],
+                (alpha * dp).to(grad_weight.dtype.element_ty),
+                mask=(row < T)[:, None] & (column < S)[None, :],
+            )
+    else:
+        if grad_bias is not None:
+            column = (program - x_programs - p_programs) * P_ROWS + tl.arange(0, P_ROWS)
+            total = tl.zeros((P_ROWS,), tl.float32)
+            sums = column_sums + column
+            for _ in range(0, row_blocks):
+                total += tl.load(sums, mask=column < T, other=0.0)
+                sums += T
+            tl.store(grad_bias + column, alpha * total, mask=column < T)
+
+
+@triton.jit(do_not_specialize=["size"])
+def scale(source, result, grad_output, denominator, size, factor, BLOCK: tl.constexpr):
+    """result = alpha * source over `size` elements, in float32, into the result's dtype."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    alpha = tl.load(grad_output).to(tl.float32) * _over(factor, denominator)
+    value = tl.load(source + index, mask=index < size, other=0.0).to(tl.float32)
+    tl.store(result + index, (alpha * value).to(result.dtype.element_ty), mask=index < size)

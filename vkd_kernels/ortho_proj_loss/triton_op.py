@@ -1,0 +1,317 @@
+"""The fused loss for torch.library: operators, their shapes and autograd, and the launches of triton_kernels.py.
+
+schedule.py chooses between two forms of the same loss. Pooled (few rows): G is kept and one backward launch makes every
+gradient. Chunked (many rows): the forward pass leaves the unscaled gradients, chunked.py's operators say how.
+"""
+
+import contextlib
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import chunked, schedule
+from . import triton_kernels as kernels
+
+GROUP = 8  # row blocks that walk the columns together, so that the weight's tiles stay in L2
+SUM_BLOCK = 4096
+SCALE_BLOCK = 2048
+# Triton 3.10 changes the default of fp_fusion; the accuracy that the tests hold is that of fused multiply-add.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+def fused_loss(
+    student: torch.Tensor,  # (N, S) float32, bfloat16 or float16, unit channel stride
+    teacher: torch.Tensor,  # (N, T) likewise, of any of the dtypes; no gradient
+    weight: torch.Tensor,  # (T, S), used in the student's dtype
+    bias: torch.Tensor | None,  # (T,) float32
+    row_weight: torch.Tensor | None,  # (N,) float32
+    channel_shift: torch.Tensor | None,  # (T,) float32
+    channel_scale: torch.Tensor | None,  # (T,) float32
+    *,
+    layer_norm: bool,
+    eps: float,
+    loss: str,
+    beta: float,
+    denominator: float | torch.Tensor,
+    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+) -> torch.Tensor:  # () float32
+    """What chunked.chunked_loss defines, by fused kernels: same arguments, same meaning.
+
+    No temporary but G is N x T, and G only in the student's dtype and for as many rows as `workspace_bytes` allows.
+    """
+    row_weight, denominator, factor, needed = chunked.operands(student, weight, bias, row_weight, denominator)
+    student, teacher, weight = (unit_stride(x) for x in (student, teacher, weight))
+    n, t = teacher.shape
+    pooled = schedule.choose(n, student.shape[1], t, student.dtype, workspace_bytes).pooled
+    op = torch.ops.vkd_kernels.pooled_loss if pooled else torch.ops.vkd_kernels.fused_loss
+    return op.default(
+        student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factor,
+        layer_norm, eps, loss == "smooth_l1", beta, workspace_bytes, *needed,
+    )[0]  # fmt: skip
+
+
+def unit_stride(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(-1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device: make it the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are IEEE unless PyTorch's setting allows TF32 (this way of reading it accepts both its APIs)."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _aligned(*matrices: torch.Tensor) -> bool:
+    """Every row starts on a 16-byte boundary."""
+    return all(m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices)
+
+
+def _statistics(teacher, mean, rstd, counter, eps):
+    n, t = teacher.shape
+    columns = min(triton.next_power_of_2(t), schedule.STATISTICS_ELEMENTS)
+    rows = schedule.STATISTICS_ELEMENTS // columns
+    kernels.row_statistics[(triton.cdiv(n, rows),)](
+        teacher, mean, rstd, counter, n, t, teacher.stride(0), eps, ROWS=rows, COLUMNS=columns, num_warps=4, **OPTIONS
+    )
+
+
+class _Loss:
+    """What the launches of one loss share: the tile, the partial sums, the counter and the constants."""
+
+    def __init__(self, tile, student, teacher, weight, bias, channels, denominator, factor, scalars):
+        n, t = teacher.shape
+        self.layer_norm, self.eps, self.smooth_l1, self.beta = scalars
+        self.tile, self.weight, self.bias, self.channels = tile, weight, bias, channels
+        self.denominator, self.factor = denominator, factor
+        self.column_blocks = triton.cdiv(t, tile.columns)
+        self.programs = triton.cdiv(n, tile.rows) * self.column_blocks
+        self.partial = student.new_empty(self.programs, dtype=torch.float32)
+        # The last program to arrive adds the partial sums; row_statistics clears the counter where it runs.
+        counter = student.new_empty if self.layer_norm else student.new_zeros
+        self.counter = counter(1, dtype=torch.int32)
+        self.loss = student.new_empty((), dtype=torch.float32)
+
+    def launch(self, first_program, student, teacher, row_weight, gradient, column_sums):
+        """The rows of one chunk: their partial sums, G into `gradient`, its sums over blocks of rows."""
+        n, s = student.shape
+        t = teacher.shape[1]
+        mean = rstd = None
+        if self.layer_norm:
+            mean, rstd = student.new_empty((2, n), dtype=torch.float32)
+            _statistics(teacher, mean, rstd, None if first_program else self.counter, self.eps)
+        tile = self.tile
+        matrices = [student, self.weight, teacher, gradient]
+        if tile.descriptors:
+            blocks = [(tile.rows, tile.inner), (tile.columns, tile.inner)] + [(tile.rows, tile.columns)] * 2
+            matrices = [
+                m if m is None else TensorDescriptor(m, m.shape, m.stride(), list(block))
+                for m, block in zip(matrices, blocks, strict=True)
+            ]
+        kernels.loss_tile[(triton.cdiv(n, tile.rows) * self.column_blocks,)](
+            *matrices[:3], self.bias, row_weight, mean, rstd, *self.channels,
+            matrices[3], column_sums, self.partial, self.counter, self.loss, self.denominator,
+            n, s, t, student.stride(0), self.weight.stride(0), teacher.stride(0),
+            0 if gradient is None else gradient.stride(0), first_program, self.programs,
+            self.beta, 1.0 / self.beta, self.factor,
+            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, STAGES=tile.stages,
+            EVEN_S=s % tile.inner == 0, EVEN_T=t % tile.columns == 0, DESCRIPTOR=tile.descriptors,
+            SMOOTH_L1=self.smooth_l1, PRECISION=_precision(student.dtype), GROUP=GROUP, SUM_BLOCK=SUM_BLOCK,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+        )  # fmt: skip
+
+
+def _empty_gradient(student, n, t):
+    """G (n, T) in the student's dtype, its rows a multiple of 16 bytes apart whatever T is."""
+    return student.new_empty((n, -(-t // 8) * 8))[:, :t]
+
+
+# ---------------------------------------------------------------------------------------- many rows: fused_loss, chunks
+
+
+def _fused_forward(
+    student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factor,
+    layer_norm, eps, smooth_l1, beta, workspace_bytes, need_student, need_weight, need_bias,
+):  # fmt: skip
+    """loss, unscaled dX, dP, db: per chunk of rows, statistics, loss and G, then two library products."""
+    (n, s), t = student.shape, teacher.shape[1]
+    weight = unit_stride(weight.to(student.dtype))
+    dx = student.new_empty((n, s) if need_student else 0, dtype=chunked.saved_dtype(student.dtype))
+    dp = weight.new_zeros((t, s) if need_weight else 0, dtype=torch.float32)
+    db = weight.new_zeros(t if need_bias else 0, dtype=torch.float32)
+    if n == 0:
+        return student.new_zeros((), dtype=torch.float32), dx, dp, db
+
+    with _on(student.device):
+        tile = schedule.loss_tile(student.dtype, _capability(student.device), _aligned(student, teacher, weight))
+        loss = _Loss(
+            tile, student, teacher, weight, bias, (channel_shift, channel_scale), denominator, factor,
+            (layer_norm, eps, smooth_l1, beta),
+        )  # fmt: skip
+        step = schedule.choose(n, s, t, student.dtype, workspace_bytes, tile.rows).chunk
+        g = column_sums = None
+        if need_student or need_weight:
+            g = _empty_gradient(student, min(step, n), t)
+        if need_bias:
+            column_sums = student.new_empty((triton.cdiv(min(step, n), tile.rows), t), dtype=torch.float32)
+        first_program = 0
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            x, w = student[rows], None if row_weight is None else row_weight[rows]
+            here = x.shape[0]
+            g_here = None if g is None else g[:here]
+            blocks = triton.cdiv(here, tile.rows)
+            loss.launch(first_program, x, teacher[rows], w, g_here, column_sums)
+            first_program += blocks * loss.column_blocks
+            if need_student:
+                chunked.product(g_here, weight, out=dx[rows])
+            if need_weight:
+                chunked.add_product(dp, g_here.T, chunked.without_rows(x, w))
+            if need_bias:
+                db += column_sums[:blocks].sum(0)
+    return loss.loss, dx, dp, db
+
+
+def _scale(grad_output, student, weight, bias, denominator, factor, student_dtype, weight_dtype):
+    """alpha times each unscaled gradient, one launch each, into new tensors."""
+    results = []
+    for source, dtype in ((student, student_dtype), (weight, weight_dtype), (bias, bias.dtype)):
+        result = torch.empty_like(source, dtype=dtype)
+        if source.numel():
+            with _on(source.device):
+                kernels.scale[(triton.cdiv(source.numel(), SCALE_BLOCK),)](
+                    source, result, grad_output, denominator, source.numel(), factor,
+                    BLOCK=SCALE_BLOCK, num_warps=4, **OPTIONS,
+                )  # fmt: skip
+        results.append(result)
+    return tuple(results)
+
+
+chunked.register_loss("fused_loss", _fused_forward, _scale)
+
+
+# ----------------------------------------------------------------------- few rows: pooled_loss, one launch for backward
+
+
+def _pooled_forward(
+    student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factor,
+    layer_norm, eps, smooth_l1, beta, workspace_bytes, need_student, need_weight, need_bias,
+):  # fmt: skip
+    """loss, G (N, T), the sums of G over blocks of rows."""
+    n, t = teacher.shape
+    tile = schedule.tile("pooled", student.dtype)
+    g = _empty_gradient(student, n, t) if need_student or need_weight else None
+    column_sums = student.new_empty((triton.cdiv(n, tile.rows), t), dtype=torch.float32) if need_bias else None
+    if n == 0:
+        loss = student.new_zeros((), dtype=torch.float32)
+    else:
+        with _on(student.device):
+            launches = _Loss(
+                tile, student, teacher, weight, bias, (channel_shift, channel_scale), denominator, factor,
+                (layer_norm, eps, smooth_l1, beta),
+            )  # fmt: skip
+            launches.launch(0, student, teacher, row_weight, g, column_sums)
+            loss = launches.loss
+    empty = [
+        x if x is not None else student.new_empty((0, 0), dtype=d)
+        for x, d in ((g, student.dtype), (column_sums, torch.float32))
+    ]
+    return loss, *empty
+
+
+def _pooled_fake(student, teacher, weight, *rest):
+    need_student, need_weight, need_bias = rest[-3:]
+    n, t = teacher.shape
+    rows = schedule.tile("pooled", student.dtype).rows
+    return (
+        student.new_empty((), dtype=torch.float32),
+        _empty_gradient(student, n, t) if need_student or need_weight else student.new_empty((0, 0)),
+        student.new_empty(((n + rows - 1) // rows, t) if need_bias else (0, 0), dtype=torch.float32),
+    )
+
+
+def _pooled_backward(
+    grad_output, gradient, column_sums, student, weight, row_weight, denominator, factor,
+    need_student, need_weight, need_bias,
+):  # fmt: skip
+    """dX, dP and db in one launch, alpha read on the device."""
+    (n, s), t = student.shape, weight.shape[0]
+    dx = student.new_empty((n, s) if need_student else 0)
+    dp = weight.new_empty((t, s) if need_weight else 0)
+    db = student.new_empty(t if need_bias else 0, dtype=torch.float32)
+    if n == 0:
+        return dx, dp.zero_(), db.zero_()
+    tile = schedule.tile("gradients", student.dtype)
+    programs = 0
+    if need_student:
+        programs += triton.cdiv(n, tile.x_rows) * triton.cdiv(s, tile.x_columns)
+    if need_weight:
+        programs += triton.cdiv(t, tile.p_rows) * triton.cdiv(s, tile.p_columns)
+    if need_bias:
+        programs += triton.cdiv(t, tile.p_rows)
+    with _on(student.device):
+        kernels.gradient_tiles[(programs,)](
+            gradient, student, weight, row_weight, column_sums, grad_output, denominator,
+            dx if need_student else None, dp if need_weight else None, db if need_bias else None,
+            n, s, t, column_sums.shape[0], gradient.stride(0), student.stride(0), weight.stride(0), factor,
+            X_ROWS=tile.x_rows, X_COLUMNS=tile.x_columns, X_INNER=tile.x_inner,
+            P_ROWS=tile.p_rows, P_COLUMNS=tile.p_columns, P_INNER=tile.p_inner, STAGES=tile.stages,
+            EVEN_S=s % max(tile.x_columns, tile.p_columns) == 0, EVEN_T=t % max(tile.x_inner, tile.p_rows) == 0,
+            PRECISION=_precision(student.dtype), num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+        )  # fmt: skip
+    return dx, dp, db
+
+
+def _pooled_backward_fake(grad_output, gradient, column_sums, student, weight, *rest):
+    need_student, need_weight, need_bias = rest[-3:]
+    return (
+        student.new_empty(student.shape if need_student else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        student.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32),
+    )
+
+
+def _save_pooled(ctx, inputs, output):
+    student, _, weight, _, row_weight, _, _, denominator, factor, _, _, smooth_l1 = inputs[:12]
+    _, gradient, column_sums = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, column_sums, student, weight, row_weight, denominator)
+    ctx.scalars = (factor if smooth_l1 else 2 * factor, *inputs[-3:])
+
+
+def _differentiate_pooled(ctx, grad_output, *_):
+    nothing = (None,) * 17
+    if grad_output is None:
+        return nothing
+    grads = torch.ops.vkd_kernels.pooled_loss_backward.default(grad_output, *ctx.saved_tensors, *ctx.scalars)
+    dx, dp, db = (grad if needed else None for grad, needed in zip(grads, ctx.scalars[1:], strict=True))
+    return (dx, None, dp, db, *nothing[4:])
+
+
+chunked.define("pooled_loss", f"({chunked.LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _pooled_forward, _pooled_fake)
+chunked.define(
+    "pooled_loss_backward",
+    "(Tensor grad_output, Tensor gradient, Tensor column_sums, Tensor student, Tensor weight, Tensor? row_weight, "
+    "Tensor? denominator, float factor, bool need_student, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _pooled_backward,
+    _pooled_backward_fake,
+)
+torch.library.register_autograd(
+    "vkd_kernels::pooled_loss", _differentiate_pooled, setup_context=_save_pooled, lib=chunked.library
+)
+torch.library.register_autograd("vkd_kernels::pooled_loss_backward", chunked.refuse_second_order, lib=chunked.library)
