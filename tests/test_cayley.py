@@ -182,7 +182,11 @@ def test_inverse_refuses_a_matrix_that_is_not_orthonormal():
     ("weight", "error", "message"),
     [
         ([[1.0]], TypeError, "weight must be a tensor; got list"),
-        (torch.randn(5, 3).bfloat16(), TypeError, r"weight .*float32, float64.*bfloat16 .*\(5, 3\).*keep the weight in"),
+        (
+            torch.randn(5, 3).bfloat16(),
+            TypeError,
+            r"weight .*float32, float64.*bfloat16 .*\(5, 3\).*keep the weight in",
+        ),
         (torch.ones(5, 3, dtype=torch.long), TypeError, "weight .* got a int64"),
         (torch.randn(5, 3, dtype=torch.complex64), TypeError, "weight .* got a complex64"),
         (torch.randn(5), ValueError, r"weight must have the shape .*; got \(5,\)"),

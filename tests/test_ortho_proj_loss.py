@@ -125,7 +125,11 @@ def test_rows_of_any_shape(path, normalization):
         student.view(2, 3, 2, 5), teacher.view(2, 3, 2, 9), weight, mask=mask.view(2, 3, 2), normalization=normalization
     )
     spatial = ortho_proj_loss(  # channels last in memory, no unit channel stride
-        student.T.contiguous().T, teacher.T.contiguous().T, weight.T.contiguous().T, mask=mask, normalization=normalization
+        student.T.contiguous().T,
+        teacher.T.contiguous().T,
+        weight.T.contiguous().T,
+        mask=mask,
+        normalization=normalization,
     )
     torch.testing.assert_close(shaped, flat)
     torch.testing.assert_close(spatial, flat)

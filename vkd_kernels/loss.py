@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from . import _checks
+from . import _backend, _checks
 from .normalization.synchronised import GroupHandle
 from .ortho_proj_loss import interface
 from .projection import OrthogonalLinear
@@ -79,6 +79,7 @@ class OrthoProjLoss(nn.Module):
         _checks.check_dim("student_dim", student_dim)
         _checks.check_dim("teacher_dim", teacher_dim)
         interface.check_options(normalization, loss, beta, eps, reduction)
+        _backend.requested("ortho_proj_loss", backend)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend

@@ -85,7 +85,8 @@ class Whitening(nn.Module):
     A batch with fewer rows than channels has a singular covariance; running statistics pool several batches. With
     ``momentum`` the statistics are updated in training mode, then used, in training and in eval mode alike: a
     cumulative average until ``1 / momentum`` batches have been seen, an exponential one afterwards. The spread of the
-    batches' means counts as variance. Before the first update the map is the identity.
+    batches' means counts as variance, so that batches of one size pool to the (biased) covariance of all their rows.
+    Before the first update the map is the identity.
 
     Args:
         num_features: C.
@@ -135,7 +136,7 @@ class Whitening(nn.Module):
 
     def _update(self, rows: torch.Tensor, row_weight) -> None:
         group = self.process_group.group
-        mean, covariance = reference.covariance(rows, row_weight, group)
+        mean, covariance = reference.covariance(rows, row_weight, group, biased=True)
         counted = reference.sum_of_weights(rows, row_weight, group) > 0  # a batch that is all masked changes nothing
         share = (1.0 / (self.batches_seen + 1.0)).clamp_min(self.momentum).to(mean.dtype) * counted
         first = (self.batches_seen == 0) & counted

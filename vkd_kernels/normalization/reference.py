@@ -37,14 +37,17 @@ def standardize(rows: torch.Tensor, row_weight=None, *, eps: float, group=None) 
     return without_masked_rows(centred * torch.rsqrt(variance + eps), row_weight)
 
 
-def covariance(rows: torch.Tensor, row_weight=None, group=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean (C,), Σ (C, C)) with N - 1 in the denominator; for weights w, Σw - Σw²/Σw, which is N - 1 for a mask."""
+def covariance(rows: torch.Tensor, row_weight=None, group=None, *, biased: bool = False):
+    """(mean (C,), Σ (C, C)) with N - 1 in the denominator; for weights w, Σw - Σw²/Σw, which is N - 1 for a mask.
+
+    With ``biased`` the denominator is N, or Σw.
+    """
     rows = without_masked_rows(rows, row_weight)
     mu = mean(rows, row_weight, group)
     centred = rows - mu
     total = total_weight(rows, row_weight, group)
     squares = rows.new_full((), rows.shape[0]) if row_weight is None else row_weight.square().sum()
-    degrees = total - all_reduce(squares, group) / total
+    degrees = total if biased else total - all_reduce(squares, group) / total
     scatter = all_reduce(weighted(centred, row_weight).mT @ centred, group)
     return mu, scatter / torch.where(degrees > 0, degrees, 1.0)
 
