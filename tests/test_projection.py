@@ -1,4 +1,4 @@
-"""OrthogonalLinear and orthogonal(): invariants, assignment, parity with PyTorch's parametrisation, copies and pickles."""
+"""OrthogonalLinear and orthogonal(): invariants, assignment, parity with PyTorch's parametrisation, copies."""
 
 import copy
 import io
