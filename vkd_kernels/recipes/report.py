@@ -77,7 +77,8 @@ def machine() -> dict[str, Any]:
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     checkout, commit = Path(vkd_kernels.__file__).parents[1], None
     if (checkout / ".git").exists():
-        git = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+        describe = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        git = subprocess.run(describe, capture_output=True, text=True)  # ends in -dirty with uncommitted changes
         commit = git.stdout.strip() or None
     return {
         "cpu": cpu, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -123,7 +124,7 @@ def in_words(metrics: dict[str, Any], labels: dict[str, str]) -> str:
     summary, teachers = metrics["summary"], [t["accuracy"] for t in metrics["teachers"]]
     std = statistics.stdev(teachers) if len(teachers) > 1 else None
     lines = [
-        f"Teachers: {_spread(statistics.fmean(teachers), std)} % on the test images. {len(teachers)} seeds, each with "
+        f"Teachers: {_spread(statistics.fmean(teachers), std)} % on the test images. {len(teachers)} seed(s), each with "
         "its own split, teacher and initial weights.",
         "±: standard deviation over the seeds. p: paired t-test over the seeds, one comparison at a time.",
     ]
