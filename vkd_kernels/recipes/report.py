@@ -124,8 +124,8 @@ def in_words(metrics: dict[str, Any], labels: dict[str, str]) -> str:
     summary, teachers = metrics["summary"], [t["accuracy"] for t in metrics["teachers"]]
     std = statistics.stdev(teachers) if len(teachers) > 1 else None
     lines = [
-        f"Teachers: {_spread(statistics.fmean(teachers), std)} % on the test images. {len(teachers)} seed(s), each with "
-        "its own split, teacher and initial weights.",
+        f"Teachers: {_spread(statistics.fmean(teachers), std)} % on the test images. {len(teachers)} seed(s), each "
+        "with its own split, teacher and initial weights.",
         "±: standard deviation over the seeds. p: paired t-test over the seeds, one comparison at a time.",
     ]
     for arm in [arm for arm in ("vkd", "vkd-match") if arm in summary]:
