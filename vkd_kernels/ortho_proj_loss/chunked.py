@@ -96,8 +96,37 @@ def define(name: str, schema: str, forward, fake) -> None:
     torch.library.register_fake(f"vkd_kernels::{name}", fake, lib=library)
 
 
-def refuse_second_order(ctx, *grads):
-    raise RuntimeError(NO_SECOND_ORDER)
+def differentiate(name: str, save, backward) -> None:
+    """Autograd of an operator: save(ctx, inputs, output) after the forward pass, backward(ctx, *grads) -> gradients.
+
+    What torch.library.register_autograd does, which costs 70 µs a call on the host with as many arguments as here.
+    """
+    op = getattr(torch.ops.vkd_kernels, name).default
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            nothing = all(grad is None for grad in grads)
+            return (None,) * len(ctx.needs_input_grad) if nothing else backward(ctx, *grads)
+
+    library.impl(name, Differentiable.apply, "Autograd")
+
+
+def refuse_second_order(name: str) -> None:
+    """Gradients through the operator, a backward, are an error that says what to use instead."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(NO_SECOND_ORDER)
+
+    differentiate(name, lambda ctx, inputs, output: None, refuse)
 
 
 def register_loss(name: str, forward, scale) -> None:
@@ -129,22 +158,18 @@ def register_loss(name: str, forward, scale) -> None:
 
     def save(ctx, inputs, output):
         student, _, weight, _, _, _, _, denominator, factor, _, _, smooth_l1 = inputs[:12]
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], denominator)
         ctx.scalars = (factor if smooth_l1 else 2 * factor, student.dtype, weight.dtype)
         ctx.needed = inputs[-3:]
 
     def backward(ctx, grad_output, *_):
-        nothing = (None,) * 17
-        if grad_output is None:
-            return nothing
         *saved, denominator = ctx.saved_tensors
         grads = scale_op(grad_output, *saved, denominator, *ctx.scalars)
         dx, dp, db = (grad if needed else None for grad, needed in zip(grads, ctx.needed, strict=True))
-        return (dx, None, dp, db, *nothing[4:])
+        return dx, None, dp, db, *[None] * 13
 
-    torch.library.register_autograd(f"vkd_kernels::{name}", backward, setup_context=save, lib=library)
-    torch.library.register_autograd(f"vkd_kernels::{name}_backward", refuse_second_order, lib=library)
+    differentiate(name, save, backward)
+    refuse_second_order(f"{name}_backward")
 
 
 def operands(student, weight, bias, row_weight, denominator):
@@ -422,5 +447,5 @@ for _name, _differentiate, _save in (
     ("student_sum", _differentiate_sum, _save_sum),
     ("student_scatter", _differentiate_scatter, _save_scatter),
 ):
-    torch.library.register_autograd(f"vkd_kernels::{_name}", _differentiate, setup_context=_save, lib=library)
-    torch.library.register_autograd(f"vkd_kernels::{_name}_backward", refuse_second_order, lib=library)
+    differentiate(_name, _save, _differentiate)
+    refuse_second_order(f"{_name}_backward")

@@ -7,7 +7,6 @@ gradient. Chunked (many rows): the forward pass leaves the unscaled gradients, c
 import contextlib
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import chunked, schedule
@@ -58,6 +57,10 @@ def unit_stride(matrix: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def _on(device: torch.device):
     """Triton launches on the current device: make it the tensors' own."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -83,9 +86,9 @@ def _aligned(*matrices: torch.Tensor) -> bool:
 
 def _statistics(teacher, mean, rstd, counter, eps):
     n, t = teacher.shape
-    columns = min(triton.next_power_of_2(t), schedule.STATISTICS_ELEMENTS)
+    columns = min(1 << (t - 1).bit_length(), schedule.STATISTICS_ELEMENTS)
     rows = schedule.STATISTICS_ELEMENTS // columns
-    kernels.row_statistics[(triton.cdiv(n, rows),)](
+    kernels.row_statistics[(_blocks(n, rows),)](
         teacher, mean, rstd, counter, n, t, teacher.stride(0), eps, ROWS=rows, COLUMNS=columns, num_warps=4, **OPTIONS
     )
 
@@ -98,8 +101,8 @@ class _Loss:
         self.layer_norm, self.eps, self.smooth_l1, self.beta = scalars
         self.tile, self.weight, self.bias, self.channels = tile, weight, bias, channels
         self.denominator, self.factor = denominator, factor
-        self.column_blocks = triton.cdiv(t, tile.columns)
-        self.programs = triton.cdiv(n, tile.rows) * self.column_blocks
+        self.column_blocks = _blocks(t, tile.columns)
+        self.programs = _blocks(n, tile.rows) * self.column_blocks
         self.partial = student.new_empty(self.programs, dtype=torch.float32)
         # The last program to arrive adds the partial sums; row_statistics clears the counter where it runs.
         counter = student.new_empty if self.layer_norm else student.new_zeros
@@ -122,7 +125,7 @@ class _Loss:
                 m if m is None else TensorDescriptor(m, m.shape, m.stride(), list(block))
                 for m, block in zip(matrices, blocks, strict=True)
             ]
-        kernels.loss_tile[(triton.cdiv(n, tile.rows) * self.column_blocks,)](
+        kernels.loss_tile[(_blocks(n, tile.rows) * self.column_blocks,)](
             *matrices[:3], self.bias, row_weight, mean, rstd, *self.channels,
             matrices[3], column_sums, self.partial, self.counter, self.loss, self.denominator,
             n, s, t, student.stride(0), self.weight.stride(0), teacher.stride(0),
@@ -167,14 +170,14 @@ def _fused_forward(
         if need_student or need_weight:
             g = _empty_gradient(student, min(step, n), t)
         if need_bias:
-            column_sums = student.new_empty((triton.cdiv(min(step, n), tile.rows), t), dtype=torch.float32)
+            column_sums = student.new_empty((_blocks(min(step, n), tile.rows), t), dtype=torch.float32)
         first_program = 0
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             x, w = student[rows], None if row_weight is None else row_weight[rows]
             here = x.shape[0]
             g_here = None if g is None else g[:here]
-            blocks = triton.cdiv(here, tile.rows)
+            blocks = _blocks(here, tile.rows)
             loss.launch(first_program, x, teacher[rows], w, g_here, column_sums)
             first_program += blocks * loss.column_blocks
             if need_student:
@@ -193,7 +196,7 @@ def _scale(grad_output, student, weight, bias, denominator, factor, student_dtyp
         result = torch.empty_like(source, dtype=dtype)
         if source.numel():
             with _on(source.device):
-                kernels.scale[(triton.cdiv(source.numel(), SCALE_BLOCK),)](
+                kernels.scale[(_blocks(source.numel(), SCALE_BLOCK),)](
                     source, result, grad_output, denominator, source.numel(), factor,
                     BLOCK=SCALE_BLOCK, num_warps=4, **OPTIONS,
                 )  # fmt: skip
@@ -215,7 +218,7 @@ def _pooled_forward(
     n, t = teacher.shape
     tile = schedule.tile("pooled", student.dtype)
     g = _empty_gradient(student, n, t) if need_student or need_weight else None
-    column_sums = student.new_empty((triton.cdiv(n, tile.rows), t), dtype=torch.float32) if need_bias else None
+    column_sums = student.new_empty((_blocks(n, tile.rows), t), dtype=torch.float32) if need_bias else None
     if n == 0:
         loss = student.new_zeros((), dtype=torch.float32)
     else:
@@ -240,7 +243,7 @@ def _pooled_fake(student, teacher, weight, *rest):
     return (
         student.new_empty((), dtype=torch.float32),
         _empty_gradient(student, n, t) if need_student or need_weight else student.new_empty((0, 0)),
-        student.new_empty(((n + rows - 1) // rows, t) if need_bias else (0, 0), dtype=torch.float32),
+        student.new_empty((_blocks(n, rows), t) if need_bias else (0, 0), dtype=torch.float32),
     )
 
 
@@ -258,11 +261,11 @@ def _pooled_backward(
     tile = schedule.tile("gradients", student.dtype)
     programs = 0
     if need_student:
-        programs += triton.cdiv(n, tile.x_rows) * triton.cdiv(s, tile.x_columns)
+        programs += _blocks(n, tile.x_rows) * _blocks(s, tile.x_columns)
     if need_weight:
-        programs += triton.cdiv(t, tile.p_rows) * triton.cdiv(s, tile.p_columns)
+        programs += _blocks(t, tile.p_rows) * _blocks(s, tile.p_columns)
     if need_bias:
-        programs += triton.cdiv(t, tile.p_rows)
+        programs += _blocks(t, tile.p_rows)
     with _on(student.device):
         kernels.gradient_tiles[(programs,)](
             gradient, student, weight, row_weight, column_sums, grad_output, denominator,
@@ -288,18 +291,14 @@ def _pooled_backward_fake(grad_output, gradient, column_sums, student, weight, *
 def _save_pooled(ctx, inputs, output):
     student, _, weight, _, row_weight, _, _, denominator, factor, _, _, smooth_l1 = inputs[:12]
     _, gradient, column_sums = output
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient, column_sums, student, weight, row_weight, denominator)
     ctx.scalars = (factor if smooth_l1 else 2 * factor, *inputs[-3:])
 
 
 def _differentiate_pooled(ctx, grad_output, *_):
-    nothing = (None,) * 17
-    if grad_output is None:
-        return nothing
     grads = torch.ops.vkd_kernels.pooled_loss_backward.default(grad_output, *ctx.saved_tensors, *ctx.scalars)
     dx, dp, db = (grad if needed else None for grad, needed in zip(grads, ctx.scalars[1:], strict=True))
-    return (dx, None, dp, db, *nothing[4:])
+    return dx, None, dp, db, *[None] * 13
 
 
 chunked.define("pooled_loss", f"({chunked.LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _pooled_forward, _pooled_fake)
@@ -311,7 +310,5 @@ chunked.define(
     _pooled_backward,
     _pooled_backward_fake,
 )
-torch.library.register_autograd(
-    "vkd_kernels::pooled_loss", _differentiate_pooled, setup_context=_save_pooled, lib=chunked.library
-)
-torch.library.register_autograd("vkd_kernels::pooled_loss_backward", chunked.refuse_second_order, lib=chunked.library)
+chunked.differentiate("pooled_loss", _save_pooled, _differentiate_pooled)
+chunked.refuse_second_order("pooled_loss_backward")
