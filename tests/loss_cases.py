@@ -35,7 +35,7 @@ class Case:
         n, s, t = shape
         torch.manual_seed(seed)
         exact = torch.promote_types(dtype, torch.float32)
-        random = lambda *size: torch.randn(*size, dtype=torch.float64)  # noqa: E731
+        random = lambda *size: torch.randn(*size, dtype=torch.float64, device=device)  # noqa: E731
         self.student = random(n, s).to(dtype)
         self.teacher = (2 * random(n, t) + 0.7).to(teacher_dtype or dtype)
         # Representable in the product's dtype: the interpreter's cast truncates where a GPU rounds to nearest.
@@ -43,19 +43,16 @@ class Case:
         self.bias = (0.3 * random(t)).to(exact) if bias else None
         self.row_weight = None
         if weights:
-            self.row_weight = torch.rand(n, dtype=torch.float64).to(exact)
+            self.row_weight = torch.rand(n, dtype=torch.float64, device=device).to(exact)
             self.row_weight[::3] = 0
             self.row_weight[0] = 0.7
         self.channel_shift = random(t).to(exact) if channels else None
-        self.channel_scale = (torch.rand(t, dtype=torch.float64) + 0.5).to(exact) if channels else None
+        self.channel_scale = (torch.rand(t, dtype=torch.float64, device=device) + 0.5).to(exact) if channels else None
         self.denominator = float(n * t)
         if tensor_denominator:
-            self.denominator = torch.tensor(self.denominator, dtype=exact)
+            self.denominator = torch.tensor(self.denominator, dtype=exact, device=device)
         self.options = dict(layer_norm=layer_norm, eps=eps, loss=loss, beta=beta)
         self.grad_output = random(()).to(exact) * 64
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device))
 
     @property
     def tensors(self):
@@ -78,14 +75,14 @@ class Case:
         grad_output = self.grad_output if grad_output is None else grad_output
         return loss, dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), grad_output), strict=True))
 
-    def truth(self):
-        """(loss, gradients) of the reference in float64 on the same rounded inputs."""
+    def truth(self, function=None):
+        """(loss, gradients) of the reference (or function) in float64 on the same rounded inputs."""
         double = object.__new__(Case)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 value = value.to(self.student.dtype).double() if name == "weight" else value.double()
             setattr(double, name, value)
-        return double.run(composition)
+        return double.run(function or composition)
 
     def check(self, function, slack=1.0, **kwargs):
         """Three sides: the error against float64 is within the table, or 1.5 times the same-dtype composition's."""
