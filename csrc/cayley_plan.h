@@ -9,14 +9,20 @@
 //                                       forward                             backward
 //   s <= 64, V short or batch large     1                                   1
 //   s <= 64, otherwise                  3 (V^T V, inverse, V R)             4
-//   s > 64, t > s                       2 + ceil(s / 32) (V^T V, .., V R)   4 (V^T G2, R^T dR, dU and dM + dM^T, dV)
-//   s > 64, t = s                       ceil(s / 32)                        2 (R^T dR, dU)
+//   s > 64, t > s                       3 + ceil(s / 32)                    4 (V^T G2, R^T dR, dU and dM + dM^T, dV)
+//                                       (V^T V, panels, U^-1 L^-1, V R)
+//   s > 64, t = s                       1 + ceil(s / 32)                    2 (R^T dR, dU)
 //
-// Why own products instead of cuBLAS, in the model of DESIGN's target (3024 x 192, float32): V^T V is 0.1 GFMA, 7 us at the
-// 64 float64 FMA a cycle of each SM, if it is split over the rows to fill the GPU; at::matmul needs V and R cast to and
-// from float64 and slices made contiguous, 3 launches for each of the 6 products where 6 are enough, and the host spends
-// about as long on those calls as the GPU on the work. cuBLAS would win on its tensor cores (twice the rate) where the
-// products are large; a batch of twelve 768 x 384 is 5 GFMA forward and backward, 0.4 ms against 0.2 ms. Not measured.
+// Model, not measurements, for 3024 x 192 in float32 on an H200 (2 us a launch, 64 float64 FMA a cycle and SM): V^T V 9
+// us, 6 panels of 7, U^-1 L^-1 6, V R 9; backward 13 + 8 + 8 + 17: 66 and 46 us. A panel is 2 us of launch, 1 of loads,
+// 1.3 of products and 3 for the 16 pairs of pivots that factor the next pivot block. Panels of 64 would halve the
+// launches, but a lone team spends 5 us on their products; factoring the pivot in every team would save that team's
+// wait and cost all of a large batch's teams 3 us more.
+//
+// Why own products instead of cuBLAS: at::matmul needs V and R cast to and from float64 and slices made contiguous,
+// three launches or so for each of the six products, and the host takes about as long over those calls as the GPU over
+// the work. cuBLAS would win on its float64 tensor cores (twice the rate) where the products are large: a batch of
+// twelve 768 x 384 is 5 GFMA forward and backward, 0.4 ms against 0.2 ms in the same model.
 //
 // Work is split by shapes alone, never by the device: the same bits on every GPU, and on the CPU.
 #pragma once
@@ -32,7 +38,9 @@ struct Strided {
   T* data;
   int64_t batch, row, col;
 
-  VKD_HD double operator()(int64_t z, int64_t i, int64_t j) const { return double(data[z * batch + i * row + j * col]); }
+  VKD_HD double operator()(int64_t z, int64_t i, int64_t j) const {
+    return double(data[z * batch + i * row + j * col]);
+  }
 };
 
 template <class T>
@@ -206,8 +214,12 @@ VKD_HD void grad_v_tile(Ctx& ctx, double* smem, const Backward<T>& b, int64_t z,
   });
 }
 
-// ---- Kernels: operator()(ctx, smem, block) is the work of one team of S::THREADS with SMEM doubles of shared memory. ----
-// RESIDENT threads must fit one SM together (512: at most 128 registers each), so that a second team hides the latency of the first.
+// Where panel k of the elimination goes: r and `other` take turns, and the last panel goes to `other`.
+VKD_HD double* panel_buffer(double* r, double* other, int tiles, int k) { return (tiles - 1 - k) % 2 == 0 ? other : r; }
+
+// ---- Kernels: operator()(ctx, smem, block) is the work of one team of S::THREADS with SMEM doubles of shared memory.
+// ---- RESIDENT threads must fit one SM together (512: at most 128 registers each), so that a second team hides the
+// latency of the first.
 
 // Tile `index` of the upper triangle (diagonal included) of a `tiles` x `tiles` grid, row by row.
 VKD_HD void upper_tile(int index, int tiles, int& ti, int& tj) {
@@ -259,35 +271,73 @@ struct SmallForwardKernel {
   }
 };
 
-// One panel of the elimination. The first reads M, the last one writes r and Q1.
-template <class S_, class T, bool FIRST>
-struct PanelKernel {
+// The first panel of the elimination: reads M, writes to one of the two buffers.
+template <class S_, class T>
+struct FirstPanelKernel {
   using S = S_;
   static constexpr int SMEM = PanelStep<S>::SMEM;
   static constexpr int RESIDENT = 512;
   Forward<T> f;
-  int k;
 
   template <class Ctx>
   VKD_HD void operator()(Ctx& ctx, double* smem, unsigned block) const {
-    const int tiles = int(ceil_div(f.s, S::TILE)), s = f.s;
+    const unsigned tiles = unsigned(ceil_div(f.s, S::TILE));
     const int64_t z = block / (tiles * tiles);
-    const int tile = int(block % (tiles * tiles));
-    const bool even = (tiles - 1 - k) % 2 == 0;  // so that the last step writes r
-    const double* in = (even ? f.other : f.r) + z * s * s;
-    double* out = (even ? f.r : f.other) + z * s * s;
-    const bool last = k == tiles - 1;
+    double* out = panel_buffer(f.r, f.other, tiles, 0) + z * f.s * f.s;
     PanelStep<S>::run(
-        ctx, smem, FIRST ? 0 : k, tile / tiles, tile % tiles,
-        [&](int i, int j) {
-          if constexpr (FIRST) return f.matrix(z, i, j);
-          // M padded with the identity stays padded with the identity, so the padding is never stored.
-          return i < s && j < s ? in[int64_t(i) * s + j] : i == j ? 1.0 : 0.0;
-        },
+        ctx, smem, 0, int(block / tiles % tiles), int(block % tiles), [&](int i, int j) { return f.matrix(z, i, j); },
         [&](int i, int j, double value) {
-          if (last) f.store_inverse(z, i, j, value);
-          else if (i < s && j < s) out[int64_t(i) * s + j] = value;
+          if (i < f.s && j < f.s) out[int64_t(i) * f.s + j] = value;
         });
+  }
+};
+
+// Any later panel, from one buffer to the other.
+template <class S_>
+struct PanelKernel {
+  using S = S_;
+  static constexpr int SMEM = PanelStep<S>::SMEM;
+  static constexpr int RESIDENT = 512;
+  double *r, *other;
+  int s, k;
+
+  template <class Ctx>
+  VKD_HD void operator()(Ctx& ctx, double* smem, unsigned block) const {
+    const unsigned tiles = unsigned(ceil_div(s, S::TILE));
+    const int64_t z = block / (tiles * tiles);
+    const double* in = panel_buffer(r, other, tiles, k - 1) + z * s * s;
+    double* out = panel_buffer(r, other, tiles, k) + z * s * s;
+    PanelStep<S>::run(
+        ctx, smem, k, int(block / tiles % tiles), int(block % tiles),
+        // M padded with the identity stays padded with the identity, so the padding is never stored.
+        [&](int i, int j) { return i < s && j < s ? in[int64_t(i) * s + j] : i == j ? 1.0 : 0.0; },
+        [&](int i, int j, double value) {
+          if (i < s && j < s) out[int64_t(i) * s + j] = value;
+        });
+  }
+};
+
+// R = U^-1 L^-1 and Q1 = 2R - I, from the factors' inverses in `other`.
+template <class S_, class T>
+struct InverseKernel {
+  using S = S_;
+  static constexpr int SMEM = S::GEMM_SMEM;
+  static constexpr int RESIDENT = 512;
+  Forward<T> f;
+
+  template <class Ctx>
+  VKD_HD void operator()(Ctx& ctx, double* smem, unsigned block) const {
+    const unsigned tiles = unsigned(ceil_div(f.s, S::TILE));
+    const int64_t z = block / (tiles * tiles);
+    const int i0 = int(block / tiles % tiles) * S::TILE, j0 = int(block % tiles) * S::TILE;
+    const auto packed = [&](int i, int j) { return f.other[(z * f.s + i) * f.s + j]; };
+    Tile<S> tile;
+    tile.zero();
+    accumulate<S, Walk::k, Walk::tile>(
+        ctx, smem, tile, i0 > j0 ? i0 : j0, f.s,
+        [&](int i, int k) { return i0 + i < f.s ? upper_inverse(i0 + i, k, packed) : 0.0; },
+        [&](int k, int j) { return j0 + j < f.s ? lower_inverse(k, j0 + j, packed) : 0.0; });
+    tile.each(ctx, [&](int i, int j, double value) { f.store_inverse(z, i0 + i, j0 + j, value); });
   }
 };
 
@@ -315,7 +365,8 @@ struct GradGramKernel {
   template <class Ctx>
   VKD_HD void operator()(Ctx& ctx, double* smem, unsigned block) const {
     const unsigned tiles = unsigned(ceil_div(b.s, S::TILE)), rest = block / (tiles * tiles);
-    grad_gram_tile<S>(ctx, smem, b, rest / b.parts, int(rest % b.parts), int(block / tiles % tiles), int(block % tiles));
+    const int ti = int(block / tiles % tiles), tj = int(block % tiles);
+    grad_gram_tile<S>(ctx, smem, b, rest / b.parts, int(rest % b.parts), ti, tj);
   }
 };
 
@@ -389,7 +440,7 @@ struct SmallBackwardKernel {
 constexpr int PANEL = 32;     // pivots per launch of the elimination, and the smaller tile of the products
 constexpr int WIDE = 64;      // the larger tile: fewer reads per flop, for when there are enough tiles to fill the GPU
 constexpr int SMALL_MAX = 64;  // the widest matrix that one team inverts alone
-constexpr int FILL = 128;     // teams that fill a GPU: about its number of SMs (108 to 148), a constant for the same bits everywhere
+constexpr int FILL = 128;     // teams that fill a GPU (108 to 148 SMs); a constant, for the same bits everywhere
 
 // The thread grids of the GPU. 16: one warp; 32: 4 warps; 64: 8 warps, whose threads hold 4 x 4 elements each.
 template <int TILE>
@@ -397,8 +448,11 @@ struct DeviceShape {
   using type = Shape<TILE, (TILE > 16 ? 16 : 8), (TILE == 16 ? 4 : TILE == 32 ? 8 : 16)>;
 };
 
-// One launch for everything? Then a single team sums over the rows of V: fine if they are few, or the batch fills the GPU.
-inline bool in_one_launch(int64_t batch, int t, int s) { return s <= SMALL_MAX && (t - s <= 4 * WIDE || batch >= FILL); }
+// One launch for everything? Then a single team sums over the rows of V: fine if they are few, or the batch fills the
+// GPU.
+inline bool in_one_launch(int64_t batch, int t, int s) {
+  return s <= SMALL_MAX && (t - s <= 4 * WIDE || batch >= FILL);
+}
 
 inline bool use_wide(int64_t wide_tiles) { return wide_tiles >= FILL; }
 
@@ -452,8 +506,11 @@ void forward(Launch&& launch, Forward<T> f, double* workspace, int64_t batch) {
     launch(SmallForwardKernel<Wide, T>{f, all}, batch);
   } else {
     const int64_t blocks = batch * square_tiles(s, PANEL, false);
-    launch(PanelKernel<Narrow, T, true>{f, 0}, blocks);
-    for (int k = 1; k < ceil_div(s, PANEL); ++k) launch(PanelKernel<Narrow, T, false>{f, k}, blocks);
+    launch(FirstPanelKernel<Narrow, T>{f}, blocks);
+    for (int k = 1; k < ceil_div(s, PANEL); ++k) launch(PanelKernel<Narrow>{f.r, f.other, s, k}, blocks);
+    const int64_t wide = batch * square_tiles(s, WIDE, false);
+    if (use_wide(wide)) launch(InverseKernel<Wide, T>{f}, wide);
+    else launch(InverseKernel<Narrow, T>{f}, blocks);
   }
   if (m > 0 && !all) {
     const int64_t wide = batch * ceil_div(m, WIDE) * ceil_div(s, WIDE);

@@ -96,9 +96,11 @@ struct Output {
   std::vector<T> values() const { return {all.begin() + BORDER, all.end() - BORDER}; }
   void check(const char* name, bool full) const {
     for (int i = 0; i < BORDER; ++i)
-      CHECK(std::isnan(all[i]) && std::isnan(all[all.size() - 1 - i]), "%s: written outside, %d from the border", name, i);
+      CHECK(std::isnan(all[i]) && std::isnan(all[all.size() - 1 - i]),
+            "%s: written outside, %d from the border", name, i);
     for (int64_t i = BORDER; full && i < int64_t(all.size()) - BORDER; ++i)
-      CHECK(std::isfinite(all[i]), "%s: element %lld is missing or not finite", name, static_cast<long long>(i - BORDER));
+      CHECK(std::isfinite(all[i]), "%s: element %lld is missing or not finite", name,
+            static_cast<long long>(i - BORDER));
   }
 };
 
@@ -131,7 +133,8 @@ Result<T> run(const std::vector<T>& weight, const std::vector<T>& grad_q, int64_
       backward_space(backward_workspace(batch, t, s));
   Result<T> result;
   launcher.launches = 0;
-  forward<ShapeOf>(launcher, Forward<T>{ws, q.data(), r.data(), nullptr, nullptr, t, s, 0}, forward_space.data(), batch);
+  forward<ShapeOf>(launcher, Forward<T>{ws, q.data(), r.data(), nullptr, nullptr, t, s, 0}, forward_space.data(),
+                   batch);
   result.forward_launches = launcher.launches;
   launcher.launches = 0;
   backward<ShapeOf>(launcher, Backward<T>{gs, ws, r.data(), grad.data(), nullptr, nullptr, nullptr, t, s, 0},
