@@ -20,7 +20,7 @@ def info() -> dict:
     except ImportError:
         triton_version = None
     module, reason = _backend.extension()
-    ops = {}
+    ops: dict[str, dict] = {}
     for op, backends in _backend.SERVES.items():
         for device in ("cpu", "cuda"):
             reasons = {b: _backend.why_not(op, b, device, torch.float32) for b in backends}

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     tasks = distill.add_subparsers(title="tasks", required=True, metavar="TASK")
     for name, recipe in {"classification": classification}.items():
         task = tasks.add_parser(
-            name, help=recipe.__doc__.splitlines()[0], description=recipe.__doc__,
+            name, help=(recipe.__doc__ or name).splitlines()[0], description=recipe.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         recipe.add_arguments(task)
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 def show_info(arguments: argparse.Namespace) -> int:
     from vkd_kernels.info import main as info
 
-    return info(["--json"] if arguments.json else []) or 0
+    info(["--json"] if arguments.json else [])
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """``OrthoProjLoss``: the feature loss with its own orthonormal projection, as a module."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from .normalization.synchronised import GroupHandle
 from .ortho_proj_loss import interface
 from .projection import OrthogonalLinear
 
-TASKS = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
+TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
     "classification": {"normalization": "layer_norm"},
     "detection": {"normalization": "batch_norm"},
     "generation": {"normalization": "whiten", "eps": 1e-3},
@@ -89,10 +90,11 @@ class OrthoProjLoss(nn.Module):
         matched = math.sqrt(teacher_dim / student_dim)
         if isinstance(scale, str):
             _checks.check_choice("scale", scale, ("match", "learned"))
-            scale = matched if scale == "match" else nn.Parameter(torch.tensor(matched, device=device, dtype=dtype))
+            learned = nn.Parameter(torch.tensor(matched, device=device, dtype=dtype))
+            self.scale: float | nn.Parameter = matched if scale == "match" else learned
         else:
             _checks.check_number("scale", scale)
-        self.scale = scale
+            self.scale = scale
 
     @classmethod
     def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options) -> "OrthoProjLoss":
@@ -105,9 +107,10 @@ class OrthoProjLoss(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        gain, scale = self.projection.gain, self.scale
+        gain = self.projection.gain
+        scale: float | torch.Tensor | None = self.scale
         if gain is not None:
-            scale = gain * scale
+            scale = gain * self.scale
         elif not isinstance(scale, torch.Tensor) and scale == 1.0:
             scale = None
         return interface.ortho_proj_loss(

@@ -1,5 +1,7 @@
 """Orthogonal projections as modules: ``OrthogonalLinear``, and ``orthogonal()`` for a weight of any module."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +29,8 @@ def orthonormal_factor(matrix: torch.Tensor) -> torch.Tensor:  # (..., T, S)
 
 class CayleyMap(nn.Module):
     """weight -> cayley(weight) · signs. Assignment goes through the inverse and sets the signs, which never train."""
+
+    signs: torch.Tensor
 
     def __init__(self, matrix: torch.Tensor):  # (..., T, S)
         super().__init__()
@@ -57,9 +61,9 @@ class TorchMap(nn.Module):
         super().__init__()
         self.orthogonal_map = orthogonal_map
         holder = nn.Module()
-        holder.weight = nn.Parameter(torch.zeros_like(matrix).fill_diagonal_(1))
+        holder.register_parameter("weight", nn.Parameter(torch.zeros_like(matrix).fill_diagonal_(1)))
         parametrizations.orthogonal(holder, "weight", orthogonal_map=orthogonal_map)
-        self.map = holder.parametrizations.weight[0]
+        self.map: Any = holder.get_submodule("parametrizations.weight.0")
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with no_autocast(weight.device.type):
@@ -75,7 +79,7 @@ class TorchMap(nn.Module):
         return self.map.right_inverse(orthonormal_factor(matrix))
 
 
-def make_map(matrix: torch.Tensor, orthogonal_map: str) -> nn.Module:
+def make_map(matrix: torch.Tensor, orthogonal_map: str) -> CayleyMap | TorchMap:
     _checks.check_choice("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
     return CayleyMap(matrix) if orthogonal_map == "cayley" else TorchMap(matrix, orthogonal_map)
 

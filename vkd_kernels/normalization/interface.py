@@ -98,6 +98,10 @@ class Whitening(nn.Module):
         forward(features (..., C), mask (...) or None) -> (..., C), a constant (no gradient).
     """
 
+    running_mean: torch.Tensor  # (C,) float64, as the other statistics; there with momentum alone
+    running_covariance: torch.Tensor  # (C, C)
+    batches_seen: torch.Tensor  # ()
+
     def __init__(
         self,
         num_features: int,
@@ -138,7 +142,7 @@ class Whitening(nn.Module):
         group = self.process_group.group
         mean, covariance = reference.covariance(rows, row_weight, group, biased=True)
         counted = reference.sum_of_weights(rows, row_weight, group) > 0  # a batch that is all masked changes nothing
-        share = (1.0 / (self.batches_seen + 1.0)).clamp_min(self.momentum).to(mean.dtype) * counted
+        share = (1.0 / (self.batches_seen + 1.0)).clamp_min(self.momentum or 0.0).to(mean.dtype) * counted
         first = (self.batches_seen == 0) & counted
         delta = mean - self.running_mean
         mixed = torch.lerp(self.running_covariance, covariance, share) + share * (1 - share) * torch.outer(delta, delta)

@@ -1,6 +1,6 @@
 """How the fused loss runs: the launches for a shape, and the one table of tiles (kernels: triton_kernels.py)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ class GradientTiles(NamedTuple):
 # Tiles that compile without spills (tests/test_ortho_proj_loss_aot.py holds them to it), by kernel and operand bits,
 # for compute capabilities from the given one on. "descriptor" and "pointer": rows start on 16-byte boundaries;
 # "ragged": they do not.
-TILES = {
+TILES: dict[tuple[str, int], dict[int, Any]] = {
     ("descriptor", 16): {90: LossTile(128, 128, 64, 8, 3, descriptors=True)},
     ("pointer", 16): {80: LossTile(128, 128, 64, 8, 3)},
     ("pointer", 32): {80: LossTile(64, 128, 32, 8, 3)},

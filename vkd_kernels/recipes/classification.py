@@ -125,7 +125,7 @@ class LinearProjLoss(nn.Module):
         return vk.functional.ortho_proj_loss(student, teacher, self.projection.weight, normalization="layer_norm")
 
 
-def make_feature_loss(arm: Arm, student_dim: int, teacher_dim: int) -> nn.Module | None:
+def make_feature_loss(arm: Arm, student_dim: int, teacher_dim: int) -> vk.OrthoProjLoss | LinearProjLoss | None:
     if arm.projection == "orthogonal":
         return vk.OrthoProjLoss(student_dim, teacher_dim, normalization="layer_norm", scale=arm.scale)
     return LinearProjLoss(student_dim, teacher_dim) if arm.projection == "linear" else None
@@ -199,10 +199,11 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
 
 
 def make_optimizer(
-    config: Config, student: nn.Module, feature_loss: nn.Module | None, steps: int
+    config: Config, student: models.TinyViT, feature_loss: nn.Module | None, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW on one cycle; no weight decay on 1-D parameters, on what the student excludes, or on the projection."""
-    decayed, kept = [], list(feature_loss.parameters()) if feature_loss is not None else []
+    decayed: list[nn.Parameter] = []
+    kept = list(feature_loss.parameters()) if feature_loss is not None else []
     for name, parameter in student.named_parameters():
         excluded = parameter.ndim < 2 or name in student.no_weight_decay()
         (kept if excluded else decayed).append(parameter)
@@ -291,7 +292,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
 
 
 @torch.no_grad()
-def orthogonality_error(feature_loss: nn.Module | None) -> float | None:
+def orthogonality_error(feature_loss: vk.OrthoProjLoss | LinearProjLoss | None) -> float | None:
     """max |PᵀP − I| of the trained projection (of P Pᵀ where the student is wider), in float64; None without one."""
     if feature_loss is None:
         return None

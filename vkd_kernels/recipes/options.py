@@ -25,11 +25,12 @@ def add_options(parser: argparse.ArgumentParser, config: type, title: str) -> No
     """Only what the user typed ends up in the namespace, so that --resume can tell it from a default."""
     group = parser.add_argument_group(title)
     for field in dataclasses.fields(config):
-        several = isinstance(field.default, tuple)
-        default = " ".join(map(str, field.default)) if several else field.default
+        value: Any = field.default
+        several = isinstance(value, tuple)
+        default = " ".join(map(str, value)) if several else value
         group.add_argument(
             flag(field.name),
-            type=type(field.default[0] if several else field.default),
+            type=type(value[0] if several else value),
             nargs="+" if several else None,
             default=argparse.SUPPRESS,
             metavar=field.name.rsplit("_", 1)[-1].upper(),

@@ -227,6 +227,6 @@ def _spread_out(heights: dict[str, float], gap: float) -> dict[str, float]:
     """Label heights at least `gap` apart, as near their lines as neighbours allow, none above the highest line."""
     placed: dict[str, float] = {}
     limit = math.inf
-    for name in sorted(heights, key=heights.get, reverse=True):
+    for name in sorted(heights, key=heights.__getitem__, reverse=True):
         limit = placed[name] = min(heights[name], limit - gap)
     return placed

@@ -257,7 +257,8 @@ def _start_worker(stop: Any, reports: Any) -> None:
 
 def _exit_with_parent() -> None:
     """A killed parent cannot tell its workers to stop; its pipe closes. Files are atomic: leaving at once is safe."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
@@ -336,7 +337,8 @@ class _Progress:
     def __init__(self, images: int, tasks: int, done: int, quiet: bool) -> None:
         from tqdm import tqdm
 
-        self.tasks, self.done, self.quiet, self.current = tasks, done, quiet, {}
+        self.tasks, self.done, self.quiet = tasks, done, quiet
+        self.current: dict = {}
         self.terminal = sys.stderr.isatty()
         size = shutil.get_terminal_size((110, 24))  # tqdm itself shows nothing on a terminal of unknown size
         self.bar = tqdm(
