@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 CTEST_BUILD := build/ctest
 
-.PHONY: setup demo test lint ctest clean
+.PHONY: setup demo test lint ctest docs wheels clean
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,7 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 demo: setup
 	$(BIN)/vkd distill classification --resume
 
-test: lint ctest
+test: lint ctest docs
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -36,6 +36,14 @@ ctest: setup
 	    -DVKD_BUILD_EXTENSION=OFF -DVKD_BUILD_TESTS=ON
 	$(BIN)/cmake --build $(CTEST_BUILD)
 	$(BIN)/ctest --test-dir $(CTEST_BUILD) --output-on-failure
+
+docs: setup
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+
+# Pure Python, and with the extension for this machine's PyTorch.
+wheels: setup
+	VKD_KERNELS_BUILD=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
 clean:
 	rm -rf build dist *.egg-info vkd_kernels/*.so vkd_kernels/_build.json

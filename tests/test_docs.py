@@ -1,0 +1,52 @@
+"""The docs hold: docstring examples run, README's training code runs, every public name has its page."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vkd_kernels as vk
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["loss", "projection", "distiller", "cayley.interface", "ortho_proj_loss.interface"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"vkd_kernels.{name}"))
+    assert failed == 0 and tried > 0
+
+
+def test_readmes_training_code():
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Linear(8, 192), torch.nn.Linear(192, 10)
+
+        def forward_features(self, images):
+            return self.embed(images.flatten(2)[:, :, :8])
+
+        def forward_head(self, tokens):
+            return self.head(tokens.mean(1))
+
+    class Teacher(torch.nn.Module):
+        def forward_features(self, images):
+            return images.mean(1, keepdim=True).repeat(1, 3024, 1, 1)
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    student = Student()
+    before = student.embed.weight.detach().clone()
+    loader = [(torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))] * 2
+    names = {"student": student, "teacher": Teacher(), "loader": loader}
+    exec(code, {**names, "cross_entropy": torch.nn.functional.cross_entropy})
+    assert not torch.equal(student.embed.weight, before)
+
+
+def test_every_public_name_is_in_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = [*vk.__all__, *(f"functional.{n}" for n in vk.functional.__all__)]
+    for name in set(names) - {"__version__", "functional", "cayley"}:
+        assert f"::: vkd_kernels.{name}\n" in page, name
