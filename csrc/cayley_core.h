@@ -128,7 +128,7 @@ VKD_HD double determinant(double a, double b, double c, double d) {
 }
 
 // In place: tile <- the inverses of its triangular factors, A = L U without pivoting: U^-1 on and above the diagonal,
-// L^-1 (unit diagonal, not stored) below. The tile stays in registers.
+// L^-1 (unit diagonal, not stored) below. The tile stays in registers. Sync before using smem again.
 //
 // The symmetric part of M and of all its Schur complements is >= I, so every pivot is >= 1 and no pivoting is needed.
 // But the inverse of a block must never be applied as a whole: with a V of low rank and entries of 1e3, A_ik (A_kk^-1
@@ -194,7 +194,6 @@ VKD_HD void factor(Ctx& ctx, double* smem, Tile<S>& tile) {
       buffer ^= 1;
     }
   }
-  ctx.sync();  // the caller may reuse the shared memory
 }
 
 // Elements of the factors' inverses, from where factor() and the elimination keep them; (i, j) in the whole matrix.
@@ -203,7 +202,7 @@ VKD_HD double upper_inverse(int i, int j, Load packed) { return i <= j ? packed(
 template <class Load>
 VKD_HD double lower_inverse(int i, int j, Load packed) { return i > j ? packed(i, j) : i == j ? 1.0 : 0.0; }
 
-// tile <- tile^-1 = U^-1 L^-1, for a matrix of one tile. smem: S::LD · S::TILE doubles and what factor() needs.
+// tile <- tile^-1 = U^-1 L^-1, for a matrix of one tile. smem: S::INVERT_SMEM. Sync before using it again.
 template <class S, class Ctx>
 VKD_HD void invert(Ctx& ctx, double* smem, Tile<S>& tile) {
   double* kept = smem + S::FACTOR_SMEM;
@@ -219,7 +218,6 @@ VKD_HD void invert(Ctx& ctx, double* smem, Tile<S>& tile) {
     tile.each(ctx, [&](int i, int j, double& value) {
       value = fma(upper_inverse(i, k, packed), lower_inverse(k, j, packed), value);
     });
-  ctx.sync();
 }
 
 // Step k of the same elimination on a matrix of tiles; this team makes tile (bi, bj) of the result. With U^-1 and L^-1
