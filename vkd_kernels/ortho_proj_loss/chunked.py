@@ -83,8 +83,13 @@ LOSS_ARGUMENTS = (
     "Tensor? channel_scale, Tensor? denominator, float factor, bool layer_norm, float eps, bool smooth_l1, float beta, "
     "int workspace_bytes, bool need_student, bool need_weight, bool need_bias"
 )
+MSE_ARGUMENTS = (
+    "Tensor student, Tensor teacher, Tensor weight, Tensor scale, Tensor? row_weight, Tensor? denominator, "
+    "float factor, bool layer_norm, float eps, int workspace_bytes, "
+    "bool need_student, bool need_weight, bool need_scale"
+)
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor student, Tensor weight, Tensor bias, Tensor? denominator, float factor, "
+    "(Tensor grad_output, Tensor student, Tensor weight, Tensor third, Tensor? denominator, float factor, "
     "ScalarType student_dtype, ScalarType weight_dtype) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -129,50 +134,59 @@ def refuse_second_order(name: str) -> None:
     differentiate(name, lambda ctx, inputs, output: None, refuse)
 
 
-def register_loss(name: str, forward, scale) -> None:
-    """vkd_kernels::<name> -> (loss, dX, dP, db), unscaled gradients, empty where not needed; its backward scales them.
+def register_backward(name: str, scale) -> None:
+    """vkd_kernels::<name>: alpha times each unscaled gradient of a loss, into new tensors."""
 
-    loss = factor * sum / denominator (a missing denominator is 1).
-    """
-
-    def fake(student, teacher, weight, *rest):
-        need_student, need_weight, need_bias = rest[-3:]
-        exact = accumulator_dtype(student.dtype)
-        return (
-            student.new_empty((), dtype=exact),
-            student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
-            weight.new_empty(weight.shape if need_weight else (0,), dtype=exact),
-            weight.new_empty(weight.shape[:1] if need_bias else (0,), dtype=exact),
-        )
-
-    def scale_fake(grad_output, student, weight, bias, denominator, factor, student_dtype, weight_dtype):
+    def fake(grad_output, student, weight, third, denominator, factor, student_dtype, weight_dtype):
         return (
             torch.empty_like(student, dtype=student_dtype),
             torch.empty_like(weight, dtype=weight_dtype),
-            torch.empty_like(bias),
+            torch.empty_like(third),
         )
 
-    define(name, f"({LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", forward, fake)
-    define(f"{name}_backward", _BACKWARD_SCHEMA, scale, scale_fake)
-    scale_op = getattr(torch.ops.vkd_kernels, f"{name}_backward").default
+    define(name, _BACKWARD_SCHEMA, scale, fake)
+    refuse_second_order(name)
+
+
+def register_loss(name: str, arguments: str, forward, scale_op: str) -> None:
+    """vkd_kernels::<name> -> (loss, dX, dP, and dbias or dscale), unscaled gradients, empty where not needed.
+
+    loss = factor * sum / denominator (a missing denominator is 1). `arguments` names the three leaves and, last, the
+    three need_<leaf>; the backward of the operator scales the gradients by vkd_kernels::<scale_op>.
+    """
+    names = [argument.split()[-1] for argument in arguments.split(", ")]
+    leaves = [argument.removeprefix("need_") for argument in names[-3:]]
+
+    def fake(*inputs):
+        named = dict(zip(names, inputs, strict=True))
+        student = named["student"]
+        exact = accumulator_dtype(student.dtype)
+        dtypes = (saved_dtype(student.dtype), exact, exact)
+        return student.new_empty((), dtype=exact), *(
+            student.new_empty(named[leaf].shape if named[f"need_{leaf}"] else (0,), dtype=dtype)
+            for leaf, dtype in zip(leaves, dtypes, strict=True)
+        )
+
+    define(name, f"({arguments}) -> (Tensor, Tensor, Tensor, Tensor)", forward, fake)
+    scale_op = getattr(torch.ops.vkd_kernels, scale_op).default
 
     def save(ctx, inputs, output):
-        student, _, weight, _, _, _, _, denominator, factor, _, _, smooth_l1 = inputs[:12]
-        ctx.save_for_backward(*output[1:], denominator)
-        ctx.scalars = (factor if smooth_l1 else 2 * factor, student.dtype, weight.dtype)
+        named = dict(zip(names, inputs, strict=True))
+        ctx.save_for_backward(*output[1:], named["denominator"])
+        factor = named["factor"] if named.get("smooth_l1") else 2 * named["factor"]  # G = d has its 2 from here
+        ctx.scalars = factor, named["student"].dtype, named["weight"].dtype
         ctx.needed = inputs[-3:]
 
     def backward(ctx, grad_output, *_):
         *saved, denominator = ctx.saved_tensors
         grads = scale_op(grad_output, *saved, denominator, *ctx.scalars)
-        dx, dp, db = (grad if needed else None for grad, needed in zip(grads, ctx.needed, strict=True))
-        return dx, None, dp, db, *[None] * 13
+        of_leaf = {leaf: grad for leaf, grad, need in zip(leaves, grads, ctx.needed, strict=True) if need}
+        return tuple(of_leaf.get(argument) for argument in names)
 
     differentiate(name, save, backward)
-    refuse_second_order(f"{name}_backward")
 
 
-def operands(student, weight, bias, row_weight, denominator):
+def operands(student, weight, third, row_weight, denominator):
     """What every loss op is called with, worked out from the arguments of chunked_loss: which gradients are needed,
     and the denominator as (0-d tensor or None, factor). A denominator of 0 makes loss and gradients 0."""
     row_weight, denominator = balanced(student, row_weight, denominator)
@@ -182,7 +196,7 @@ def operands(student, weight, bias, row_weight, denominator):
         factor = 0.0 if denominator == 0 else 1.0 / denominator
         denominator = None
     grad = torch.is_grad_enabled()
-    needed = [grad and x is not None and x.requires_grad for x in (student, weight, bias)]
+    needed = [grad and x is not None and x.requires_grad for x in (student, weight, third)]
     return row_weight, denominator, factor, needed
 
 
@@ -281,7 +295,7 @@ def _forward(
     return over(total, factor, denominator).to(exact), dx, dp, db
 
 
-def _scale(grad_output, student, weight, bias, denominator, factor, student_dtype, weight_dtype):
+def _scale(grad_output, student, weight, third, denominator, factor, student_dtype, weight_dtype):
     """alpha times each gradient, in float32, into new tensors."""
     alpha = over(grad_output, factor, denominator)
 
@@ -294,10 +308,89 @@ def _scale(grad_output, student, weight, bias, denominator, factor, student_dtyp
             destination.copy_(source.to(alpha.dtype) * alpha)
         return result
 
-    return scaled(student, student_dtype), scaled(weight, weight_dtype), scaled(bias, bias.dtype)
+    return scaled(student, student_dtype), scaled(weight, weight_dtype), scaled(third, third.dtype)
 
 
-register_loss("chunked_loss", _forward, _scale)
+register_backward("chunked_backward", _scale)
+register_loss("chunked_loss", LOSS_ARGUMENTS, _forward, "chunked_backward")
+
+
+# --------------------------------------------------------------------- squared error with an orthonormal weight, S <= T
+
+
+def orthonormal_mse(
+    student: torch.Tensor,  # (N, S)
+    teacher: torch.Tensor,  # (N, T), no gradient
+    weight: torch.Tensor,  # (T, S) with orthonormal columns
+    row_weight: torch.Tensor | None,  # (N,) float32
+    *,
+    scale: float | torch.Tensor = 1.0,  # number or 0-d float32 tensor
+    layer_norm: bool,
+    eps: float,
+    denominator: float | torch.Tensor,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> torch.Tensor:  # ()
+    """Σ_n w_n ‖c X Pᵀ - T‖²_n / denominator for PᵀP = I, without Z: c²‖X‖² - 2 c ⟨X, T P⟩ + ‖T‖².
+
+    T is layer_norm(Y) or Y. Differentiable once in student, weight and scale c. The gradient of the weight leaves out
+    2 c² P Xᵀ diag(w) X / denominator, which is normal to the manifold PᵀP = I and vanishes through any orthogonal
+    parametrisation; as the gradient of a free matrix it would be wrong.
+    """
+    return call_orthonormal_mse(
+        torch.ops.vkd_kernels.chunked_orthonormal_mse.default, student, teacher, weight, row_weight, scale,
+        layer_norm, eps, denominator, workspace_bytes,
+    )  # fmt: skip
+
+
+def call_orthonormal_mse(
+    op, student, teacher, weight, row_weight, scale, layer_norm, eps, denominator, workspace_bytes
+):
+    if not isinstance(scale, torch.Tensor):
+        scale = student.new_full((), scale, dtype=accumulator_dtype(student.dtype))
+    row_weight, denominator, factor, needed = operands(student, weight, scale, row_weight, denominator)
+    return op(
+        student, teacher, weight, scale, row_weight, denominator, factor, layer_norm, eps, workspace_bytes, *needed
+    )[0]
+
+
+def _orthonormal_mse(
+    student, teacher, weight, scale, row_weight, denominator, factor, layer_norm, eps, workspace_bytes,
+    need_student, need_weight, need_scale,
+):  # fmt: skip
+    """dX = w c (c X - T P), dP = -c Tᵀ diag(w) X, dc = Σ w X (c X - T P), each without its factor 2."""
+    n, t = teacher.shape
+    exact = accumulator_dtype(student.dtype)
+    operand = student.dtype if student.is_cuda else exact
+    p = weight.to(student.dtype).to(operand)
+    dx = student.new_empty(student.shape if need_student else 0, dtype=saved_dtype(student.dtype))
+    dp = weight.new_zeros(weight.shape if need_weight else 0, dtype=exact)
+    total, dc = (student.new_zeros((), dtype=torch.float64) for _ in range(2))
+
+    bytes_per_row = (3 * t + 6 * student.shape[1]) * exact.itemsize
+    step = even_chunk(n, min(workspace_bytes, workspace_bytes if student.is_cuda else _CACHED_BYTES) // bytes_per_row)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        w = None if row_weight is None else row_weight[rows]
+        x = without_rows(student[rows], w).to(exact)
+        y = target(without_rows(teacher[rows], w), None, None, layer_norm, eps, exact)
+        y_operand = y.to(operand)
+        tp = product(y_operand, p)
+        cx = scale * x
+        total += weighted_((cx * (cx - 2 * tp)).sum(1) + y.square().sum(1), w).sum(dtype=torch.float64)
+        residual = weighted_(cx - tp, w)
+        if need_scale:
+            dc += (x * residual).sum(dtype=torch.float64)
+        if need_student:
+            dx[rows] = residual.mul_(scale)
+        if need_weight:
+            add_product(dp, y_operand.T, weighted_(x.clone(), w).to(operand))
+    if need_weight:
+        dp.mul_(-scale)
+    dc = dc.to(exact) if need_scale else total.new_empty(0, dtype=exact)
+    return over(total, factor, denominator).to(exact), dx, dp, dc
+
+
+register_loss("chunked_orthonormal_mse", MSE_ARGUMENTS, _orthonormal_mse, "chunked_backward")
 
 # ------------------------------------------------- statistics: mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ need
 # no pass over Z, only these sums over the rows. Sums, not means, so that they can be added over ranks.

@@ -33,6 +33,17 @@ class GradientTiles(NamedTuple):
     stages: int
 
 
+class RowsTile(NamedTuple):
+    """orthonormal_mse_rows: rows x (up to `blocks` times `columns`) of T P, `inner` of T a step."""
+
+    rows: int
+    columns: int
+    blocks: int
+    inner: int
+    warps: int
+    stages: int
+
+
 # Tiles that compile without spills (tests/test_ortho_proj_loss_aot.py holds them to it), by kernel and operand bits,
 # for compute capabilities from the given one on. "descriptor" and "pointer": rows start on 16-byte boundaries;
 # "ragged": they do not.
@@ -47,6 +58,8 @@ TILES: dict[tuple[str, int], dict[int, Any]] = {
     ("pooled", 32): {80: LossTile(64, 64, 32, 8, 3)},
     ("gradients", 16): {80: GradientTiles(64, 64, 64, 64, 64, 64, 4, 4)},
     ("gradients", 32): {80: GradientTiles(64, 64, 32, 64, 64, 32, 8, 3)},
+    ("rows", 16): {80: RowsTile(64, 64, 2, 64, 8, 3), 90: RowsTile(64, 64, 4, 64, 8, 3)},
+    ("rows", 32): {80: RowsTile(64, 32, 4, 32, 8, 3)},
 }
 STATISTICS_ELEMENTS = 4096  # of a block of row_statistics, in 4 warps
 

@@ -328,3 +328,116 @@ def scale(source, result, grad_output, denominator, size, factor, BLOCK: tl.cons
     alpha = tl.load(grad_output).to(tl.float32) * _over(factor, denominator)
     value = tl.load(source + index, mask=index < size, other=0.0).to(tl.float32)
     tl.store(result + index, (alpha * value).to(result.dtype.element_ty), mask=index < size)
+
+
+@triton.jit(do_not_specialize=["N", "first_row_block"])
+def orthonormal_mse_rows(
+    student,
+    teacher,
+    weight,
+    weight_sums,
+    scale,
+    row_weight,
+    grad_student,
+    scaled_student,
+    mean_sums,
+    partial,
+    scale_partial,
+    N,
+    S,
+    T,
+    first_row_block,
+    stride_x,
+    stride_w,
+    stride_y,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """w |c x Pᵀ - t|² = w (c x · (c x - 2 t P) + |t|²) for ROWS rows and BLOCKS * COLUMNS of the S columns, PᵀP = I.
+
+    One read of the teacher: with mean m and r = 1 / sqrt(var + eps), t = r (y - m) and t P = r (y P - m (1ᵀP)).
+    Also leaves dX / 2 = w c (c x - t P), the operand x' = w r x of dP = -c (Y - m)ᵀ X', and sums over the rows
+    of m x' (S,) and of w x (c x - t P) for the scale c.
+    """
+    row_block = tl.program_id(0)
+    column_block = tl.program_id(1)
+    first_row = row_block * ROWS
+    row = tl.arange(0, ROWS)
+    long_row = first_row.to(tl.int64) + row
+    inside_rows = long_row < N
+    first_column = column_block * (BLOCKS * COLUMNS)
+
+    # y P, and the row's moments about its first channel: sums of squares are sound about a value near the mean.
+    products = ()
+    for _ in tl.static_range(BLOCKS):
+        products += (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    origin = tl.zeros((ROWS,), tl.float32)
+    if LAYER_NORM:
+        origin = tl.load(teacher + long_row * stride_y, mask=inside_rows, other=0.0).to(tl.float32)
+    moment1 = tl.zeros((ROWS,), tl.float32)
+    moment2 = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, T, INNER, num_stages=STAGES):
+        start = tl.full((), first, tl.int32)
+        y = _load_tile(teacher, first_row, start, stride_y, N, T, ROWS, INNER, EVEN_T, False)
+        updated = ()
+        for block in tl.static_range(BLOCKS):
+            p = _load_tile(weight, start, first_column + block * COLUMNS, stride_w, T, S, INNER, COLUMNS, EVEN_S, False)
+            updated += (_dot(y, p, products[block], PRECISION),)
+        products = updated
+        about = y.to(tl.float32) - origin[:, None]
+        if LAYER_NORM and not EVEN_T:
+            about = tl.where((start + tl.arange(0, INNER) < T)[None, :], about, 0.0)
+        moment1 += tl.sum(about, 1)
+        moment2 += tl.sum(about * about, 1)
+
+    w = tl.full((ROWS,), 1.0, tl.float32)
+    if row_weight is not None:
+        w = tl.load(row_weight + long_row, mask=inside_rows, other=0.0)
+    keep = inside_rows & (w != 0)  # NaN weights stay in
+    mean = tl.zeros((ROWS,), tl.float32)
+    rstd = tl.full((ROWS,), 1.0, tl.float32)
+    square = moment2  # |t|²
+    if LAYER_NORM:
+        mean = origin + moment1 / T
+        square = tl.maximum(moment2 - moment1 * (moment1 / T), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        rstd = 1.0 / tl.sqrt(square / T + eps)
+        square *= rstd * rstd
+    c = tl.load(scale).to(tl.float32)
+    rho = tl.where(column_block == 0, square, 0.0)
+    for_scale = tl.zeros((ROWS,), tl.float32)
+    for block in tl.static_range(BLOCKS):
+        first = first_column + block * COLUMNS
+        column = first + tl.arange(0, COLUMNS)
+        inside = keep[:, None] & (column < S)[None, :]
+        x = tl.load(student + long_row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        tp = products[block]
+        if LAYER_NORM:
+            tp -= mean[:, None] * tl.load(weight_sums + column, mask=column < S, other=0.0)[None, :]
+            tp *= rstd[:, None]
+        tp = tl.where(inside, tp, 0.0)
+        cx = c * x
+        rho += tl.sum(cx * (cx - 2.0 * tp), 1)
+        for_scale += tl.sum(x * (cx - tp), 1)
+        at = long_row[:, None] * S + column[None, :]
+        written = inside_rows[:, None] & (column < S)[None, :]
+        if grad_student is not None:
+            dx = tl.where(inside, w[:, None] * (c * (cx - tp)), 0.0)
+            tl.store(grad_student + at, dx.to(grad_student.dtype.element_ty), mask=written)
+        if scaled_student is not None:
+            operand = tl.where(inside, x * (w * rstd)[:, None], 0.0).to(scaled_student.dtype.element_ty)
+            tl.store(scaled_student + at, operand, mask=written)
+            if LAYER_NORM:  # of the rounded operand, so that the mean drops out of dP exactly
+                sums = tl.sum(tl.where(inside, operand.to(tl.float32) * mean[:, None], 0.0), 0)
+                tl.store(mean_sums + row_block.to(tl.int64) * S + column, sums, mask=column < S)
+    program = (first_row_block + row_block) * tl.num_programs(1) + column_block
+    tl.store(partial + program, tl.sum(tl.where(keep, w * rho, 0.0), 0))
+    if scale_partial is not None:
+        tl.store(scale_partial + program, tl.sum(tl.where(keep, w * for_scale, 0.0), 0))

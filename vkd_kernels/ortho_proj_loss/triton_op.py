@@ -189,10 +189,10 @@ def _fused_forward(
     return loss.loss, dx, dp, db
 
 
-def _scale(grad_output, student, weight, bias, denominator, factor, student_dtype, weight_dtype):
+def _scale(grad_output, student, weight, third, denominator, factor, student_dtype, weight_dtype):
     """alpha times each unscaled gradient, one launch each, into new tensors."""
     results = []
-    for source, dtype in ((student, student_dtype), (weight, weight_dtype), (bias, bias.dtype)):
+    for source, dtype in ((student, student_dtype), (weight, weight_dtype), (third, third.dtype)):
         result = torch.empty_like(source, dtype=dtype)
         if source.numel():
             with _on(source.device):
@@ -204,7 +204,8 @@ def _scale(grad_output, student, weight, bias, denominator, factor, student_dtyp
     return tuple(results)
 
 
-chunked.register_loss("fused_loss", _fused_forward, _scale)
+chunked.register_backward("fused_backward", _scale)
+chunked.register_loss("fused_loss", chunked.LOSS_ARGUMENTS, _fused_forward, "fused_backward")
 
 
 # ----------------------------------------------------------------------- few rows: pooled_loss, one launch for backward
@@ -312,3 +313,84 @@ chunked.define(
 )
 chunked.differentiate("pooled_loss", _save_pooled, _differentiate_pooled)
 chunked.refuse_second_order("pooled_loss_backward")
+
+
+# ---------------------------------------------- squared error with an orthonormal weight, S <= T: fused_orthonormal_mse
+
+
+def fused_orthonormal_mse(
+    student: torch.Tensor,  # (N, S)
+    teacher: torch.Tensor,  # (N, T), no gradient
+    weight: torch.Tensor,  # (T, S) with orthonormal columns
+    row_weight: torch.Tensor | None,  # (N,) float32
+    *,
+    scale: float | torch.Tensor = 1.0,  # number or 0-d float32 tensor
+    layer_norm: bool,
+    eps: float,
+    denominator: float | torch.Tensor,
+    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+) -> torch.Tensor:  # () float32
+    """What chunked.orthonormal_mse defines, in two reads of the teacher and without a tensor of N x T.
+
+    The gradient of the weight leaves out its part normal to PᵀP = I; see there. Few rows, which the launches bound,
+    and mixed dtypes, for which the teacher would have to be rounded first, take fused_loss, whose gradient is whole.
+    """
+    (n, s), t = student.shape, teacher.shape[1]
+    if teacher.dtype != student.dtype or schedule.choose(n, s, t, student.dtype, workspace_bytes).pooled:
+        return fused_loss(
+            student, teacher, weight * scale, None, row_weight, None, None, layer_norm=layer_norm, eps=eps, loss="mse",
+            beta=1.0, denominator=denominator, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+    return chunked.call_orthonormal_mse(
+        torch.ops.vkd_kernels.fused_orthonormal_mse.default, unit_stride(student), unit_stride(teacher), weight,
+        row_weight, scale, layer_norm, eps, denominator, workspace_bytes,
+    )  # fmt: skip
+
+
+def _orthonormal_mse(
+    student, teacher, weight, scale, row_weight, denominator, factor, layer_norm, eps, workspace_bytes,
+    need_student, need_weight, need_scale,
+):  # fmt: skip
+    """loss, dX, dP, dc without their factors 2: per chunk of rows one launch, then dP's library product."""
+    (n, s), t = student.shape, teacher.shape[1]
+    weight = unit_stride(weight.to(student.dtype))
+    weight_sums = weight.sum(0, dtype=torch.float32) if layer_norm else None
+    tile = schedule.tile("rows", student.dtype, _capability(student.device))
+    blocks = min(tile.blocks, _blocks(s, tile.columns))
+    column_blocks = _blocks(s, blocks * tile.columns)
+    bytes_per_row = student.element_size() * (s + (0 if row_weight is None else t))  # X', and Y without masked rows
+    step = chunked.even_chunk(n, workspace_bytes // bytes_per_row, tile.rows)
+    row_blocks = _blocks(step, tile.rows)
+
+    dx = student.new_empty((n, s) if need_student else 0, dtype=chunked.saved_dtype(student.dtype))
+    dp = weight.new_zeros((t, s) if need_weight else 0, dtype=torch.float32)
+    operand = student.new_empty((step, s)) if need_weight else None
+    mean_sums = student.new_empty((row_blocks, s), dtype=torch.float32) if need_weight and layer_norm else None
+    partial = student.new_empty(_blocks(n, tile.rows) * column_blocks, dtype=torch.float32)
+    scale_partial = torch.empty_like(partial) if need_scale else None
+    mean_total = student.new_zeros(s, dtype=torch.float32) if mean_sums is not None else None
+
+    with _on(student.device):
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            x, y, w = student[rows], teacher[rows], None if row_weight is None else row_weight[rows]
+            here = x.shape[0]
+            kernels.orthonormal_mse_rows[(_blocks(here, tile.rows), column_blocks)](
+                x, y, weight, weight_sums, scale, w,
+                dx[rows] if need_student else None, operand, mean_sums, partial, scale_partial,
+                here, s, t, start // tile.rows, x.stride(0), weight.stride(0), y.stride(0), eps,
+                ROWS=tile.rows, COLUMNS=tile.columns, BLOCKS=blocks, INNER=tile.inner, STAGES=tile.stages,
+                EVEN_S=s % (blocks * tile.columns) == 0, EVEN_T=t % tile.inner == 0, LAYER_NORM=layer_norm,
+                PRECISION=_precision(student.dtype), num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+            )  # fmt: skip
+            if need_weight:
+                chunked.add_product(dp, chunked.without_rows(y, w).T, operand[:here])
+                if layer_norm:
+                    mean_total += mean_sums[: _blocks(here, tile.rows)].sum(0)
+    if need_weight:
+        dp = (dp - mean_total if layer_norm else dp).mul_(-scale)
+    dc = scale_partial.sum() if need_scale else student.new_empty(0, dtype=torch.float32)
+    return chunked.over(partial.sum(), factor, denominator), dx, dp, dc
+
+
+chunked.register_loss("fused_orthonormal_mse", chunked.MSE_ARGUMENTS, _orthonormal_mse, "fused_backward")
