@@ -131,9 +131,9 @@ VKD_HD double determinant(double a, double b, double c, double d) {
 // L^-1 (unit diagonal, not stored) below. The tile stays in registers. Sync before using smem again.
 //
 // The symmetric part of M and of all its Schur complements is >= I, so every pivot is >= 1 and no pivoting is needed.
-// But the inverse of a block must never be applied as a whole: with a V of low rank and entries of 1e3, A_ik (A_kk^-1
-// A_kj) loses every digit, while (A_ik U^-1)(L^-1 A_kj) stays within ten times of pivoted LU. For the same reason pivots
-// are single.
+// But the inverse of a block must never be applied as a whole: with a V of low rank and entries of 1e3,
+// A_ik (A_kk^-1 A_kj) loses every digit, while (A_ik U^-1)(L^-1 A_kj) stays within ten times of pivoted LU. For the
+// same reason pivots are single.
 //
 // One step of Gauss-Jordan elimination at pivot p, with column C and row R through it, applied where the mask allows:
 //     rows below                     A <- A - C p^-1 R     C <- -C p^-1       U to the right, L^-1 to the left
