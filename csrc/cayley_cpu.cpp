@@ -15,6 +15,8 @@
 
 #include <tuple>
 
+#include "cayley_checks.h"
+
 namespace {
 
 using at::Tensor;
@@ -23,13 +25,6 @@ using at::Tensor;
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
-
-void check_weight(const Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.dim() >= 2 && weight.size(-2) >= weight.size(-1) && weight.size(-1) > 0,
-                    "weight must have the shape (..., T, S) with T >= S >= 1; got ", weight.sizes());
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble,
-                   "weight must be float32 or float64; got ", weight.scalar_type());
-}
 
 // One matrix as 2-D, a batch as 3-D: the layouts whose products take no detour.
 Tensor flat(const Tensor& x) {
@@ -49,7 +44,7 @@ void invert_(const Tensor& r) {
 }
 
 std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
-  check_weight(weight);
+  vkd::cayley::check_weight(weight);
   NoAutocast no_autocast;
   const int64_t t = weight.size(-2), s = weight.size(-1);
   const Tensor w = flat(weight).to(at::kDouble);
@@ -69,7 +64,7 @@ std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
 }
 
 Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r_saved) {
-  check_weight(weight);
+  vkd::cayley::check_weight(weight);
   NoAutocast no_autocast;
   const int64_t t = weight.size(-2), s = weight.size(-1);
   const Tensor g = flat(grad_q), r = flat(r_saved), v = flat(weight).narrow(-2, s, t - s);

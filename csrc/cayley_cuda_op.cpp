@@ -9,23 +9,15 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <tuple>
 
 #include "cayley.h"
+#include "cayley_checks.h"
 
 namespace {
 
 using at::Tensor;
 namespace cayley = vkd::cayley;
-
-void check_weight(const Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.dim() >= 2 && weight.size(-2) >= weight.size(-1) && weight.size(-1) > 0,
-                    "weight must have the shape (..., T, S) with T >= S >= 1; got ", weight.sizes());
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble,
-                   "weight must be float32 or float64; got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.size(-2) <= std::numeric_limits<int>::max(), "weight has too many rows: ", weight.sizes());
-}
 
 // (..., T, S) as (batch, T, S): a view where the strides allow it.
 Tensor as_batch(const Tensor& x) { return x.dim() == 2 ? x.unsqueeze(0) : x.flatten(0, -3); }
@@ -39,7 +31,7 @@ Tensor empty_float64(at::IntArrayRef sizes, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
-  check_weight(weight);
+  vkd::cayley::check_weight(weight);
   const c10::cuda::CUDAGuard guard(weight.device());
   const Tensor w = as_batch(weight);
   const int64_t batch = w.size(0);
@@ -61,7 +53,7 @@ std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
 }
 
 Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r) {
-  check_weight(weight);
+  vkd::cayley::check_weight(weight);
   auto r_sizes = weight.sizes().vec();
   r_sizes[r_sizes.size() - 2] = weight.size(-1);
   TORCH_CHECK_VALUE(grad_q.sizes() == weight.sizes(), "grad_q must have the weight's shape ", weight.sizes(), "; got ",
