@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vkd_kernels as vk
+from vkd_kernels.ortho_proj_loss import interface
 
 
 def orthogonality_error(p):
@@ -61,6 +62,26 @@ def test_scale(scale, value, affine):
     names = {"projection.unconstrained"} | ({"scale"} if scale == "learned" else set())
     names |= {"projection.gain", "projection.bias"} if affine else set()
     assert module.no_weight_decay() == names
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, "learned"])
+@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm", "whiten", "none"])
+@pytest.mark.parametrize(("s", "t"), [(5, 9), (4, 4), (9, 5)])
+def test_squared_error_without_z_is_the_same_training(monkeypatch, s, t, normalization, scale):
+    """Large problems with an orthonormal projection skip Z: loss and the gradients of every parameter are the same."""
+    module = vk.OrthoProjLoss(s, t, loss="mse", normalization=normalization, eps=1e-2, scale=scale, dtype=torch.float64)
+    x, y = torch.randn(20, s, dtype=torch.float64, requires_grad=True), torch.randn(20, t, dtype=torch.float64) + 1
+    mask = torch.arange(20) % 4 > 0
+    without_z, called = interface.orthonormal_mse, []
+    monkeypatch.setattr(interface, "orthonormal_mse", lambda *a, **k: called.append(1) or without_z(*a, **k))
+    results = []
+    for limit in (float("inf"), -1):
+        monkeypatch.setattr(interface, "CHUNKED_FROM", limit)
+        value = module(x, y, mask)
+        results.append([value.detach(), *torch.autograd.grad(value, [x, *module.parameters()])])
+    assert len(called) == (t >= s and normalization != "batch_norm")
+    for reference, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, reference, rtol=1e-9, atol=1e-12)
 
 
 def test_for_task():

@@ -18,6 +18,16 @@ TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of it
 }
 
 
+def starting_scale(scale, student_dim: int, teacher_dim: int, device=None, dtype=None) -> float | nn.Parameter:
+    """What the option ``scale`` stands for: the number, √(T / S), or the parameter that starts there."""
+    if not isinstance(scale, str):
+        _checks.check_number("scale", scale)
+        return scale
+    _checks.check_choice("scale", scale, ("match", "learned"))
+    matched = math.sqrt(teacher_dim / student_dim)
+    return matched if scale == "match" else nn.Parameter(torch.tensor(matched, device=device, dtype=dtype))
+
+
 class OrthoProjLoss(nn.Module):
     r"""Feature distillation through an orthonormal projection (V_kD, CVPR 2024): one module, one scalar to add.
 
@@ -41,7 +51,7 @@ class OrthoProjLoss(nn.Module):
 
     Attributes:
         projection: the ``OrthogonalLinear``; ``projection.weight`` is P ``(T, S)``.
-        scale: the number, or the parameter that learns it.
+        scale: the number, or the parameter ``(1,)`` that learns it.
 
     Shape:
         ``forward(student (..., S), teacher (..., T), mask (...) or None)`` -> float32 scalar (float64 for float64).
@@ -87,14 +97,14 @@ class OrthoProjLoss(nn.Module):
         self.projection = OrthogonalLinear(
             student_dim, teacher_dim, affine=affine, orthogonal_map=orthogonal_map, device=device, dtype=dtype
         )
-        matched = math.sqrt(teacher_dim / student_dim)
-        if isinstance(scale, str):
-            _checks.check_choice("scale", scale, ("match", "learned"))
-            learned = nn.Parameter(torch.tensor(matched, device=device, dtype=dtype))
-            self.scale: float | nn.Parameter = matched if scale == "match" else learned
-        else:
-            _checks.check_number("scale", scale)
-            self.scale = scale
+        self.scale = starting_scale(scale, student_dim, teacher_dim, device, dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A fresh projection, and a learned scale back at √(T / S): also for modules built on the meta device."""
+        self.projection.reset_parameters()
+        if isinstance(self.scale, nn.Parameter):
+            self.scale.fill_(math.sqrt(self.teacher_dim / self.student_dim))
 
     @classmethod
     def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options) -> "OrthoProjLoss":
@@ -111,12 +121,15 @@ class OrthoProjLoss(nn.Module):
         scale: float | torch.Tensor | None = self.scale
         if gain is not None:
             scale = gain * self.scale
-        elif not isinstance(scale, torch.Tensor) and scale == 1.0:
+        elif isinstance(scale, torch.Tensor):
+            scale = scale.reshape(())
+        elif scale == 1.0:
             scale = None
-        return interface.ortho_proj_loss(
+        return interface.projected_loss(
             student, teacher, self.projection.weight, scale=scale, bias=self.projection.bias, mask=mask,
             normalization=self.normalization, loss=self.loss, beta=self.beta, eps=self.eps, reduction=self.reduction,
             process_group=self.process_group.group, backend=self.backend,
+            orthonormal=gain is None and self.teacher_dim >= self.student_dim,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -7,7 +7,14 @@ from .. import _backend, _checks
 from ..normalization.reference import sum_of_weights, total_weight, whiten
 from ..normalization.synchronised import all_reduce, global_loss
 from . import reference
-from .chunked import chunked_loss, column_centred_square_sum, column_sum, student_scatter, student_sum
+from .chunked import (
+    chunked_loss,
+    column_centred_square_sum,
+    column_sum,
+    orthonormal_mse,
+    student_scatter,
+    student_sum,
+)
 
 NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
 LOSSES = ("smooth_l1", "mse")
@@ -82,6 +89,20 @@ def ortho_proj_loss(
         >>> vk.functional.ortho_proj_loss(student, teacher, weight).shape
         torch.Size([])
     """
+    return projected_loss(
+        student, teacher, weight, scale=scale, bias=bias, mask=mask, normalization=normalization, loss=loss, beta=beta,
+        eps=eps, reduction=reduction, process_group=process_group, backend=backend, orthonormal=False,
+    )  # fmt: skip
+
+
+def projected_loss(
+    student, teacher, weight, *, scale, bias, mask, normalization, loss, beta, eps, reduction, process_group, backend,
+    orthonormal,
+):  # fmt: skip
+    """ortho_proj_loss, told by OrthoProjLoss whether weightᵀ weight = I: squared error then needs no Z.
+
+    That form's weight gradient leaves out a part that vanishes through the parametrisation of an orthonormal weight.
+    """
     rows = _check(student, teacher, weight, scale, bias, process_group)
     check_options(normalization, loss, beta, eps, reduction)
 
@@ -95,11 +116,19 @@ def ortho_proj_loss(
     with _backend.no_autocast(device):
         student = student.reshape(-1, student.shape[-1]).to(product_dtype)
         teacher = teacher.detach().reshape(-1, teacher.shape[-1])
+        denominator = _denominator(teacher, row_weight, precise, reduction, process_group)
+        core, core_without_z = _cores(chosen, asked, teacher, process_group)
+        if core is not None and orthonormal and loss == "mse" and normalization != "batch_norm":
+            if normalization == "whiten":
+                teacher = whiten(teacher.to(precise), row_weight, method="zca", eps=eps, group=process_group)
+            share = core_without_z(
+                student, teacher, weight, row_weight, scale=1.0 if scale is None else scale,
+                layer_norm=normalization == "layer_norm", eps=eps, denominator=denominator,
+            )  # fmt: skip
+            return global_loss(share, process_group)
         if scale is not None:
             weight = weight * (scale.to(weight.dtype).reshape(-1, 1) if isinstance(scale, torch.Tensor) else scale)
-        denominator = _denominator(teacher, row_weight, precise, reduction, process_group)
         options = {"normalization": normalization, "loss": loss, "beta": beta, "eps": eps, "group": process_group}
-        core = _core(chosen, asked, teacher, process_group)
         if core is None:
             share = reference.loss_sum(student, teacher, weight, bias, row_weight, **options) / denominator
         else:
@@ -107,15 +136,17 @@ def ortho_proj_loss(
         return global_loss(share, process_group)
 
 
-def _core(chosen: str, asked: bool, teacher: torch.Tensor, group):
-    """What computes the loss: Triton's kernels, the same schedule in PyTorch, or None for the reference."""
+def _cores(chosen: str, asked: bool, teacher: torch.Tensor, group):
+    """What computes the loss, and squared error with an orthonormal weight: Triton's kernels, the same schedules in
+    PyTorch, or None for the reference."""
     if chosen == "triton":
-        from .triton_op import fused_loss  # here, because Triton need not be installed
+        from . import triton_op  # here, because Triton need not be installed
 
-        return fused_loss
+        return triton_op.fused_loss, triton_op.fused_orthonormal_mse
     # Asked for by name, PyTorch is the reference (which has second-order gradients). Left to choose, large problems
     # avoid its N x T temporaries; and ranks, which may differ in size, all take the path with the same collectives.
-    return chunked_loss if not asked and (group is not None or teacher.numel() > CHUNKED_FROM) else None
+    large = group is not None or teacher.numel() > CHUNKED_FROM
+    return (chunked_loss, orthonormal_mse) if large and not asked else (None, None)
 
 
 def _folded(core, student, teacher, weight, bias, row_weight, *, normalization, loss, beta, eps, denominator, group):
