@@ -45,5 +45,9 @@ wheels: setup
 	VKD_KERNELS_BUILD=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
+# On a machine with an NVIDIA GPU: builds, measures, tests and sanitizes with the Python and PyTorch that are there.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
 clean:
 	rm -rf build dist *.egg-info vkd_kernels/*.so vkd_kernels/_build.json

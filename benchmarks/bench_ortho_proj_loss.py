@@ -1,0 +1,198 @@
+"""The feature loss at the paper's shapes: against its own reference in PyTorch, eager and compiled, and against what a
+user would write (PyTorch's orthogonal parametrisation, layer_norm, smooth_l1).
+
+    pytest benchmarks/bench_ortho_proj_loss.py --benchmark-only        a table per case, and records
+    python -m benchmarks.bench_ortho_proj_loss [-k NAME]               the records alone, without pytest
+"""
+
+import functools
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import vkd_kernels as vk
+from benchmarks import floors, harness
+
+# Relative errors against float64 above which there is no time: those that rounding Z to 16 bit, as eager PyTorch does,
+# can make, and a float32 sum over 100 000 rows. The candidates' own errors are in the record.
+LIMITS = {torch.float32: {"output": 1e-5, "gradients": 1e-4}, torch.bfloat16: {"output": 2e-3, "gradients": 2e-2}}
+
+# kind, N, S, T, normalization, projections
+CPU_CASES = [
+    ("pooled", 256, 192, 3024, "layer_norm", 1),
+    ("pooled", 512, 192, 1024, "layer_norm", 1),
+    ("token", 4096, 192, 3024, "layer_norm", 1),
+    ("token", 16384, 192, 3024, "layer_norm", 1),
+    ("detection", 2000, 256, 256, "batch_norm", 6),
+]
+GPU_CASES = [
+    ("token", 100352, 192, 3024, "layer_norm", 1),
+    ("pooled", 512, 192, 3024, "layer_norm", 1),
+    ("token", 100352, 384, 3024, "layer_norm", 1),
+    ("token", 100352, 768, 3024, "layer_norm", 1),
+    ("detection", 34000, 256, 256, "batch_norm", 6),
+    ("pooled", 256, 192, 3024, "layer_norm", 1),
+    ("pooled", 1024, 384, 1024, "layer_norm", 1),
+    ("token", 100352, 192, 1024, "layer_norm", 1),
+    ("token", 12544, 192, 3024, "layer_norm", 1),
+]
+
+
+def features(n, s, t, dtype, device, seed):
+    """One projection: student (N, S), teacher (N, T), orthonormal weight (T, S), all of them representable in dtype."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    random = functools.partial(torch.randn, generator=generator, device=device)
+    weight = torch.linalg.qr(random(t, s)).Q.to(dtype).float()
+    return random(n, s).to(dtype).requires_grad_(), (2 * random(n, t) + 0.7).to(dtype), weight.requires_grad_()
+
+
+def true_loss(projections, normalization):
+    """(loss, gradients in every student and weight) of the reference in float64."""
+    leaves = [(x.detach().double().requires_grad_(), y.double(), p.detach().double().requires_grad_())
+              for x, y, p in projections]  # fmt: skip
+    loss = total_loss(leaves, normalization, "torch")
+    return loss.detach(), torch.autograd.grad(loss, gradient_leaves(leaves))
+
+
+def total_loss(projections, normalization, backend=None):
+    return sum(
+        vk.functional.ortho_proj_loss(x, y, p, normalization=normalization, backend=backend) for x, y, p in projections
+    )
+
+
+def gradient_leaves(projections):
+    return [leaf for x, _, p in projections for leaf in (x, p)]
+
+
+def calls(function):
+    """Candidate.build for function(projections) -> loss."""
+
+    def build(projections):
+        upstream = torch.ones((), device=projections[0][0].device)
+        return harness.autograd_calls(lambda: function(projections), gradient_leaves(projections), upstream)
+
+    return build
+
+
+def check(truth, output, gradients):
+    return harness.compare(output, gradients, truth)
+
+
+def loss_case(kind, n, s, t, normalization, projections, dtype, device) -> harness.Case:
+    fused = functools.partial(total_loss, normalization=normalization)
+    eager = functools.partial(total_loss, normalization=normalization, backend="torch")
+
+    @functools.cache
+    def compiled():
+        torch._dynamo.reset()  # each case compiles for its own shapes, whatever came before
+        return torch.compile(eager, dynamic=False)
+
+    candidates = [
+        harness.Candidate("vkd_kernels", calls(fused), check),
+        harness.Candidate("eager", calls(eager), check),
+        harness.Candidate("torch.compile", lambda inputs: calls(compiled())(inputs), check),
+    ]
+    if device == "cuda" and kind != "token":  # bound by launches: what remains when the host costs nothing
+        candidates += [
+            harness.Candidate(f"{name}, CUDA graph", calls(function), check, graph=True, passes=("both",))
+            for name, function in (("vkd_kernels", fused), ("eager", eager))
+        ]
+    count = f"{projections} x " if projections > 1 else ""
+    short = str(dtype).removeprefix("torch.")
+    return harness.Case(
+        name=f"{kind} {count}{n} x {s} -> {t} {short}",
+        parameters={"kind": kind, "n": n, "s": s, "t": t, "normalization": normalization, "projections": projections},
+        dtype=short,
+        cost=floors.loss_cost(n, s, t, dtype.itemsize).times(projections),
+        inputs=lambda seed: [features(n, s, t, dtype, device, 100 * seed + i) for i in range(projections)],
+        input_bytes=projections * n * (s + t) * dtype.itemsize,
+        candidates=candidates,
+        limits=LIMITS[dtype],
+        truth=lambda inputs: true_loss(inputs, normalization),
+    )
+
+
+class Composition(nn.Module):
+    """What a user would write."""
+
+    def __init__(self, s, t):
+        super().__init__()
+        self.projection = parametrizations.orthogonal(nn.Linear(s, t, bias=False))
+
+    def forward(self, student, teacher):
+        return F.smooth_l1_loss(self.projection(student), F.layer_norm(teacher, teacher.shape[-1:]))
+
+
+def module_case(n, s, t, device) -> harness.Case:
+    """One training step's feature loss, the orthogonal map included, under autocast on a GPU."""
+
+    def candidate(name, make):
+        modules = []  # one for all sets of inputs, with the first set's matrix, the one that the truth is about
+
+        def module_with(weight):
+            if not modules:
+                modules.append(make().to(device))
+                with torch.no_grad():
+                    modules[0].projection.weight = weight.detach()
+            return modules[0]
+
+        def build(projections):
+            student, teacher, weight = projections[0]
+            module = module_with(weight)
+
+            def forward():
+                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                    return module(student, teacher)
+
+            return harness.autograd_calls(forward, [student, *module.parameters()], torch.ones((), device=device))
+
+        return harness.Candidate(name, build, check)
+
+    def truth(projections):
+        loss, gradients = true_loss(projections, "layer_norm")
+        return loss, gradients[:1]  # the maps have parameters of their own
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    short = str(dtype).removeprefix("torch.")
+    cost, map_cost = floors.loss_cost(n, s, t, dtype.itemsize), floors.cayley_cost(t, s)
+    return harness.Case(
+        name=f"module {n} x {s} -> {t} {short}",
+        parameters={"kind": "module", "n": n, "s": s, "t": t, "normalization": "layer_norm", "projections": 1},
+        dtype=short,
+        cost=floors.Cost(cost.flops + map_cost.flops, cost.bytes + map_cost.bytes),
+        inputs=lambda seed: [features(n, s, t, dtype, device, seed)],
+        input_bytes=n * (s + t) * dtype.itemsize,
+        candidates=[
+            candidate("OrthoProjLoss", lambda: vk.OrthoProjLoss(s, t)),
+            candidate("composition", lambda: Composition(s, t)),
+        ],
+        limits=LIMITS[dtype],
+        truth=truth,
+    )
+
+
+def dtypes(device):
+    return (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+
+
+def cases(device) -> list[harness.Case]:
+    if device != "cuda":
+        return [*(loss_case(*row, torch.float32, device) for row in CPU_CASES), module_case(256, 64, 256, device)]
+    listed = [loss_case(*row, torch.bfloat16, device) for row in GPU_CASES]
+    return [
+        *listed[:5],
+        module_case(512, 192, 3024, device),
+        *listed[5:],
+        loss_case("pooled", 512, 192, 3024, "layer_norm", 1, torch.float32, device),
+    ]
+
+
+def test_ortho_proj_loss(measured, case, candidate, which):
+    measured(case, candidate, which)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main("ortho_proj_loss", cases, dtypes))

@@ -1,0 +1,356 @@
+"""The one timing harness: cases, candidates, the accuracy gate, interleaved samples (records.py keeps the results).
+
+CPU: wall time of single calls. CUDA: events around one call on each of several sets of inputs, which together exceed
+the L2 cache, so that every call finds its inputs in memory. Candidates take turns, so that whatever else the machine
+does meets all of them. A candidate whose outputs disagree with float64 gets no time.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise announces itself on stderr at every use
+
+import torch
+
+from . import floors, records
+
+PASSES = ("forward", "backward", "both")
+CACHE_FACTOR = 4  # the sets of inputs take at least this many times the L2
+MOST_SETS = 64
+
+
+class WrongOutput(AssertionError):
+    """Outputs that disagree with the truth: no time is reported for them."""
+
+
+@dataclass
+class Calls:
+    """One candidate on one set of inputs."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any]  # forward's result -> gradients
+
+
+@dataclass
+class Candidate:
+    name: str
+    build: Callable[[Any], Calls]
+    check: Callable[[Any, Any, Any], dict[str, float]] | None = None  # (inputs, output, gradients) -> errors
+    unavailable: str | None = None  # the reason why it can't run here
+    graph: bool = False  # forward and backward captured as one CUDA graph
+    passes: tuple[str, ...] = PASSES
+
+
+@dataclass
+class Case:
+    name: str
+    parameters: dict  # JSON types, for the record
+    dtype: str  # of the products that bound it
+    cost: floors.Cost  # of forward and backward together
+    inputs: Callable[[int], Any]  # seed -> one set of inputs
+    input_bytes: int
+    candidates: list[Candidate]
+    limits: dict[str, float]  # by name of error
+    passes: tuple[str, ...] = PASSES
+    truth: Callable[[Any], Any] = lambda inputs: None  # float64, computed once and given to every check
+    plot: dict = field(default_factory=dict)  # {"series": name, "x": label}, for report.py
+
+
+# ----------------------------------------------------------------------------------------------------- accuracy gate
+
+
+def autograd_calls(function: Callable[[], torch.Tensor], leaves: list, upstream: torch.Tensor) -> Calls:
+    return Calls(function, lambda output: torch.autograd.grad(output, leaves, upstream))
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of what was expected (float64)."""
+    expected = expected.double()
+    return ((got.detach().double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def compare(output, gradients, truth) -> dict[str, float]:
+    """Relative errors against truth = (output, gradients); the largest over the gradients that truth has."""
+    expected, expected_gradients = truth
+    pairs = list(zip(gradients, expected_gradients, strict=False))
+    return {
+        "output": relative_error(output, expected),
+        "gradients": max(relative_error(got, want) for got, want in pairs),
+    }
+
+
+def gate(errors: dict[str, float], limits: dict[str, float]) -> None:
+    """Raises WrongOutput for an error above its limit; a NaN is above every limit."""
+    bad = [f"{name} is off by {errors[name]:.1e} (limit {limits[name]:.0e})" for name in errors
+           if not errors[name] <= limits[name]]  # fmt: skip
+    if bad:
+        raise WrongOutput("; ".join(bad))
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+class Runner:
+    """One candidate over all sets of inputs: `sample(pass)` is the seconds of one call."""
+
+    def __init__(self, candidate: Candidate, sets: list, device: str):
+        self.candidate, self.device = candidate, device
+        self.calls = [candidate.build(inputs) for inputs in sets]
+        self.replay = None
+
+    def capture(self) -> None:
+        """Forward and backward on every set of inputs, as one CUDA graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._both()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._both()
+        self.replay = graph.replay
+
+    def _both(self) -> None:
+        for call in self.calls:
+            call.backward(call.forward())
+
+    def sample(self, which: str) -> float:
+        outputs = [call.forward() for call in self.calls] if which == "backward" else []
+        if self.replay:
+            run = self.replay
+        elif which == "both":
+            run = self._both
+        elif which == "forward":
+            run = lambda: [call.forward() for call in self.calls]  # noqa: E731
+        else:
+            run = lambda: [call.backward(output) for call, output in zip(self.calls, outputs, strict=True)]  # noqa: E731
+        if self.device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / len(self.calls)
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) / len(self.calls)
+
+
+def interleave(samplers: dict[Any, Callable[[], float]], seconds: float, least: int = 3, most: int = 200) -> dict:
+    """{key: samples}: the samplers take turns; each stops after `seconds` of its own, but not before `least` samples.
+
+    A turn is one sample, or as many as fit 20 ms after one that only warms the caches up again.
+    """
+    samples = {key: [] for key in samplers}
+    spent = dict.fromkeys(samplers, 0.0)
+    while True:
+        active = [k for k, s in samples.items() if len(s) < most and (len(s) < least or spent[k] < seconds)]
+        if not active:
+            return samples
+        for key in active:
+            began = time.perf_counter()
+            first = samplers[key]()
+            if first > 5e-3:
+                samples[key].append(first)
+            while time.perf_counter() - began < 0.02 and len(samples[key]) < most:
+                samples[key].append(samplers[key]())
+            spent[key] += time.perf_counter() - began
+
+
+def summary(samples: list[float]) -> dict:
+    """Median and spread in seconds, and the samples' number."""
+    ordered = sorted(samples)
+    tenth = (len(ordered) - 1) / 10
+    return {
+        "median_s": statistics.median(ordered),
+        "p10_s": ordered[round(tenth)],
+        "p90_s": ordered[round(9 * tenth)],
+        "samples": len(ordered),
+    }
+
+
+def _trace(function) -> list[dict]:
+    """Events of torch.profiler around one call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        result = function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+def launches(function) -> int:
+    """Kernels, copies and fills that one call starts on the GPU."""
+    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in _trace(function))
+
+
+def peak_bytes(function, device: str) -> int:
+    """The most memory of PyTorch's allocator that one call takes beyond what was there before."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    steps = sorted(
+        ((e["ts"], e["args"]["Bytes"]) for e in _trace(function) if e.get("name") == "[memory]"),
+        key=lambda step: step[0],
+    )
+    peak = held = 0
+    for _, step in steps:
+        held += step
+        peak = max(peak, held)
+    return peak
+
+
+def _nbytes(tensors) -> int:
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+# -------------------------------------------------------------------------------------------------------------- a case
+
+
+def number_of_sets(input_bytes: int, device: str) -> int:
+    if device != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(MOST_SETS, -(-CACHE_FACTOR * l2 // input_bytes)))
+
+
+def measure(case: Case, device: str, rates: dict, seconds: float = 1.0, memory: bool = True, least: int = 3) -> dict:
+    """The case's part of a record: a row for every candidate and pass, or the reason why there is none.
+
+    `samples` of each row stay in the returned rows for pytest-benchmark; Record writes the summary only.
+    """
+    sets = [case.inputs(seed) for seed in range(number_of_sets(case.input_bytes, device))]
+    truth = case.truth(sets[0])
+    floor = case.cost.floor_seconds(rates, case.dtype)
+    rows, runners, facts = [], {}, {}
+    for candidate in case.candidates:
+        if candidate.unavailable:
+            rows.append({"candidate": candidate.name, "skipped": candidate.unavailable})
+            continue
+        try:
+            runner = Runner(candidate, sets, device)
+            facts[candidate.name] = _check(case, candidate, runner, sets[0], truth)
+            if candidate.graph:
+                runner.capture()
+            if memory:
+                facts[candidate.name] |= _memory_and_launches(candidate, runner, device)
+        except WrongOutput as wrong:
+            rows.append({"candidate": candidate.name, "wrong": str(wrong)})
+        except RuntimeError as error:  # of PyTorch, its compiler, CUDA, memory: the other candidates go on
+            reason = str(error).strip().splitlines() or [""]
+            rows.append({"candidate": candidate.name, "failed": f"{type(error).__name__}: {reason[0]}"[:500]})
+        else:
+            runners[candidate.name] = runner
+    del truth
+    samplers = {
+        (name, which): lambda runner=runner, which=which: runner.sample(which)
+        for name, runner in runners.items()
+        for which in case.passes
+        if which in runner.candidate.passes
+    }
+    for (name, which), samples in interleave(samplers, seconds, least).items():
+        row = {"candidate": name, "pass": which, **summary(samples)}
+        if which == "both":
+            row |= {"share_of_floor": floor / row["median_s"], **facts[name]}
+        rows.append(row | {"raw": samples})
+    return {
+        "case": case.name, "parameters": case.parameters, "dtype": case.dtype, "flops": case.cost.flops,
+        "bytes": case.cost.bytes, "floor_s": floor, "sets_of_inputs": len(sets), "plot": case.plot, "rows": rows,
+    }  # fmt: skip
+
+
+def _check(case, candidate, runner, inputs, truth) -> dict:
+    """The gate, on the first set of inputs; returns {"errors": ...}."""
+    if candidate.check is None:
+        return {}
+    output = runner.calls[0].forward()
+    errors = candidate.check(truth, output, runner.calls[0].backward(output))
+    gate(errors, case.limits)
+    return {"errors": errors}
+
+
+def _memory_and_launches(candidate, runner, device) -> dict:
+    call = runner.calls[0]
+
+    def both():
+        output = call.forward()
+        return output, call.backward(output)
+
+    facts = {}
+    if not candidate.graph:
+        results = both()[1]
+        extra = _nbytes(results) if isinstance(results, tuple) else 0
+        del results
+        facts["peak_bytes_beyond_gradients"] = max(0, peak_bytes(both, device) - extra)
+    if device == "cuda":
+        if candidate.graph:
+            facts["launches"] = launches(runner.replay) / len(runner.calls)
+        else:
+            facts["launches"] = launches(both)
+    return facts
+
+
+def without_samples(case: dict) -> dict:
+    return {**case, "rows": [{k: v for k, v in row.items() if k != "raw"} for row in case["rows"]]}
+
+
+def failures(case: dict) -> list[str]:
+    return [f"{case['case']}, {row['candidate']}: {row.get('wrong') or row['failed']}" for row in case["rows"]
+            if "wrong" in row or "failed" in row]  # fmt: skip
+
+
+def line(case: dict) -> str:
+    """The case's medians in one line per candidate."""
+    lines = [f"{case['case']}  (floor {case['floor_s'] * 1e3:.3f} ms)"]
+    for name in dict.fromkeys(row["candidate"] for row in case["rows"]):
+        rows = [row for row in case["rows"] if row["candidate"] == name]
+        reason = next((f"{k}: {row[k]}" for row in rows for k in ("skipped", "wrong", "failed") if k in row), None)
+        times = "   ".join(f"{row['pass']} {row['median_s'] * 1e3:.3f} ms" for row in rows if "pass" in row)
+        lines.append(f"    {name:42} {reason or times}")
+    return "\n".join(lines)
+
+
+def main(benchmark: str, cases: Callable[[str], list[Case]], dtypes, arguments=None) -> int:
+    """A benchmark as a program, where pytest-benchmark is not to be had; 1 if a candidate was wrong or failed."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark}")
+    parser.add_argument("-k", default="", help="only cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.5, help="sampling time per candidate and pass")
+    parser.add_argument(
+        "--records", type=Path, default=records.RUNS, help="folder of the records (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    device = records.device_type()
+    rates = floors.ceilings(device, dtypes(device))
+    record, problems = records.Record(benchmark, options.records, rates), []
+    for case in cases(device):
+        if options.k in case.name:
+            result = measure(case, device, rates, options.seconds)
+            record.add(without_samples(result))
+            problems += failures(result)
+            print(line(result), flush=True)
+    print(f"record: {record.path}")
+    for problem in problems:
+        print("FAILED", problem)
+    return 1 if problems else 0
