@@ -35,6 +35,13 @@ FORMS = {
     "orthonormal-bf16-ragged": ((100352, 100, 1001), "bfloat16", "float32", {}),
     "orthonormal-fp32": ((100352, 192, 3024), "float32", "float32", {}),
     "orthonormal-tf32": ((100352, 192, 3024), "float32", "float32", {"tf32": True}),
+    "statistics-bf16": ((34000, 256, 256), "bfloat16", "float32", {}),
+    "statistics-fp32-everything": ((34000, 256, 100), "float32", "float32", {"everything": True}),
+    # Sizes of 1 are constants to Triton's compiler.
+    "tokens-fp16-ones": ((2000, 1, 1), "float16", "float32", {"everything": True}),
+    "orthonormal-bf16-ones": ((2000, 1, 1), "bfloat16", "float32", {}),
+    "pooled-bf16-ones": ((1, 1, 1), "bfloat16", "float32", {"everything": True}),
+    "statistics-bf16-ones": ((1, 1, 1), "bfloat16", "float32", {}),
     "pooled-bf16": ((512, 192, 3024), "bfloat16", "float32", {}),
     "pooled-bf16-everything": ((512, 100, 1001), "bfloat16", "float32", {"everything": True}),
     "pooled-fp32": ((512, 192, 3024), "float32", "float32", {}),
@@ -87,6 +94,9 @@ def record(form, capability):
                 student, teacher, weight, empty(), row_weight, denominator, 1e-9, True, 1e-5, 128 << 20, *needed
             )
             triton_op._scale(empty(), *gradients, denominator, 1e-9, student.dtype, weight.dtype)
+        elif form.startswith("statistics"):
+            triton_op._column_sums(teacher, row_weight)
+            triton_op._column_sums(teacher, row_weight, empty(t))
         elif form.startswith("pooled"):
             _, gradient, sums = triton_op._pooled_forward(*arguments)
             triton_op._pooled_backward(empty(), gradient, sums, student, weight, row_weight, denominator, 1e-9, *needed)
@@ -185,6 +195,7 @@ def test_every_kernel_of_the_form(compiled, form, capability):
         "tokens": {"row_statistics", "loss_tile", "scale"},
         "pooled": {"row_statistics", "loss_tile", "gradient_tiles"},
         "orthonormal": {"orthonormal_mse_rows", "scale"},
+        "statistics": {"column_sums"},
     }
     assert set(compiled[form, capability]) == kernels[form.split("-")[0]]
 

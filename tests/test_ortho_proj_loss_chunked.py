@@ -199,6 +199,33 @@ def test_moments_are_those_of_the_projected_rows(dtype, small_chunks):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_16_bit_products_of_the_moments(dtype, weighted, monkeypatch):
+    """With 16-bit operands, as on a GPU: the covariance is float32's, its gradient as good as the student's dtype."""
+    monkeypatch.setattr(chunked, "operand_dtype", lambda x: x.dtype)
+    student = (torch.randn(4000, 8) + 50).to(dtype)
+    row_weight = torch.rand(4000) if weighted else None
+    total = row_weight.sum() if weighted else 4000
+    leaf = student.clone().requires_grad_()
+    _, covariance = chunked.student_moments(leaf, row_weight, total)
+    exact_leaf = student.double().requires_grad_()
+    exact_weight = row_weight.double() if weighted else None
+    _, exact = chunked.student_moments(exact_leaf, exact_weight, total.double() if weighted else 4000)
+    assert covariance.dtype == torch.float32 and error(covariance, exact) <= 1e-5
+    upstream = 16 * torch.randn(8, 8)  # a scaled loss: float16 gradients would underflow
+    (gradient,) = torch.autograd.grad(covariance, leaf, upstream)
+    (truth,) = torch.autograd.grad(exact, exact_leaf, upstream.double())
+    assert error(gradient, truth) <= {torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_16_bit_products_as_on_a_gpu(dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "operand_dtype", lambda x: x.dtype)
+    for option in OPTIONS.values():
+        Case((130, 40, 200), dtype, **option).check(one_row_chunks, slack=1.5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_column_statistics(dtype, weighted, small_chunks):
     teacher = (torch.randn(300, 7, dtype=torch.float64) + 20).to(dtype)

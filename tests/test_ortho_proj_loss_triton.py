@@ -334,6 +334,13 @@ def test_opcheck_backward(monkeypatch):
     )
 
 
+def test_opcheck_statistics(monkeypatch):
+    monkeypatch.undo()
+    x, w, mean = (torch.randn(*size, device=DEVICE) for size in ((6, 4), (6,), (4,)))
+    torch.library.opcheck(OPS.fused_student_sum.default, (x.requires_grad_(), w))
+    torch.library.opcheck(OPS.fused_column_centred_square_sum.default, (x.detach(), w, mean))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_break(form, dynamic, monkeypatch):
@@ -346,6 +353,36 @@ def test_compiles_without_a_break(form, dynamic, monkeypatch):
         assert torch.equal(expected[0], got[0])
         for name, gradient in got[1].items():
             assert torch.equal(gradient, expected[1][name])
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 45), (700, 130), (2100, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_over_rows(weighted, dtype, shape):
+    x = (torch.randn(shape, device=DEVICE) + 20).to(dtype)
+    row_weight = torch.rand(shape[0], device=DEVICE) if weighted else None
+    garbage = x.clone()
+    if weighted and shape[0] > 2:
+        row_weight[1::3] = 0
+        garbage[1::3] = torch.nan
+    w = torch.ones(shape[0], 1, device=DEVICE).double() if row_weight is None else row_weight.double()[:, None]
+    truth = (w * x.double()).sum(0)
+    mean = (truth / w.sum()).float()
+    squares = (w * (x.double() - mean.double()).square()).sum(0)
+    leaf = garbage.requires_grad_()
+    total = triton_op.student_sum(leaf, row_weight)
+    assert total.dtype == torch.float32 and error(total, truth) <= 1e-6
+    assert torch.equal(triton_op.column_sum(garbage, row_weight), total)
+    assert error(triton_op.column_centred_square_sum(garbage, row_weight, mean), squares) <= 1e-6
+    upstream = torch.randn(shape[1], device=DEVICE)
+    (gradient,) = torch.autograd.grad(total, leaf, upstream)
+    assert (
+        error(gradient, w * upstream.double())
+        <= {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule

@@ -50,6 +50,11 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += product(a, b)
 
 
+def operand_dtype(x: torch.Tensor) -> torch.dtype:
+    """The products' operands: x's own dtype where there are units for it, at least float32 elsewhere."""
+    return x.dtype if x.is_cuda else accumulator_dtype(x.dtype)
+
+
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     """How the unscaled dX is kept: float16 would overflow."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -254,8 +259,7 @@ def _forward(
 ):  # fmt: skip
     n, t = teacher.shape
     exact = accumulator_dtype(student.dtype)
-    # The products' operands: 16 bit where there are units for it, float32 elsewhere.
-    operand = student.dtype if student.is_cuda else exact
+    operand = operand_dtype(student)
     p = weight.to(student.dtype).to(operand)
     dx = student.new_empty(student.shape if need_student else 0, dtype=saved_dtype(student.dtype))
     dp = weight.new_zeros(weight.shape if need_weight else 0, dtype=exact)
@@ -360,7 +364,7 @@ def _orthonormal_mse(
     """dX = w c (c X - T P), dP = -c Tᵀ diag(w) X, dc = Σ w X (c X - T P), each without its factor 2."""
     n, t = teacher.shape
     exact = accumulator_dtype(student.dtype)
-    operand = student.dtype if student.is_cuda else exact
+    operand = operand_dtype(student)
     p = weight.to(student.dtype).to(operand)
     dx = student.new_empty(student.shape if need_student else 0, dtype=saved_dtype(student.dtype))
     dp = weight.new_zeros(weight.shape if need_weight else 0, dtype=exact)
@@ -468,22 +472,33 @@ def _centred(x, mean, w):
 
 
 def _scatter(x, row_weight, mean):
-    total = mean.new_zeros((x.shape[1], x.shape[1]))
+    operand = operand_dtype(x)
+    s = x.shape[1]
+    total = mean.new_zeros((s, s))
     with _Ieee():
-        for rows, w in _chunks(x, row_weight, 3):
+        for rows, w in _chunks(x, row_weight, 4):
             d = _centred(x[rows], mean, w)
-            total += (d if w is None else d * w[:, None]).T @ d
+            if w is not None:
+                d = d * w.sqrt()[:, None]
+            if operand == d.dtype:
+                total.addmm_(d.T, d)
+            else:  # 16-bit products of d = high + low, together as exact as d is
+                high = d.to(operand)
+                both = torch.cat([high, (d - high).to(operand)], 1)
+                total += product(both.T, both).view(2, s, 2, s).sum((0, 2))
     return total
 
 
 def _scatter_backward(grad, x, row_weight, mean):
     """dX_n = w_n (C + Cᵀ)(x_n - m) and dm = -Σ_n dX_n for the incoming C."""
-    symmetric = grad + grad.T
+    # float16 would underflow: incoming gradients carry 1 / (N T).
+    operand = operand_dtype(x) if x.dtype == torch.bfloat16 else accumulator_dtype(x.dtype)
+    symmetric = (grad + grad.T).to(operand)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dm = torch.zeros_like(mean)
     with _Ieee():
         for rows, w in _chunks(x, row_weight, 3):
-            d = weighted_(_centred(x[rows], mean, w) @ symmetric, w)
+            d = weighted_(product(_centred(x[rows], mean, w).to(operand), symmetric), w)
             dx[rows] = d
             dm -= d.sum(0)
     return dx, dm
@@ -496,13 +511,13 @@ def _centred_square_sum(x, row_weight, mean):
     return total
 
 
-def _save_sum(ctx, inputs, output):
+def save_sum(ctx, inputs, output):
     student, row_weight = inputs
     ctx.save_for_backward(row_weight)
     ctx.n, ctx.dtype = student.shape[0], student.dtype
 
 
-def _differentiate_sum(ctx, grad):
+def differentiate_sum(ctx, grad):
     return torch.ops.vkd_kernels.student_sum_backward.default(grad, *ctx.saved_tensors, ctx.n, ctx.dtype), None
 
 
@@ -537,7 +552,7 @@ define(
     lambda x, w, mean: torch.empty_like(mean),
 )  # fmt: skip
 for _name, _differentiate, _save in (
-    ("student_sum", _differentiate_sum, _save_sum),
+    ("student_sum", differentiate_sum, save_sum),
     ("student_scatter", _differentiate_scatter, _save_scatter),
 ):
     differentiate(_name, _save, _differentiate)

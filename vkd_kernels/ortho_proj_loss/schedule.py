@@ -44,6 +44,14 @@ class RowsTile(NamedTuple):
     stages: int
 
 
+class ColumnsTile(NamedTuple):
+    """column_sums: rows x columns of X a step."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
 # Tiles that compile without spills (tests/test_ortho_proj_loss_aot.py holds them to it), by kernel and operand bits,
 # for compute capabilities from the given one on. "descriptor" and "pointer": rows start on 16-byte boundaries;
 # "ragged": they do not.
@@ -58,9 +66,12 @@ TILES: dict[tuple[str, int], dict[int, Any]] = {
     ("pooled", 32): {80: LossTile(64, 64, 32, 8, 3)},
     ("gradients", 16): {80: GradientTiles(64, 64, 64, 64, 64, 64, 4, 4)},
     ("gradients", 32): {80: GradientTiles(64, 64, 32, 64, 64, 32, 8, 3)},
+    ("columns", 16): {80: ColumnsTile(32, 128, 4)},
+    ("columns", 32): {80: ColumnsTile(32, 64, 4)},
     ("rows", 16): {80: RowsTile(64, 64, 2, 64, 8, 3), 90: RowsTile(64, 64, 4, 64, 8, 3)},
     ("rows", 32): {80: RowsTile(64, 32, 4, 32, 8, 3)},
 }
+COLUMN_PARTIALS = 512  # partial sums over rows, at most
 STATISTICS_ELEMENTS = 4096  # of a block of row_statistics, in 4 warps
 
 

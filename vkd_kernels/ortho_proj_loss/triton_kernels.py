@@ -441,3 +441,32 @@ def orthonormal_mse_rows(
     tl.store(partial + program, tl.sum(tl.where(keep, w * rho, 0.0), 0))
     if scale_partial is not None:
         tl.store(scale_partial + program, tl.sum(tl.where(keep, w * for_scale, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def column_sums(
+    x, row_weight, mean, partial, N, T, stride_x, rows_per_program, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """sum_n w_n x_n, or with a mean sum_n w_n (x_n - mean)², over rows_per_program rows of X (N, T): (program, T)."""
+    row_block = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_columns = (column < T)[None, :]
+    centre = tl.zeros((COLUMNS,), tl.float32)
+    if mean is not None:
+        centre = tl.load(mean + column, mask=column < T, other=0.0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first_row = row_block.to(tl.int64) * rows_per_program
+    last_row = tl.minimum(first_row + rows_per_program, N)
+    for start in range(0, rows_per_program, ROWS):
+        long_row = first_row + start + row
+        inside = (long_row < last_row)[:, None] & inside_columns
+        value = tl.load(x + long_row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if mean is not None:
+            value = tl.where(inside, value - centre[None, :], 0.0)
+            value *= value
+        if row_weight is not None:
+            w = tl.load(row_weight + long_row, mask=long_row < last_row, other=0.0)[:, None]
+            value = tl.where(w == 0, 0.0, w * value)
+        total += value
+    tl.store(partial + row_block.to(tl.int64) * T + column, tl.sum(total, 0), mask=column < T)

@@ -394,3 +394,53 @@ def _orthonormal_mse(
 
 
 chunked.register_loss("fused_orthonormal_mse", chunked.MSE_ARGUMENTS, _orthonormal_mse, "fused_backward")
+
+
+# ------------------------------------------------------------------- statistics over the rows: the names of chunked.py
+
+
+def student_sum(student: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
+    """chunked.student_sum in one read of the rows."""
+    return torch.ops.vkd_kernels.fused_student_sum.default(unit_stride(student), row_weight)
+
+
+def column_sum(teacher: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
+    """chunked.column_sum in one read of the rows."""
+    return torch.ops.vkd_kernels.fused_student_sum.default(unit_stride(teacher.detach()), row_weight)
+
+
+def column_centred_square_sum(
+    teacher: torch.Tensor, row_weight: torch.Tensor | None, mean: torch.Tensor
+) -> torch.Tensor:
+    """chunked.column_centred_square_sum in one read of the rows."""
+    op = torch.ops.vkd_kernels.fused_column_centred_square_sum.default
+    return op(unit_stride(teacher.detach()), row_weight, mean.detach())
+
+
+student_scatter = chunked.student_scatter  # a library product
+
+
+def _column_sums(x, row_weight, mean=None):
+    n, t = x.shape
+    tile = schedule.tile("columns", x.dtype)
+    rows_per_program = _blocks(_blocks(n, schedule.COLUMN_PARTIALS), tile.rows) * tile.rows
+    if n == 0:
+        return x.new_zeros(t, dtype=torch.float32)
+    partial = x.new_empty((_blocks(n, rows_per_program), t), dtype=torch.float32)
+    with _on(x.device):
+        kernels.column_sums[(partial.shape[0], _blocks(t, tile.columns))](
+            x, row_weight, mean, partial, n, t, x.stride(0), rows_per_program,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+    return partial.sum(0)
+
+
+chunked.define(
+    "fused_student_sum", "(Tensor student, Tensor? row_weight) -> Tensor", _column_sums,
+    lambda x, w: x.new_empty(x.shape[1:], dtype=torch.float32),
+)  # fmt: skip
+chunked.differentiate("fused_student_sum", chunked.save_sum, chunked.differentiate_sum)
+chunked.define(
+    "fused_column_centred_square_sum", "(Tensor teacher, Tensor? row_weight, Tensor mean) -> Tensor", _column_sums,
+    lambda x, w, mean: torch.empty_like(mean),
+)  # fmt: skip
