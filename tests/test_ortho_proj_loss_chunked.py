@@ -7,7 +7,7 @@ import pytest
 import torch
 from loss_cases import DTYPES, OPTIONS, SHAPES, Case, error
 
-from vkd_kernels.ortho_proj_loss import chunked
+from vkd_kernels.ortho_proj_loss import chunked, moments
 from vkd_kernels.ortho_proj_loss.chunked import chunked_loss
 
 ALL_DTYPES = [*DTYPES, torch.float64]
@@ -171,10 +171,10 @@ def test_moments_gradcheck(weighted, small_chunks):
     student = torch.randn(23, 5, dtype=torch.float64, requires_grad=True)
     mean = torch.randn(5, dtype=torch.float64, requires_grad=True)
     row_weight = torch.rand(23, dtype=torch.float64) if weighted else None
-    assert torch.autograd.gradcheck(lambda x: chunked.student_sum(x, row_weight), student)
-    assert torch.autograd.gradcheck(lambda x, m: chunked.student_scatter(x, row_weight, m), (student, mean))
+    assert torch.autograd.gradcheck(lambda x: moments.student_sum(x, row_weight), student)
+    assert torch.autograd.gradcheck(lambda x, m: moments.student_scatter(x, row_weight, m), (student, mean))
     total = row_weight.sum() if weighted else 23
-    assert torch.autograd.gradcheck(lambda x: chunked.student_moments(x, row_weight, total), student)
+    assert torch.autograd.gradcheck(lambda x: moments.student_moments(x, row_weight, total), student)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -186,7 +186,7 @@ def test_moments_are_those_of_the_projected_rows(dtype, small_chunks):
     student_with_garbage = student.clone()
     student_with_garbage[::5] = torch.nan
     weight = torch.randn(12, 8, dtype=torch.float64)
-    mean, covariance = chunked.student_moments(student_with_garbage, row_weight, row_weight.sum())
+    mean, covariance = moments.student_moments(student_with_garbage, row_weight, row_weight.sum())
     exact = torch.promote_types(dtype, torch.float32)
     assert mean.dtype == covariance.dtype == exact
     w = row_weight.double()[:, None] / row_weight.double().sum()
@@ -207,10 +207,10 @@ def test_16_bit_products_of_the_moments(dtype, weighted, monkeypatch):
     row_weight = torch.rand(4000) if weighted else None
     total = row_weight.sum() if weighted else 4000
     leaf = student.clone().requires_grad_()
-    _, covariance = chunked.student_moments(leaf, row_weight, total)
+    _, covariance = moments.student_moments(leaf, row_weight, total)
     exact_leaf = student.double().requires_grad_()
     exact_weight = row_weight.double() if weighted else None
-    _, exact = chunked.student_moments(exact_leaf, exact_weight, total.double() if weighted else 4000)
+    _, exact = moments.student_moments(exact_leaf, exact_weight, total.double() if weighted else 4000)
     assert covariance.dtype == torch.float32 and error(covariance, exact) <= 1e-5
     upstream = 16 * torch.randn(8, 8)  # a scaled loss: float16 gradients would underflow
     (gradient,) = torch.autograd.grad(covariance, leaf, upstream)
@@ -231,12 +231,12 @@ def test_column_statistics(dtype, weighted, small_chunks):
     teacher = (torch.randn(300, 7, dtype=torch.float64) + 20).to(dtype)
     row_weight = torch.rand(300, dtype=torch.promote_types(dtype, torch.float32)) if weighted else None
     w = torch.ones(300, 1, dtype=torch.float64) if row_weight is None else row_weight.double()[:, None]
-    mean = chunked.column_sum(teacher, row_weight) / w.sum()
+    mean = moments.column_sum(teacher, row_weight) / w.sum()
     true_mean = (w * teacher.double()).sum(0) / w.sum()
     exact = torch.promote_types(dtype, torch.float32)
     limit = 1e-13 if dtype == torch.float64 else 1e-6
     assert mean.dtype == exact and error(mean, true_mean) <= limit
-    squares = chunked.column_centred_square_sum(teacher, row_weight, true_mean.to(exact))
+    squares = moments.column_centred_square_sum(teacher, row_weight, true_mean.to(exact))
     truth = (w * (teacher.double() - true_mean.to(exact).double()).square()).sum(0)
     assert squares.dtype == exact and error(squares, truth) <= limit
 
@@ -246,7 +246,7 @@ def test_scatter_is_ieee_and_leaves_the_setting():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with chunked._Ieee():
+        with moments._Ieee():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
@@ -264,7 +264,7 @@ def test_statistics_opcheck():
 
 def test_second_order_of_the_statistics_is_refused():
     x = torch.randn(6, 4, requires_grad=True)
-    for value in (chunked.student_sum(x, None), chunked.student_scatter(x, None, torch.zeros(4))):
+    for value in (moments.student_sum(x, None), moments.student_scatter(x, None, torch.zeros(4))):
         upstream = torch.ones_like(value, requires_grad=True)
         (gradient,) = torch.autograd.grad(value, x, upstream, create_graph=True)
         with pytest.raises(RuntimeError, match='backend="torch"'):

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 from loss_cases import DTYPES, OPTIONS, SHAPES, Case, composition, error  # noqa: E402
 
-from vkd_kernels.ortho_proj_loss import chunked, schedule, triton_op  # noqa: E402
+from vkd_kernels.ortho_proj_loss import interface, operators, schedule, triton_op  # noqa: E402
 from vkd_kernels.ortho_proj_loss import triton_kernels as kernels  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -300,7 +300,7 @@ def test_second_order_is_refused(form):
 
 
 def op_arguments(case, needed=(True, True, True)):
-    row_weight, denominator, scale, _ = chunked.operands(
+    row_weight, denominator, scale, _ = operators.operands(
         case.student, case.weight, case.bias, case.row_weight, case.denominator
     )
     options = case.options
@@ -353,6 +353,34 @@ def test_compiles_without_a_break(form, dynamic, monkeypatch):
         assert torch.equal(expected[0], got[0])
         for name, gradient in got[1].items():
             assert torch.equal(gradient, expected[1][name])
+
+
+# ------------------------------------------------------------------------------------------------------- the interface
+
+
+@pytest.mark.parametrize("normalization", interface.NORMALIZATIONS)
+@pytest.mark.parametrize("loss", interface.LOSSES)
+@pytest.mark.parametrize("rows", [(37,), (9, 130)], ids=["pooled", "chunked"])
+def test_interface(rows, loss, normalization, monkeypatch):
+    """ortho_proj_loss with these kernels against itself with the reference."""
+    student = torch.randn(*rows, 20, device=DEVICE, requires_grad=True)
+    teacher = torch.randn(*rows, 45, device=DEVICE) + 1
+    weight = torch.randn(45, 20, device=DEVICE, requires_grad=True)
+    scale, bias = (torch.rand(45, device=DEVICE).requires_grad_() for _ in range(2))
+    leaves = [student, weight, scale, bias]
+    options = dict(scale=scale, mask=torch.rand(rows, device=DEVICE) > 0.3, normalization=normalization, loss=loss)
+    options["eps"] = 0.1 if normalization == "whiten" else 1e-5
+
+    def run(backend):
+        value = interface.ortho_proj_loss(student, teacher, weight, bias=bias, **options, backend=backend)
+        return value, *torch.autograd.grad(value, leaves)
+
+    expected = run("torch")
+    if INTERPRETED:
+        cores = triton_op.fused_loss, triton_op.fused_orthonormal_mse, triton_op
+        monkeypatch.setattr(interface, "_cores", lambda *args: cores)
+    for a, b in zip(run(None), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics

@@ -6,15 +6,8 @@ import torch.distributed as dist
 from .. import _backend, _checks
 from ..normalization.reference import sum_of_weights, total_weight, whiten
 from ..normalization.synchronised import all_reduce, global_loss
-from . import reference
-from .chunked import (
-    chunked_loss,
-    column_centred_square_sum,
-    column_sum,
-    orthonormal_mse,
-    student_scatter,
-    student_sum,
-)
+from . import moments, reference
+from .chunked import chunked_loss, orthonormal_mse
 
 NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
 LOSSES = ("smooth_l1", "mse")
@@ -117,7 +110,7 @@ def projected_loss(
         student = student.reshape(-1, student.shape[-1]).to(product_dtype)
         teacher = teacher.detach().reshape(-1, teacher.shape[-1])
         denominator = _denominator(teacher, row_weight, precise, reduction, process_group)
-        core, core_without_z = _cores(chosen, asked, teacher, process_group)
+        core, core_without_z, statistics = _cores(chosen, asked, teacher, process_group)
         if core is not None and orthonormal and loss == "mse" and normalization != "batch_norm":
             if normalization == "whiten":
                 teacher = whiten(teacher.to(precise), row_weight, method="zca", eps=eps, group=process_group)
@@ -132,24 +125,28 @@ def projected_loss(
         if core is None:
             share = reference.loss_sum(student, teacher, weight, bias, row_weight, **options) / denominator
         else:
-            share = _folded(core, student, teacher, weight, bias, row_weight, denominator=denominator, **options)
+            share = _folded(
+                core, statistics, student, teacher, weight, bias, row_weight, denominator=denominator, **options
+            )
         return global_loss(share, process_group)
 
 
 def _cores(chosen: str, asked: bool, teacher: torch.Tensor, group):
-    """What computes the loss, and squared error with an orthonormal weight: Triton's kernels, the same schedules in
-    PyTorch, or None for the reference."""
+    """What computes the loss, squared error with an orthonormal weight, and (a module) statistics over the rows:
+    Triton's kernels, the same schedules in PyTorch, or None for the reference."""
     if chosen == "triton":
         from . import triton_op  # here, because Triton need not be installed
 
-        return triton_op.fused_loss, triton_op.fused_orthonormal_mse
+        return triton_op.fused_loss, triton_op.fused_orthonormal_mse, triton_op
     # Asked for by name, PyTorch is the reference (which has second-order gradients). Left to choose, large problems
     # avoid its N x T temporaries; and ranks, which may differ in size, all take the path with the same collectives.
     large = group is not None or teacher.numel() > CHUNKED_FROM
-    return (chunked_loss, orthonormal_mse) if large and not asked else (None, None)
+    return (chunked_loss, orthonormal_mse, moments) if large and not asked else (None, None, None)
 
 
-def _folded(core, student, teacher, weight, bias, row_weight, *, normalization, loss, beta, eps, denominator, group):
+def _folded(
+    core, statistics, student, teacher, weight, bias, row_weight, *, normalization, loss, beta, eps, denominator, group
+):
     """The loss by a core that knows a bias, layer norm and constant statistics of the teacher's channels.
 
     batch_norm needs no pass over Z: mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ, so standardising Z is another
@@ -162,11 +159,11 @@ def _folded(core, student, teacher, weight, bias, row_weight, *, normalization, 
         teacher = whiten(teacher.to(precise), row_weight, method="zca", eps=eps, group=group)
     elif normalization == "batch_norm":
         total = total_weight(teacher[:, :0].to(precise), row_weight, group)
-        shift = all_reduce(column_sum(teacher, row_weight), group) / total
-        variance = all_reduce(column_centred_square_sum(teacher, row_weight, shift), group) / total
+        shift = all_reduce(statistics.column_sum(teacher, row_weight), group) / total
+        variance = all_reduce(statistics.column_centred_square_sum(teacher, row_weight, shift), group) / total
         inverse_std = torch.rsqrt(variance + eps)
-        mean = all_reduce(student_sum(student, row_weight), group) / total
-        covariance = all_reduce(student_scatter(student, row_weight, mean), group) / total
+        mean = all_reduce(statistics.student_sum(student, row_weight), group) / total
+        covariance = all_reduce(statistics.student_scatter(student, row_weight, mean), group) / total
         p = weight.to(precise)
         weight = p * torch.rsqrt(((p @ covariance) * p).sum(1).clamp_min(0) + eps)[:, None]
         # The mean of what the product will see: its weight is rounded to the student's dtype. A bias cancels.

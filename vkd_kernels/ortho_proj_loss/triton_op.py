@@ -1,7 +1,7 @@
 """The fused loss for torch.library: operators, their shapes and autograd, and the launches of triton_kernels.py.
 
 schedule.py chooses between two forms of the same loss. Pooled (few rows): G is kept and one backward launch makes every
-gradient. Chunked (many rows): the forward pass leaves the unscaled gradients, chunked.py's operators say how.
+gradient. Chunked (many rows): the forward pass leaves the unscaled gradients, as operators.py says.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import contextlib
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import chunked, schedule
+from . import chunked, moments, operators, schedule
 from . import triton_kernels as kernels
 
 GROUP = 8  # row blocks that walk the columns together, so that the weight's tiles stay in L2
@@ -39,7 +39,7 @@ def fused_loss(
 
     No temporary but G is N x T, and G only in the student's dtype and for as many rows as `workspace_bytes` allows.
     """
-    row_weight, denominator, factor, needed = chunked.operands(student, weight, bias, row_weight, denominator)
+    row_weight, denominator, factor, needed = operators.operands(student, weight, bias, row_weight, denominator)
     student, teacher, weight = (unit_stride(x) for x in (student, teacher, weight))
     n, t = teacher.shape
     pooled = schedule.choose(n, student.shape[1], t, student.dtype, workspace_bytes).pooled
@@ -153,7 +153,7 @@ def _fused_forward(
     """loss, unscaled dX, dP, db: per chunk of rows, statistics, loss and G, then two library products."""
     (n, s), t = student.shape, teacher.shape[1]
     weight = unit_stride(weight.to(student.dtype))
-    dx = student.new_empty((n, s) if need_student else 0, dtype=chunked.saved_dtype(student.dtype))
+    dx = student.new_empty((n, s) if need_student else 0, dtype=operators.saved_dtype(student.dtype))
     dp = weight.new_zeros((t, s) if need_weight else 0, dtype=torch.float32)
     db = weight.new_zeros(t if need_bias else 0, dtype=torch.float32)
     if n == 0:
@@ -204,11 +204,11 @@ def _scale(grad_output, student, weight, third, denominator, factor, student_dty
     return tuple(results)
 
 
-chunked.register_backward("fused_backward", _scale)
-chunked.register_loss("fused_loss", chunked.LOSS_ARGUMENTS, _fused_forward, "fused_backward")
+operators.register_backward("fused_backward", _scale)
+operators.register_loss("fused_loss", operators.LOSS_ARGUMENTS, _fused_forward, "fused_backward")
 
 
-# ----------------------------------------------------------------------- few rows: pooled_loss, one launch for backward
+# ---------------------------------------------------------------------- few rows: pooled_loss, one launch for backward
 
 
 def _pooled_forward(
@@ -302,8 +302,10 @@ def _differentiate_pooled(ctx, grad_output, *_):
     return dx, None, dp, db, *[None] * 13
 
 
-chunked.define("pooled_loss", f"({chunked.LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _pooled_forward, _pooled_fake)
-chunked.define(
+operators.define(
+    "pooled_loss", f"({operators.LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _pooled_forward, _pooled_fake
+)
+operators.define(
     "pooled_loss_backward",
     "(Tensor grad_output, Tensor gradient, Tensor column_sums, Tensor student, Tensor weight, Tensor? row_weight, "
     "Tensor? denominator, float factor, bool need_student, bool need_weight, bool need_bias) "
@@ -311,8 +313,8 @@ chunked.define(
     _pooled_backward,
     _pooled_backward_fake,
 )
-chunked.differentiate("pooled_loss", _save_pooled, _differentiate_pooled)
-chunked.refuse_second_order("pooled_loss_backward")
+operators.differentiate("pooled_loss", _save_pooled, _differentiate_pooled)
+operators.refuse_second_order("pooled_loss_backward")
 
 
 # ---------------------------------------------- squared error with an orthonormal weight, S <= T: fused_orthonormal_mse
@@ -362,7 +364,7 @@ def _orthonormal_mse(
     step = chunked.even_chunk(n, workspace_bytes // bytes_per_row, tile.rows)
     row_blocks = _blocks(step, tile.rows)
 
-    dx = student.new_empty((n, s) if need_student else 0, dtype=chunked.saved_dtype(student.dtype))
+    dx = student.new_empty((n, s) if need_student else 0, dtype=operators.saved_dtype(student.dtype))
     dp = weight.new_zeros((t, s) if need_weight else 0, dtype=torch.float32)
     operand = student.new_empty((step, s)) if need_weight else None
     mean_sums = student.new_empty((row_blocks, s), dtype=torch.float32) if need_weight and layer_norm else None
@@ -390,34 +392,34 @@ def _orthonormal_mse(
     if need_weight:
         dp = (dp - mean_total if layer_norm else dp).mul_(-scale)
     dc = scale_partial.sum() if need_scale else student.new_empty(0, dtype=torch.float32)
-    return chunked.over(partial.sum(), factor, denominator), dx, dp, dc
+    return operators.over(partial.sum(), factor, denominator), dx, dp, dc
 
 
-chunked.register_loss("fused_orthonormal_mse", chunked.MSE_ARGUMENTS, _orthonormal_mse, "fused_backward")
+operators.register_loss("fused_orthonormal_mse", operators.MSE_ARGUMENTS, _orthonormal_mse, "fused_backward")
 
 
-# ------------------------------------------------------------------- statistics over the rows: the names of chunked.py
+# ------------------------------------------------------------------- statistics over the rows: the names of moments.py
 
 
 def student_sum(student: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    """chunked.student_sum in one read of the rows."""
+    """moments.student_sum in one read of the rows."""
     return torch.ops.vkd_kernels.fused_student_sum.default(unit_stride(student), row_weight)
 
 
 def column_sum(teacher: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    """chunked.column_sum in one read of the rows."""
+    """moments.column_sum in one read of the rows."""
     return torch.ops.vkd_kernels.fused_student_sum.default(unit_stride(teacher.detach()), row_weight)
 
 
 def column_centred_square_sum(
     teacher: torch.Tensor, row_weight: torch.Tensor | None, mean: torch.Tensor
 ) -> torch.Tensor:
-    """chunked.column_centred_square_sum in one read of the rows."""
+    """moments.column_centred_square_sum in one read of the rows."""
     op = torch.ops.vkd_kernels.fused_column_centred_square_sum.default
     return op(unit_stride(teacher.detach()), row_weight, mean.detach())
 
 
-student_scatter = chunked.student_scatter  # a library product
+student_scatter = moments.student_scatter  # a library product
 
 
 def _column_sums(x, row_weight, mean=None):
@@ -435,12 +437,12 @@ def _column_sums(x, row_weight, mean=None):
     return partial.sum(0)
 
 
-chunked.define(
+operators.define(
     "fused_student_sum", "(Tensor student, Tensor? row_weight) -> Tensor", _column_sums,
     lambda x, w: x.new_empty(x.shape[1:], dtype=torch.float32),
 )  # fmt: skip
-chunked.differentiate("fused_student_sum", chunked.save_sum, chunked.differentiate_sum)
-chunked.define(
+operators.differentiate("fused_student_sum", moments.save_sum, moments.differentiate_sum)
+operators.define(
     "fused_column_centred_square_sum", "(Tensor teacher, Tensor? row_weight, Tensor mean) -> Tensor", _column_sums,
     lambda x, w, mean: torch.empty_like(mean),
 )  # fmt: skip
