@@ -122,6 +122,8 @@ def choose(
         if reason:
             raise RuntimeError(f"{source}={asked!r} was requested for {op}, but {reason}")
         return asked, True
+    if torch._C._are_functorch_transforms_active():
+        return "torch", True  # torch.func differentiates what is made of PyTorch's own operators
     best = fastest or SERVES[op][0]
     reason = why_not(op, best, device_type, dtype)
     if reason is None:

@@ -13,9 +13,20 @@ def describe(value) -> str:
     return f"{type(value).__name__} {value!r}"[:200]
 
 
+def is_sharded(value) -> bool:
+    """Whether it is a DTensor, as parameters are under FSDP2, told without importing torch.distributed.tensor."""
+    return hasattr(value, "device_mesh")
+
+
 def check_tensor(name: str, value, dtypes=FLOATING, hint: str = "") -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {describe(value)}")
+    if is_sharded(value):
+        raise TypeError(
+            f"{name} must be a whole tensor; got a DTensor of shape {tuple(value.shape)}. A parameter under "
+            "fully_shard is whole in the forward pass of the module that was sharded, and between its unshard() and "
+            "reshard(); other DTensors have full_tensor() and to_local()"
+        )
     if value.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {allowed}; got {describe(value)}{hint}")

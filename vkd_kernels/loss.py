@@ -25,7 +25,8 @@ def starting_scale(scale, student_dim: int, teacher_dim: int, device=None, dtype
         return scale
     _checks.check_choice("scale", scale, ("match", "learned"))
     matched = math.sqrt(teacher_dim / student_dim)
-    return matched if scale == "match" else nn.Parameter(torch.tensor(matched, device=device, dtype=dtype))
+    # One element rather than a 0-d tensor, which fully_shard refuses.
+    return matched if scale == "match" else nn.Parameter(torch.full((1,), matched, device=device, dtype=dtype))
 
 
 class OrthoProjLoss(nn.Module):
@@ -122,7 +123,7 @@ class OrthoProjLoss(nn.Module):
         if gain is not None:
             scale = gain * self.scale
         elif isinstance(scale, torch.Tensor):
-            scale = scale.reshape(())
+            scale = scale[0]
         elif scale == 1.0:
             scale = None
         return interface.projected_loss(

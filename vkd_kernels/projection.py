@@ -79,6 +79,11 @@ class TorchMap(nn.Module):
         return self.map.right_inverse(orthonormal_factor(matrix))
 
 
+def at_least_float32(parameter: torch.Tensor) -> torch.Tensor:
+    """For maps: FSDP2's mixed precision hands out a 16-bit copy of the parameter, whose P is as orthonormal."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
 def make_map(matrix: torch.Tensor, orthogonal_map: str) -> CayleyMap | TorchMap:
     _checks.check_choice("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
     return CayleyMap(matrix) if orthogonal_map == "cayley" else TorchMap(matrix, orthogonal_map)
@@ -126,6 +131,22 @@ def _check_map_weight(name: str, weight: torch.Tensor) -> None:
     _checks.check_tensor(name, weight, _checks.FULL_PRECISION, "; orthogonal weights stay in float32 or float64")
     if weight.dim() < 2:
         raise ValueError(f"{name} must have the shape (..., T, S); got {tuple(weight.shape)}")
+
+
+def _whole_as(matrix, parameter) -> torch.Tensor:
+    """The matrix itself or, for a parameter sharded by FSDP2, the first rank's on every rank."""
+    if not _checks.is_sharded(parameter):
+        return matrix
+    return matrix.full_tensor() if _checks.is_sharded(matrix) else _sharded_as(matrix, parameter).full_tensor()
+
+
+def _sharded_as(matrix, parameter) -> torch.Tensor:
+    """The matrix itself or, for a parameter sharded by FSDP2, as a DTensor of its placement."""
+    if not _checks.is_sharded(parameter):
+        return matrix
+    from torch.distributed.tensor import distribute_tensor  # here, because importing it takes a while
+
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements)
 
 
 class OrthogonalLinear(nn.Module):
@@ -185,7 +206,7 @@ class OrthogonalLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:  # (T, S)
-        return self.map(self.unconstrained)
+        return self.map(at_least_float32(self.unconstrained))
 
     @weight.setter
     def weight(self, matrix: torch.Tensor) -> None:
@@ -194,15 +215,17 @@ class OrthogonalLinear(nn.Module):
                 f"weight takes a tensor of shape {tuple(self.unconstrained.shape)}; got {_checks.describe(matrix)}"
             )
         with torch.no_grad():
-            self.unconstrained.copy_(self.map.right_inverse(matrix.to(self.unconstrained)))
+            parameter = self.unconstrained
+            matrix = _whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
+            parameter.copy_(_sharded_as(self.map.right_inverse(matrix), parameter))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone, as timm's models say it."""
         return {name for name, _ in self.named_parameters()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., S) -> (..., T)
-        weight = self.weight
-        return F.linear(x, weight if self.gain is None else weight * self.gain[:, None], self.bias)
+        weight = self.weight if self.gain is None else self.weight * self.gain[:, None]
+        return F.linear(x, weight.to(self.unconstrained.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, affine={self.gain is not None}"
