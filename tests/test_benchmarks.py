@@ -1,0 +1,356 @@
+"""The benchmarks' own arithmetic: costs, gate, sampling, records, report, and the steps of the GPU run."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_cayley, bench_ortho_proj_loss, floors, gpu, harness, orthogonal_maps, records, report
+from benchmarks.harness import Calls, Candidate, Case
+
+RATES = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}}
+
+
+def test_cost_of_the_loss_counts_its_products_and_tensors():
+    n, s, t = 5, 3, 7
+    student, teacher, weight = torch.zeros(n, s), torch.zeros(n, t), torch.zeros(t, s)
+    product = 2 * n * s * t  # each of X Pᵀ, G P, Gᵀ X: a multiplication and an addition per element of the cube
+    read = student.nbytes + teacher.nbytes + weight.nbytes
+    written = student.nbytes + weight.nbytes
+    assert floors.loss_cost(n, s, t, 4) == (3 * product, read + written)
+    half = floors.loss_cost(n, s, t, 2)
+    assert half.bytes == (read + student.nbytes) // 2 + weight.nbytes  # the weight's gradient stays float32
+
+
+def test_cost_of_cayley_is_that_of_the_products_it_is_timed_against():
+    counted = FlopCounterMode(display=False)
+    calls = bench_cayley.own_products(bench_cayley.weight_and_upstream((2, 10, 4), "cpu", 0))
+    with counted:
+        calls.backward(calls.forward())
+    assert floors.cayley_cost(10, 4, batch=2).flops == counted.get_total_flops()
+    assert floors.cayley_cost(10, 4, batch=2).bytes == 4 * 4 * 2 * 10 * 4
+
+
+def test_floor_is_the_slower_of_compute_and_memory():
+    assert floors.Cost(10**11, 10**9).floor_seconds(RATES, "float32") == 1.0
+    assert floors.Cost(10**10, 10**10).floor_seconds(RATES, "float32") == 1.0
+    assert floors.Cost(1, 2).times(3) == (3, 6)
+
+
+def test_ceilings_are_rates():
+    rates = floors.ceilings("cpu", (torch.float32,))
+    assert 1e8 < rates["copy_bytes_per_s"] < 1e13
+    assert 1e8 < rates["matmul_flops_per_s"]["float32"] < 1e15
+
+
+@pytest.mark.parametrize("error", [0.2, math.nan, math.inf])
+def test_gate_refuses(error):
+    harness.gate({"output": 0.09}, {"output": 0.1})
+    with pytest.raises(harness.WrongOutput, match="output is off by .* [(]limit 1e-01[)]"):
+        harness.gate({"output": error}, {"output": 0.1})
+
+
+def case(*candidates, passes=harness.PASSES):
+    """y = 3 x with its gradient 3."""
+
+    def check(truth, output, gradients):
+        return harness.compare(output, gradients, truth)
+
+    def candidate(name, factor, **options):
+        def build(x):
+            return harness.autograd_calls(lambda: (factor * x).sum(), [x], torch.ones(()))
+
+        return Candidate(name, build, check, **options)
+
+    def truth(x):
+        return 3 * x.detach().double().sum(), [torch.full_like(x, 3, dtype=torch.float64)]
+
+    return Case(
+        "three", {"n": 4}, "float32", floors.Cost(10**6, 8), lambda seed: torch.ones(4).requires_grad_(), 16,
+        [candidate(*c) if isinstance(c, tuple) else c for c in candidates], {"output": 1e-6, "gradients": 1e-6},
+        passes=passes, truth=truth,
+    )  # fmt: skip
+
+
+def broken(x):
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+def test_a_wrong_candidate_gets_no_time():
+    absent = Candidate("absent", lambda x: None, unavailable="not installed")
+    result = harness.measure(
+        case(("right", 3), ("wrong", 3.001), Candidate("broken", broken), absent), "cpu", RATES, seconds=0.01
+    )
+    json.dumps(result)
+    rows = {name: [row for row in result["rows"] if row["candidate"] == name] for name in ("right", "wrong", "broken")}
+    assert {row["pass"] for row in rows["right"]} == set(harness.PASSES)
+    assert all(row["median_s"] > 0 and row["samples"] >= 3 for row in rows["right"])
+    assert rows["wrong"] == [{"candidate": "wrong", "wrong": rows["wrong"][0]["wrong"]}]
+    assert "output is off by 3.3e-04" in rows["wrong"][0]["wrong"]
+    assert rows["broken"] == [{"candidate": "broken", "failed": "RuntimeError: no such kernel"}]
+    assert len(harness.failures(result)) == 2
+    assert {"candidate": "absent", "skipped": "not installed"} in result["rows"]
+    both = next(row for row in rows["right"] if row["pass"] == "both")
+    assert both["share_of_floor"] == pytest.approx(1e-5 / both["median_s"])
+    assert both["errors"] == {"output": 0.0, "gradients": 0.0}
+    assert not any("raw" in row for row in harness.without_samples(result)["rows"])
+
+
+def test_samples_are_of_the_pass_they_name():
+    slow = Calls(lambda: time.sleep(0.02), lambda _: time.sleep(0.04))
+    runner = harness.Runner(Candidate("sleeper", lambda inputs: slow), [None, None], "cpu")
+    for which, expected in (("forward", 0.02), ("backward", 0.04), ("both", 0.06)):
+        samples = harness.interleave({which: lambda which=which: runner.sample(which)}, 0.0)[which]
+        assert len(samples) == 3 and expected <= min(samples) <= expected + 0.015
+
+
+def test_candidates_take_turns():
+    order = []
+
+    def sampler(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+        return seconds
+
+    samples = harness.interleave({"a": lambda: sampler("a", 0.03), "b": lambda: sampler("b", 0.03)}, 0.1, least=2)
+    assert order[:4] == ["a", "b", "a", "b"]
+    assert len(samples["a"]) == len(samples["b"]) >= 2
+
+
+def test_summary():
+    assert harness.summary([3.0, 1.0, 2.0, 5.0, 4.0]) == {"median_s": 3.0, "p10_s": 1.0, "p90_s": 5.0, "samples": 5}
+
+
+def test_peak_memory_counts_temporaries_and_results():
+    x = torch.ones(1 << 18)
+
+    def function():
+        a = x + 1  # 1 MiB
+        b = a + 1  # 2 MiB
+        del a
+        return b + 1  # 2 MiB
+
+    assert harness.peak_bytes(function, "cpu") == pytest.approx(2 * x.nbytes, abs=1 << 16)
+
+
+def test_chunked_loss_needs_less_memory_than_the_reference():
+    n, s, t = 3072, 8, 6000
+    assert n * t > 2**24, "where the library goes by chunks"
+    one = bench_ortho_proj_loss.loss_case("token", n, s, t, "layer_norm", 1, torch.float32, "cpu")
+    one.candidates, one.passes = one.candidates[:2], ("both",)
+    one.truth = lambda inputs: None  # their values are tested elsewhere
+    for candidate in one.candidates:
+        candidate.check = None
+    result = harness.measure(one, "cpu", RATES, seconds=0.0, least=1)
+    peak = {row["candidate"]: row["peak_bytes_beyond_gradients"] for row in result["rows"]}
+    assert peak["vkd_kernels"] < 32 << 20
+    assert peak["eager"] > 2.9 * (4 * n * t), "projected, normalised and the gradient"
+
+
+def test_records_round_trip(tmp_path):
+    record = records.Record("cayley", tmp_path, RATES)
+    record.add({"case": "5 x 3", "rows": []})
+    record.add({"case": "6 x 3", "rows": []})
+    folder = records.device_folder()
+    content = records.read(tmp_path)[folder]["cayley"]
+    assert content == record.content
+    assert [c["case"] for c in content["cases"]] == ["5 x 3", "6 x 3"]
+    facts = content["environment"]
+    assert facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["threads"] == torch.get_num_threads()
+    assert facts["dirty"] is None or facts["dirty"] == bool(facts["changed"])
+    assert [p.name for p in (tmp_path / folder).iterdir()] == ["cayley.json"]
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("NVIDIA GeForce RTX 4090", "rtx-4090")],
+)
+def test_folder_of_a_gpu(name, folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert records.device_folder() == folder
+
+
+@pytest.fixture(scope="module")
+def tiny_records(tmp_path_factory):
+    """Real records of tiny cases of every kind that the report knows."""
+    folder = tmp_path_factory.mktemp("records")
+    orthogonal_maps.main(["--t", "40", "--s", "8", "--seconds", "0.01", "--records", str(folder)])
+    cayley = records.Record("cayley", folder, RATES)
+    shapes = [((6, 4, 4), None), ((9, 4), "t"), ((12, 4), "t"), ((12, 3), "s"), ((2, 4, 4), "batch")]
+    for shape, scaling in shapes:
+        result = harness.measure(bench_cayley.map_case(shape, "cpu", scaling=scaling), "cpu", RATES, 0.01, memory=False)
+        assert not harness.failures(result)
+        cayley.add(harness.without_samples(result))
+    loss = records.Record("ortho_proj_loss", folder, RATES)
+    for one in (
+        bench_ortho_proj_loss.loss_case("pooled", 8, 5, 7, "layer_norm", 1, torch.float32, "cpu"),
+        bench_ortho_proj_loss.loss_case("detection", 20, 6, 6, "batch_norm", 2, torch.float32, "cpu"),
+        bench_ortho_proj_loss.module_case(8, 5, 7, "cpu"),
+    ):
+        one.candidates = [candidate for candidate in one.candidates if candidate.name != "torch.compile"]
+        result = harness.measure(one, "cpu", RATES, 0.01)
+        assert not harness.failures(result)
+        loss.add(harness.without_samples(result))
+    return folder
+
+
+def test_report_renders_records(tiny_records):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    folder = records.device_folder()
+    text = report.write(tiny_records).read_text()
+    for words in (
+        f"## {folder}",
+        "pooled 8 x 5 -> 7",
+        "OrthoProjLoss",
+        "composition",
+        "torch householder",
+        "of the floor",
+    ):
+        assert words in text
+    plots = {p.name for p in (tiny_records / folder).glob("*.png")}
+    assert plots == {"share_of_floor.png", "cayley_scaling.png"}, "no N to plot time against at 192 -> 3024"
+    assert all(f"({folder}/{name})" in text for name in plots)
+    if folder == "cpu":
+        assert f"{report.TOKEN[0]}: share of the floor | ≥ 60 % | — | {report.OWED}" in text
+
+
+def a_record(benchmark, rows_by_case):
+    cases = [{"case": c, "rows": rows, "plot": {}} for c, rows in rows_by_case.items()]
+    return {benchmark: {"benchmark": benchmark, "cases": cases}}
+
+
+def test_report_judges_targets():
+    def both(name, seconds):
+        return {"candidate": name, "pass": "both", "median_s": seconds, "share_of_floor": 0.5}
+
+    rows = [both("vkd_kernels", 1e-3), both("torch householder", 0.2501), both("torch cayley", 0.0799)]
+    rows += [both(bench_cayley.OWN_PRODUCTS, 0.39e-3)]
+    device = a_record("orthogonal_maps", {"3024 x 192": rows})
+    shown = {target.what: target.shown(device) for target in report.CPU_TARGETS}
+    start = "orthogonal map 3024 x 192: "
+    assert shown[start + "faster than torch householder"] == ("250.1 x", "yes")
+    assert shown[start + "faster than torch cayley"] == ("79.9 x", "**no**")
+    assert shown[start + "faster than torch matrix_exp"] == ("—", "not in the record")
+    assert shown[start + "time over that of its own float32 products"] == ("2.564 x", "**no**")
+    device = a_record("ortho_proj_loss", {report.TOKEN[0]: [both("vkd_kernels", 1e-3)]})
+    assert report.GPU_TARGETS[0].shown(device) == ("50 %", "**no**")
+
+
+def test_every_target_is_of_a_case_and_candidate_that_the_benchmarks_have():
+    """A renamed case or candidate would leave its target silently unmeasured."""
+    listed = {
+        module: {c.name: [candidate.name for candidate in c.candidates] for c in module.cases("cuda")}
+        for module in (bench_cayley, bench_ortho_proj_loss)
+    }
+    device = {}
+    for module, cases in listed.items():
+        rows = {
+            name: [
+                {"candidate": c, "pass": "both", "median_s": 1.0, "share_of_floor": 1.0, "launches": 1,
+                 "peak_bytes_beyond_gradients": 1}
+                for c in candidates
+            ]
+            for name, candidates in cases.items()
+        }  # fmt: skip
+        device |= a_record(module.__name__.rpartition("bench_")[2], rows)
+    assert all(target.measure(device) is not None for target in report.GPU_TARGETS)
+    device = a_record("orthogonal_maps", {"3024 x 192": rows_of("3024 x 192", listed[bench_cayley])})
+    six = {c.name: [candidate.name for candidate in c.candidates] for c in bench_cayley.cases("cpu")}
+    device |= a_record("cayley", {"6 x 256 x 256": rows_of("6 x 256 x 256", six)})
+    assert all(target.measure(device) is not None for target in report.CPU_TARGETS)
+
+
+def rows_of(name, cases):
+    return [{"candidate": candidate, "pass": "both", "median_s": 1.0} for candidate in cases[name]]
+
+
+def test_pytest_benchmark_tabulates_the_recorded_samples(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", "batch and 16",
+               "--seconds", "0.01", "--records", str(tmp_path / "records"), f"--benchmark-json={tmp_path}/table.json",
+               "-p", "no:cacheprovider"]  # fmt: skip
+    if torch.cuda.is_available():
+        pytest.skip("names a case of the CPU's list")
+    result = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = json.loads((tmp_path / "table.json").read_text())["benchmarks"]
+    (measured,) = records.read(tmp_path / "records")["cpu"]["cayley"]["cases"]
+    medians = {row["candidate"]: row["median_s"] for row in measured["rows"]}
+    assert {entry["name"].split("-")[1] for entry in table} == set(medians)
+    for entry in table:
+        assert entry["stats"]["median"] == pytest.approx(medians[entry["name"].split("-")[1]], rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------- make gpu
+
+
+def test_dry_run_lists_the_steps():
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run"]
+    text = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, check=True).stdout
+    for words in ("build", "bench_cayley", "bench_ortho_proj_loss", "-m gpu", "memcheck", "racecheck", "synccheck"):
+        assert words in text
+    assert "at most 470 s" in text and str(records.ROOT) not in text.rpartition("\n")[0].partition("all together")[0]
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--records", str(tmp_path)]) == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_the_sanitized_tests_exist():
+    for node in gpu.SANITIZED:
+        path, *names = node.split("::")
+        source = (records.ROOT / path).read_text()
+        assert all(f"class {name}" in source or f"def {name}(" in source for name in names), node
+
+
+def step(name, code, limit_s=20, **options):
+    return gpu.Step(name, [sys.executable, "-c", code], limit_s, **options)
+
+
+def test_one_steps_failure_loses_nothing(tmp_path, monkeypatch):
+    endless = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    )
+    listed = [
+        step("good", "print('fine')"),
+        step("bad", "print('reason'); raise SystemExit(3)"),
+        step("endless", endless, limit_s=1),
+        step("absent", "", missing="no such tool"),
+        step("last", "print('still here')"),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda folder: listed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(records, "device_folder", lambda: "some-gpu")
+    monkeypatch.setattr(records, "environment", lambda: {"device": "some GPU"})
+    began = time.monotonic()
+    assert gpu.main(["--records", str(tmp_path)]) == 1
+    assert time.monotonic() - began < 15
+    steps = json.loads((tmp_path / "some-gpu" / "gpu.json").read_text())["steps"]
+    outcomes = [(s["name"], s["outcome"], s["summary"]) for s in steps]
+    assert outcomes == [
+        ("good", "passed", "fine"),
+        ("bad", "failed", "reason"),
+        ("endless", "timed out", ""),
+        ("absent", "skipped", "no such tool"),
+        ("last", "passed", "still here"),
+    ]
+    assert steps[1]["returncode"] == 3
+
+
+def test_skipped_steps_are_no_failure_and_the_total_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "steps", lambda folder: [step("absent", "", missing="no such tool"), step("one", "pass")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(records, "device_folder", lambda: "some-gpu")
+    monkeypatch.setattr(records, "environment", lambda: {})
+    assert gpu.main(["--records", str(tmp_path)]) == 0
+    monkeypatch.setattr(gpu, "TOTAL_S", 0)
+    assert gpu.main(["--records", str(tmp_path)]) == 1
+    steps = json.loads((tmp_path / "some-gpu" / "gpu.json").read_text())["steps"]
+    assert [(s["outcome"], s["summary"]) for s in steps][1] == ("timed out", "no time was left")
