@@ -4,11 +4,13 @@ from . import functional
 from ._info import info
 from ._version import __version__
 from .cayley import cayley
+from .distiller import FeatureDistiller
 from .loss import OrthoProjLoss
 from .normalization import Whitening
 from .projection import OrthogonalLinear, orthogonal
 
 __all__ = [
+    "FeatureDistiller",
     "OrthoProjLoss",
     "OrthogonalLinear",
     "Whitening",

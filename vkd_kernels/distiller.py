@@ -1,0 +1,305 @@
+"""``FeatureDistiller``: student and teacher on the same input, features of named modules compared, losses added up."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import _backend, _checks
+from ._taps import SIDES, Pair, Tap, cast, entry, find_module, rows
+from .loss import starting_scale
+from .normalization.reference import sum_of_weights, without_masked_rows
+from .normalization.synchronised import GroupHandle, global_loss
+from .ortho_proj_loss import interface
+from .projection import at_least_float32, make_map
+
+
+class FeatureDistiller(nn.Module):
+    r"""Runs a student and its frozen teacher on the same input and compares the features of named modules.
+
+    ::
+
+        total = Σ over pairs of weight · L(student's rows, teacher's rows)  +  logit_weight · τ² KL(teacher ‖ student)
+
+    with L of ``OrthoProjLoss``: an orthonormal projection per pair, those of equal shape in one batched Cayley call.
+    Wrap, compile and optimise the distiller, which holds student and projections. Infer with ``distiller.student``.
+
+    The teacher is frozen in place: no gradients, eval mode whatever ``train()`` says, its own dtype (floating-point
+    arguments are cast to it; autocast applies to it as to the student). It is no submodule: ``parameters()`` and
+    ``state_dict()`` leave it out. ``.to()`` moves it, and leaves its dtype alone.
+
+    Hooks are on the models' modules during ``forward`` only. Putting them there breaks the graph of ``torch.compile``
+    once, before everything else; models and losses are one graph. For ``fullgraph=True`` keep the hooks on by
+    ``attach()`` until ``remove()``, or by ``with distiller:``. Features inside a reentrant activation checkpoint have
+    no gradient; inside the non-reentrant kind they have.
+
+    Which modules: what ``forward_features`` of a timm ViT returns comes from ``"norm"``, ResNet's last map from
+    ``"layer4"``, a Hugging Face encoder's tokens from ``"encoder"`` with ``student_output="last_hidden_state"``.
+
+    Args:
+        student, teacher: any modules.
+        pairs: one dict of the fields of ``Pair`` (or one ``Pair``) per pair.
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments for both models: one pass in eval
+            mode finds the channels, so that the projections exist before the optimiser. Or give every pair ``dims``.
+        logit_weight: weight of the logit loss, a mean over rows; ``None``: there is none.
+        temperature: τ of the logit loss.
+        student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
+        process_group, backend: see ``functional.ortho_proj_loss``; the logit loss is global, too.
+        device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
+
+    Shape:
+        ``forward(*args, masks=None, **kwargs)`` -> (student's output, losses). Arguments go to both models.
+        ``losses``: a scalar per pair by name and ``"logits"``, before weighting; and ``"total"``.
+
+    ``masks`` maps the name of a pair to a mask, or to ``(student's mask or None, teacher's mask or None)``: bool or
+    non-negative float weights, ``(N,)`` for samples or one per position of the tap: ``(N, tokens)``, skipped ones
+    included, or ``(N, H, W)``. A mean is taken over the positions left; a sample without any is no row of the loss.
+    After a function or a resampling a mask has the shape of the compared rows, as ``masks["logits"]`` of the logits'.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> from torch import nn
+        >>> student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+        >>> teacher = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10))
+        >>> images = torch.randn(4, 3, 8, 8)
+        >>> pair = {"student": "1", "teacher": "1", "student_pool": "spatial_mean", "teacher_pool": "spatial_mean"}
+        >>> distiller = vk.FeatureDistiller(student, teacher, [pair], example_input=images, logit_weight=1.0)
+        >>> optimizer = torch.optim.AdamW(distiller.parameter_groups(weight_decay=0.05), lr=1e-3)
+        >>> output, losses = distiller(images)
+        >>> sorted(losses)
+        ['1->1', 'logits', 'total']
+        >>> losses["total"].backward()
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Sequence[Mapping[str, Any] | Pair],
+        *,
+        example_input=None,
+        logit_weight: float | None = None,
+        temperature: float = 1.0,
+        student_logits: int | str | None = None,
+        teacher_logits: int | str | None = None,
+        process_group=None,
+        backend: str | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, model in zip(SIDES, (student, teacher), strict=True):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module; got {_checks.describe(model)}")
+        if not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
+            raise ValueError("teacher must share no parameter with student: freezing it would freeze both; copy it")
+        if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (Mapping, Pair)) for pair in pairs):
+            raise TypeError(f"pairs must be a list of dicts with the fields of Pair; got {_checks.describe(pairs)}")
+        self.pairs = [pair if isinstance(pair, Pair) else Pair(**pair) for pair in pairs]
+        names = [pair.name for pair in self.pairs] + ["logits", "total"]
+        if len(set(names)) < len(names) or (not self.pairs and logit_weight is None):
+            raise ValueError(f"pairs must have names of their own, and there must be a loss; got {names}")
+        if logit_weight is not None:
+            _checks.check_number("logit_weight", logit_weight)
+        _checks.check_number("temperature", temperature, above=0)
+        _backend.requested("ortho_proj_loss", backend)
+        self.logit_weight, self.temperature = logit_weight, temperature
+        self.student_logits, self.teacher_logits = student_logits, teacher_logits
+        self.process_group, self.backend = GroupHandle(process_group), backend
+        self.student, self._unregistered = student, (teacher.requires_grad_(False).eval(),)
+        self._taps = [[Tap(pair, side) for side in SIDES] for pair in self.pairs]
+        self._handles: list = []
+        self._attached = False  # Dynamo can read it, which it can't the handles
+        self._modules_and_taps()  # are the names right?
+
+        parameter = next(student.parameters(), torch.empty(0))
+        options = {
+            "device": parameter.device if device is None else device,
+            "dtype": torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype,
+        }
+        dims = self._dims(example_input)
+        shapes = [(t, s) for s, t in dims]
+        self._slots = [(f"{t}x{s}", shapes[:i].count((t, s))) for i, (t, s) in enumerate(shapes)]
+        self.projections = nn.ModuleDict(
+            {f"{t}x{s}": _Projections(count, t, s, **options) for (t, s), count in Counter(shapes).items()}
+        )
+        scales = [starting_scale(pair.scale, s, t, **options) for pair, (s, t) in zip(self.pairs, dims, strict=True)]
+        self._fixed_scales = [None if isinstance(scale, nn.Parameter) or scale == 1.0 else scale for scale in scales]
+        self.scales = nn.ParameterDict({str(i): s for i, s in enumerate(scales) if isinstance(s, nn.Parameter)})
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._unregistered[0]
+
+    def projection(self, name: str) -> torch.Tensor:
+        """P ``(T, S)`` of the pair of that name."""
+        names = [pair.name for pair in self.pairs]
+        _checks.check_choice("name", name, names)
+        shape, slot = self._slots[names.index(name)]
+        return self.projections[shape]()[slot]
+
+    def attach(self) -> "FeatureDistiller":
+        """Puts the hooks on and keeps them there until ``remove()``. Outside ``forward`` they do nothing."""
+        if not self._attached:
+            self._handles = [module.register_forward_hook(tap) for module, tap in self._modules_and_taps()]
+            self._attached = True
+        return self
+
+    def remove(self) -> None:
+        """Takes the hooks off the student's and the teacher's modules."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._attached = [], False
+
+    def __enter__(self) -> "FeatureDistiller":
+        return self.attach()
+
+    def __exit__(self, *_) -> None:
+        self.remove()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone: projections, scales, what the student says."""
+        said = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if prefix and callable(getattr(module, "no_weight_decay", None))
+            for name in module.no_weight_decay()  # type: ignore[operator]
+        }
+        return {name for name, _ in self.named_parameters() if name in said or name.startswith("scales.")}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Trained parameters for an optimiser: those that decay; then biases, 1-D ones and ``no_weight_decay()``."""
+        spared = self.no_weight_decay()
+        groups: tuple[list, list] = ([], [])
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[parameter.ndim <= 1 or name.endswith("bias") or name in spared].append(parameter)
+        return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+
+    def forward(self, *args, masks: Mapping[str, Any] | None = None, **kwargs):
+        masks = {} if masks is None else masks
+        if self._attached:
+            return self._losses(args, kwargs, masks)
+        with self:
+            return self._losses(args, kwargs, masks)  # a frame, and so a graph, of its own
+
+    def _losses(self, args, kwargs, masks):
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks must map pairs' names to masks; got {_checks.describe(masks)}")
+        for name in masks:
+            _checks.check_choice("a key of masks", name, [*(pair.name for pair in self.pairs), "logits"])
+        output, teacher_output, features = self._run(args, kwargs, masks)
+        weights = {shape: stack().unbind(0) for shape, stack in self.projections.items()}
+        losses, total = {}, 0.0
+        for index, (pair, (x, y, mask)) in enumerate(zip(self.pairs, features, strict=True)):
+            shape, slot = self._slots[index]
+            if f"{y.shape[-1]}x{x.shape[-1]}" != shape:
+                raise ValueError(
+                    f"pair {pair.name!r}: its projection is {shape} (teacher x student channels); got student rows of "
+                    f"shape {tuple(x.shape)} and teacher rows of shape {tuple(y.shape)}"
+                )
+            scale = self.scales[str(index)].reshape(()) if str(index) in self.scales else self._fixed_scales[index]
+            losses[pair.name] = interface.projected_loss(
+                x, y, weights[shape][slot], scale=scale, bias=None, mask=mask,
+                normalization=pair.normalization, loss=pair.loss, beta=pair.beta, eps=pair.eps, reduction="mean",
+                process_group=self.process_group.group, backend=self.backend, orthonormal=y.shape[-1] >= x.shape[-1],
+            )  # fmt: skip
+            total = total + pair.weight * losses[pair.name]
+        if self.logit_weight is not None:
+            losses["logits"] = self._logit_loss(output, teacher_output, masks.get("logits"))
+            total = total + self.logit_weight * losses["logits"]
+        return output, {**losses, "total": total}
+
+    def _run(self, args, kwargs, masks):
+        """(student's output, teacher's output, (student's rows, teacher's rows, mask of the rows) for every pair)."""
+        for tap in chain(*self._taps):
+            tap.seen = []
+        try:
+            output = self.student(*args, **kwargs)
+            if self.teacher.training:  # someone called teacher.train()
+                self.teacher.eval()
+            dtype = next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), None)
+            args, kwargs = [cast(x, dtype) for x in args], {name: cast(x, dtype) for name, x in kwargs.items()}
+            with torch.no_grad():
+                teacher_output = self.teacher(*args, **kwargs)
+            return output, teacher_output, [rows(*taps, masks.get(taps[0].pair.name)) for taps in self._taps]
+        finally:
+            for tap in chain(*self._taps):
+                tap.seen = None
+
+    def _logit_loss(self, output, teacher_output, mask):
+        """τ² KL(teacher ‖ student) at temperature τ, the mean over the rows of all ranks."""
+        student = entry(output, self.student_logits, "the student's output", "student_logits", default="logits")
+        teacher = entry(teacher_output, self.teacher_logits, "the teacher's output", "teacher_logits", default="logits")
+        if student.shape != teacher.shape or student.dim() < 2:
+            raise ValueError(
+                "student's and teacher's logits must have the same shape (..., classes); got "
+                f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            )
+        precise = torch.promote_types(student.dtype, torch.float32)
+        row_weight = _checks.row_weights('masks["logits"]', mask, student.shape[:-1], student, precise)
+        student, teacher = (
+            F.log_softmax(without_masked_rows(x.flatten(0, -2).to(precise), row_weight) / self.temperature, dim=-1)
+            for x in (student, teacher)
+        )
+        distances = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        count = sum_of_weights(student[:, :0], row_weight, self.process_group.group)
+        share = (distances if row_weight is None else distances * row_weight).sum() / torch.where(count > 0, count, 1.0)
+        return global_loss(self.temperature**2 * share, self.process_group.group)
+
+    def _dims(self, example_input) -> list[tuple[int, int]]:
+        """(S, T) of every pair, as given or as the example shows."""
+        if example_input is None:
+            missing = [pair.name for pair in self.pairs if pair.dims is None]
+            if missing:
+                raise ValueError(f"example_input is needed, or dims of the pairs {', '.join(map(repr, missing))}")
+            return [pair.dims for pair in self.pairs if pair.dims is not None]
+        kwargs = example_input if isinstance(example_input, Mapping) else {}
+        args = () if kwargs else example_input if isinstance(example_input, tuple) else (example_input,)
+        modes = [(module, module.training) for module in self.student.modules()]
+        self.student.eval()  # running statistics must not see the example
+        try:
+            with torch.no_grad(), self:
+                features = self._run(args, kwargs, {})[2]
+        finally:
+            for module, training in modes:
+                module.training = training
+        return [pair.dims or (x.shape[-1], y.shape[-1]) for pair, (x, y, _) in zip(self.pairs, features, strict=True)]
+
+    def _modules_and_taps(self):
+        return [(find_module(tap.side, getattr(self, tap.side), tap.module), tap) for tap in chain(*self._taps)]
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        held = next(chain(self.teacher.parameters(), self.teacher.buffers()), None)
+        if held is not None:  # where fn takes tensors from where the teacher is
+            self.teacher.to(fn(held.new_empty(0)).device)
+        return self
+
+    def extra_repr(self) -> str:
+        return "\n".join(f"{pair.name}: weight={pair.weight:g}" for pair in self.pairs)
+
+
+class _Projections(nn.Module):
+    """The projections of one shape, (G, T, S): one parameter, one Cayley call. Uniformly distributed at the start."""
+
+    def __init__(self, count: int, t: int, s: int, device, dtype):
+        super().__init__()
+        self.unconstrained = nn.Parameter(torch.empty(count, t, s, device=device, dtype=dtype))
+        self.map = make_map(self.unconstrained, "cayley")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.unconstrained.device.type != "meta":
+            self.unconstrained.copy_(self.map.right_inverse(torch.randn_like(self.unconstrained)))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"unconstrained"}
+
+    def forward(self) -> torch.Tensor:
+        return self.map(at_least_float32(self.unconstrained))
