@@ -179,7 +179,8 @@ def _denominator(teacher, row_weight, precise, reduction, group):
     """What the sum over this process's rows is divided by: a number, or a 0-d tensor that is never 0."""
     if reduction == "sum":
         return 1.0
-    if row_weight is None and group is None:
+    # A compiled graph for any number of rows takes it as a tensor: an operator's number would be part of the graph.
+    if row_weight is None and group is None and not torch.compiler.is_compiling():
         return float(teacher.numel())
     total = sum_of_weights(teacher[:, :0].to(precise), row_weight, group)
     return torch.where(total > 0, total * teacher.shape[1], 1.0)

@@ -70,6 +70,7 @@ TILES: dict[tuple[str, int], dict[int, Any]] = {
     ("columns", 32): {80: ColumnsTile(32, 64, 4)},
     ("rows", 16): {80: RowsTile(64, 64, 2, 64, 8, 3), 90: RowsTile(64, 64, 4, 64, 8, 3)},
     ("rows", 32): {80: RowsTile(64, 32, 4, 32, 8, 3)},
+    ("ragged rows", 16): {80: RowsTile(64, 32, 4, 32, 8, 3)},
 }
 COLUMN_PARTIALS = 512  # partial sums over rows, at most
 STATISTICS_ELEMENTS = 4096  # of a block of row_statistics, in 4 warps
@@ -87,6 +88,12 @@ def loss_tile(dtype: torch.dtype, capability: int, aligned: bool) -> LossTile:
     if not aligned:
         return tile("ragged", dtype, capability)
     return tile("descriptor", dtype, capability) or tile("pointer", dtype, capability)
+
+
+def rows_tile(dtype: torch.dtype, capability: int, aligned: bool) -> RowsTile:
+    """The tile of orthonormal_mse_rows."""
+    ragged = None if aligned else tile("ragged rows", dtype, capability)
+    return ragged or tile("rows", dtype, capability)
 
 
 class Schedule(NamedTuple):

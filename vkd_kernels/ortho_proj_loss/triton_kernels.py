@@ -205,7 +205,7 @@ def loss_tile(
             tl.store(gradient + row[:, None] * stride_g + column[None, :], g.to(gradient.dtype.element_ty), mask=inside)
 
     # loss = (sum of all partial losses) / denominator, by the program that arrives last
-    tl.store(partial + first_program + program, tl.sum(tl.sum(rho, 1), 0))
+    tl.store(partial + first_program + program, tl.sum(rho))
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == total_programs - 1:
@@ -438,9 +438,10 @@ def orthonormal_mse_rows(
                 sums = tl.sum(tl.where(inside, operand.to(tl.float32) * mean[:, None], 0.0), 0)
                 tl.store(mean_sums + row_block.to(tl.int64) * S + column, sums, mask=column < S)
     program = (first_row_block + row_block) * tl.num_programs(1) + column_block
-    tl.store(partial + program, tl.sum(tl.where(keep, w * rho, 0.0), 0))
+    # Sums of a column: Triton 3.6 can't reduce a vector that a tensor-core layout was reduced to, on sm_100.
+    tl.store(partial + program, tl.sum(tl.where(keep, w * rho, 0.0)[:, None]))
     if scale_partial is not None:
-        tl.store(scale_partial + program, tl.sum(tl.where(keep, w * for_scale, 0.0), 0))
+        tl.store(scale_partial + program, tl.sum(tl.where(keep, w * for_scale, 0.0)[:, None]))
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -357,7 +357,7 @@ def _orthonormal_mse(
     (n, s), t = student.shape, teacher.shape[1]
     weight = unit_stride(weight.to(student.dtype))
     weight_sums = weight.sum(0, dtype=torch.float32) if layer_norm else None
-    tile = schedule.tile("rows", student.dtype, _capability(student.device))
+    tile = schedule.rows_tile(student.dtype, _capability(student.device), _aligned(teacher, weight))
     blocks = min(tile.blocks, _blocks(s, tile.columns))
     column_blocks = _blocks(s, blocks * tile.columns)
     bytes_per_row = student.element_size() * (s + (0 if row_weight is None else t))  # X', and Y without masked rows
