@@ -133,14 +133,14 @@ def _check_map_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} must have the shape (..., T, S); got {tuple(weight.shape)}")
 
 
-def _whole_as(matrix, parameter) -> torch.Tensor:
+def _whole_as(matrix, parameter):
     """The matrix itself or, for a parameter sharded by FSDP2, the first rank's on every rank."""
     if not _checks.is_sharded(parameter):
         return matrix
     return matrix.full_tensor() if _checks.is_sharded(matrix) else _sharded_as(matrix, parameter).full_tensor()
 
 
-def _sharded_as(matrix, parameter) -> torch.Tensor:
+def _sharded_as(matrix, parameter):
     """The matrix itself or, for a parameter sharded by FSDP2, as a DTensor of its placement."""
     if not _checks.is_sharded(parameter):
         return matrix
