@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -178,9 +179,13 @@ def test_masked_means_and_samples():
     keep[3, 0] = not keep[3, 0]  # the class token's place counts for nothing here
     weights = torch.rand(5, 4, 4)
     weights[4] = 0
+    weights[:, 1] = 0
     pooled_x = torch.stack([a[1:][k[1:]].mean(0) for a, k in zip(x, keep, strict=True)])
     pooled_y = torch.einsum("nchw,nhw->nc", y, weights) / weights.sum((1, 2))[:, None]
+    poison = torch.where(weights[:, None] == 0, torch.nan, 0)  # what is masked may be anything
+    adding = distiller.teacher.relu.register_forward_hook(lambda _, __, out: out + poison)
     got = distiller(IMAGES, masks={"norm->relu": (keep, weights)})[1]["total"]
+    adding.remove()
     torch.testing.assert_close(got, reference(pooled_x[[0, 1, 3]], pooled_y[[0, 1, 3]]))
     got = distiller(IMAGES, masks={"norm->relu": (keep, None)})[1]["total"]
     torch.testing.assert_close(got, reference(pooled_x[[0, 1, 3, 4]], y.mean((2, 3))[[0, 1, 3, 4]]))
@@ -365,6 +370,10 @@ def test_the_teacher_is_frozen_and_apart():
     teacher.train()  # even so
     distiller(IMAGES)
     assert not teacher.training and distiller.student.training
+    recording = []
+    teacher.fc.register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
+    distiller(IMAGES.clone().requires_grad_())
+    assert recording == [False]
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     ids = {id(p) for p in teacher.parameters()}
     assert not ids & {id(p) for p in distiller.parameters()}
@@ -659,32 +668,39 @@ IN_RANKS = [
 
 
 def double(group=None):
+    torch.manual_seed(0)
     images = IMAGES.double()
     options = {"logit_weight": 0.7, "temperature": 2.0, "example_input": images[:1], "process_group": group}
     return make(IN_RANKS, ViT().double(), CNN().double(), **options), images
+
+
+def sharded(module):
+    for block in module.student.blocks:
+        fully_shard(block)
+    return fully_shard(module)
 
 
 def worker(rank, port, failures):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     try:
-        torch.manual_seed(0)
         whole, images = double()
         mask = torch.tensor([True, True, False, True, True])
-        torch.manual_seed(0)
-        module, _ = double(dist.group.WORLD)
         expected = whole(images, masks={"a": mask, "logits": mask})[1]
         want = gradients(whole, expected["total"])
         mine = slice(0, 2) if rank == 0 else slice(2, 5)
-        ranks = DistributedDataParallel(module)
-        losses = ranks(images[mine], masks={"a": mask[mine], "logits": mask[mine]})[1]
-        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
-        got = gradients(module, losses["total"])
-        assert got.keys() == want.keys()
-        for name, gradient in want.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        for wrap in (DistributedDataParallel, sharded):
+            module, _ = double(dist.group.WORLD)
+            ranks = wrap(module)  # kept, for it holds what reduces the gradients
+            losses = ranks(images[mine], masks={"a": mask[mine], "logits": mask[mine]})[1]
+            torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+            got = gradients(module, losses["total"])
+            assert got.keys() == want.keys()
+            for name, gradient in want.items():
+                whole_gradient = got[name].full_tensor() if wrap is sharded else got[name]
+                torch.testing.assert_close(whole_gradient, gradient, rtol=1e-8, atol=1e-11)
     except Exception as error:
-        failures.put(f"rank {rank}: {error!r}"[:2000])
+        failures.put(f"rank {rank}: {wrap.__name__}: {error!r}"[:2000])
         raise
     finally:
         dist.destroy_process_group()
