@@ -61,7 +61,8 @@ class TorchMap(nn.Module):
         super().__init__()
         self.orthogonal_map = orthogonal_map
         holder = nn.Module()
-        holder.register_parameter("weight", nn.Parameter(torch.zeros_like(matrix).fill_diagonal_(1)))
+        eye = torch.eye(*matrix.shape[-2:], dtype=matrix.dtype, device=matrix.device)
+        holder.register_parameter("weight", nn.Parameter(eye.expand(matrix.shape).clone()))
         parametrizations.orthogonal(holder, "weight", orthogonal_map=orthogonal_map)
         self.map: Any = holder.get_submodule("parametrizations.weight.0")
 
