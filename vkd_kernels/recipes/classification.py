@@ -58,7 +58,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Config:
-    seeds: int = option(5, "how many seeds: each has its own split, teacher and initial weights", minimum=1)
+    seeds: int = option(4, "how many seeds: each has its own split, teacher and initial weights", minimum=1)
     first_seed: int = option(0, "number of the first seed", minimum=0)
     arms: tuple[str, ...] = option(tuple(ARMS), f"which students to train, of {', '.join(ARMS)}", choices=tuple(ARMS))
 
