@@ -222,6 +222,34 @@ def peak_bytes(function, device: str) -> int:
     return peak
 
 
+class OtherProcesses:
+    """How much of the processors' time other processes take: `share()` since it was made, None where it can't be told.
+
+    On a few cores another process stretches a parallel region far beyond its own share of the time, so that a record
+    with more than a few per cent here says little about either side of a ratio.
+    """
+
+    def __init__(self):
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Seconds, over all processors, that the machine was busy and that it had; this process's own taken out."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        user, nice, system, idle, wait, irq, soft, steal = map(int, path.read_text().split(maxsplit=9)[1:9])
+        per_second = os.sysconf("SC_CLK_TCK")
+        busy = (user + nice + system + irq + soft + steal) / per_second
+        return busy - sum(os.times()[:4]), busy + (idle + wait) / per_second
+
+    def share(self) -> float | None:
+        if self.start is None:
+            return None
+        (busy, total), (busy_then, total_then) = self._now(), self.start
+        return round(max(0.0, (busy - busy_then) / max(total - total_then, 1e-9)), 3)
+
+
 def _nbytes(tensors) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
@@ -270,14 +298,18 @@ def measure(case: Case, device: str, rates: dict, seconds: float = 1.0, memory: 
         for which in case.passes
         if which in runner.candidate.passes
     }
-    for (name, which), samples in interleave(samplers, seconds, least).items():
+    others = OtherProcesses()
+    sampled = interleave(samplers, seconds, least)
+    others_share = others.share()
+    for (name, which), samples in sampled.items():
         row = {"candidate": name, "pass": which, **summary(samples)}
         if which == "both":
             row |= {"share_of_floor": floor / row["median_s"], **facts[name]}
         rows.append(row | {"raw": samples})
     return {
         "case": case.name, "parameters": case.parameters, "dtype": case.dtype, "flops": case.cost.flops,
-        "bytes": case.cost.bytes, "floor_s": floor, "sets_of_inputs": len(sets), "plot": case.plot, "rows": rows,
+        "bytes": case.cost.bytes, "floor_s": floor, "sets_of_inputs": len(sets), "others_cpu_share": others_share,
+        "plot": case.plot, "rows": rows,
     }  # fmt: skip
 
 

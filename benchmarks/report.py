@@ -158,6 +158,14 @@ def environment_lines(record: dict) -> list[str]:
         lines.append(
             f"Ceilings of this run: copy {rates['copy_bytes_per_s'] / 1e9:.4g} GB/s, matrix products {matmul}."
         )
+    shares = [case["others_cpu_share"] for case in record.get("cases", []) if case.get("others_cpu_share") is not None]
+    if shares:
+        note = (
+            " **The machine was busy: these figures say little.**"
+            if max(shares) > orthogonal_maps.MOST_OTHERS_CPU_SHARE
+            else ""
+        )
+        lines.append(f"Other processes took at most {max(shares):.0%} of the processors' time.{note}")
     return [" ".join(lines), ""]
 
 

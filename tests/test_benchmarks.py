@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -124,6 +125,25 @@ def test_candidates_take_turns():
 
 def test_summary():
     assert harness.summary([3.0, 1.0, 2.0, 5.0, 4.0]) == {"median_s": 3.0, "p10_s": 1.0, "p90_s": 5.0, "samples": 5}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs /proc/stat")
+def test_the_share_of_other_processes_is_not_ones_own():
+    others = harness.OtherProcesses()
+    began = time.process_time()
+    while time.process_time() - began < 0.5:
+        pass
+    alone = others.share()
+    assert 0 <= alone <= 1
+    others = harness.OtherProcesses()
+    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1)
+        # 60 %: it may have to share a core; this process sleeps.
+        assert others.share() * os.cpu_count() >= 0.6
+    finally:
+        spin.kill()
+        spin.wait()
 
 
 def test_peak_memory_counts_temporaries_and_results():
