@@ -97,8 +97,8 @@ def _warn_once(op: str, backend: str, reason: str) -> None:
 
 def requested(op: str, backend: str | None) -> tuple[str | None, str]:
     """(the backend asked for by argument or environment, or None; which of the two asked)."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r:.200}")
     if backend is not None:
         return backend, "backend"
     asked = os.environ.get(ENVIRONMENT)

@@ -1,5 +1,7 @@
 """Argument checks shared by the interfaces: every message names the argument and shows what came."""
 
+import sys
+
 import torch
 
 FULL_PRECISION = (torch.float32, torch.float64)
@@ -8,7 +10,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def describe(value) -> str:
     """What came, in a few words: shape, dtype and device of a tensor; type and value of anything else."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"[:200]
 
@@ -30,8 +32,9 @@ def check_tensor(name: str, value, dtypes=FLOATING, hint: str = "") -> None:
     if value.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {allowed}; got {describe(value)}{hint}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got {value.layout} of shape {tuple(value.shape)}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"{value.layout} of shape {tuple(value.shape)}"
+        raise TypeError(f"{name} must be a dense tensor; got {kind}")
 
 
 def check_same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -42,8 +45,9 @@ def check_same_device(name: str, value: torch.Tensor, other_name: str, other: to
 
 
 def check_choice(name: str, value, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    # Nothing else is compared: an array would answer by an array, an object perhaps by an error.
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r:.200}")
 
 
 def check_number(
@@ -58,21 +62,21 @@ def check_number(
         *([f"<= {at_most}"] if at_most is not None else []),
     ]
     inside = (
-        value == value
-        and abs(value) != float("inf")
+        abs(value) <= sys.float_info.max  # not NaN, not Inf, no int beyond them
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
     )
     if not inside:
-        raise ValueError(f"{name} must be a finite number{' ' if bounds else ''}{' and '.join(bounds)}; got {value!r}")
+        within = " " + " and ".join(bounds) if bounds else ""
+        raise ValueError(f"{name} must be a finite number{within}; got {value!r:.200}")
 
 
 def check_dim(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int; got {describe(value)}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be at least 1{' and below 2**31' if value > 0 else ''}; got {value}")
 
 
 def row_weights(name: str, mask, rows: tuple[int, ...], other: torch.Tensor, dtype: torch.dtype):
@@ -82,10 +86,8 @@ def row_weights(name: str, mask, rows: tuple[int, ...], other: torch.Tensor, dty
     """
     if mask is None:
         return None
-    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-        pass
-    else:
-        check_tensor(name, mask, hint="; a 0/1 mask of integers becomes one of bools with mask.bool()")
+    hint = "; a 0/1 mask of integers becomes one of bools with mask.bool()"
+    check_tensor(name, mask, (torch.bool, *FLOATING), hint)
     if tuple(mask.shape) != tuple(rows):
         raise ValueError(f"{name} must have the shape of the rows {tuple(rows)}; got {tuple(mask.shape)}")
     check_same_device(name, mask, "the features", other)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from . import _checks
-from ._backend import no_autocast
+from ._backend import autocast_dtype, no_autocast
 from .cayley import cayley, cayley_inverse
 
 ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
@@ -108,7 +108,7 @@ def orthogonal(module: nn.Module, name: str = "weight", orthogonal_map: str = "c
 
     Raises:
         ValueError: no such parameter, fewer than two dimensions, an unknown map.
-        TypeError: a 16-bit weight.
+        TypeError: no module, a 16-bit weight.
 
     Example:
         >>> import torch, vkd_kernels as vk
@@ -117,10 +117,14 @@ def orthogonal(module: nn.Module, name: str = "weight", orthogonal_map: str = "c
         >>> bool((p.T @ p - torch.eye(192)).abs().max() < 1e-5)
         True
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {_checks.describe(module)}")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string; got {_checks.describe(name)}")
     weight = getattr(module, name, None)
     if not isinstance(weight, torch.Tensor):
         raise ValueError(
-            f"module has no parameter {name!r}; got {type(module).__name__} with "
+            f"name must be that of a parameter, but module has no parameter {name!r}; {type(module).__name__} has "
             + (", ".join(repr(n) for n, _ in module.named_parameters(recurse=False)) or "no parameters")
         )
     _check_map_weight(name, weight)
@@ -211,12 +215,12 @@ class OrthogonalLinear(nn.Module):
 
     @weight.setter
     def weight(self, matrix: torch.Tensor) -> None:
-        if not isinstance(matrix, torch.Tensor) or matrix.shape != self.unconstrained.shape:
-            raise ValueError(
-                f"weight takes a tensor of shape {tuple(self.unconstrained.shape)}; got {_checks.describe(matrix)}"
-            )
+        parameter = self.unconstrained
+        if not _checks.is_sharded(matrix):
+            _checks.check_tensor("weight", matrix)
+        if matrix.shape != parameter.shape or (matrix.is_meta and not parameter.is_meta):
+            raise ValueError(f"weight takes a tensor of shape {tuple(parameter.shape)}; got {_checks.describe(matrix)}")
         with torch.no_grad():
-            parameter = self.unconstrained
             matrix = _whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
             parameter.copy_(_sharded_as(self.map.right_inverse(matrix), parameter))
 
@@ -225,6 +229,12 @@ class OrthogonalLinear(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., S) -> (..., T)
+        _checks.check_tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have the shape (..., {self.in_features}); got {tuple(x.shape)}")
+        _checks.check_same_device("x", x, "weight", self.unconstrained)
+        if x.dtype != self.unconstrained.dtype and autocast_dtype(x.device.type) is None:
+            raise TypeError(f"x must have the dtype of weight, {self.unconstrained.dtype}; got {_checks.describe(x)}")
         weight = self.weight if self.gain is None else self.weight * self.gain[:, None]
         return F.linear(x, weight.to(self.unconstrained.dtype), self.bias)
 

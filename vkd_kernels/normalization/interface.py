@@ -5,7 +5,7 @@ from torch import nn
 
 from .. import _checks
 from . import reference
-from .synchronised import GroupHandle
+from .synchronised import GroupHandle, check_group
 
 METHODS = ("zca", "cholesky", "pca")
 
@@ -13,6 +13,7 @@ METHODS = ("zca", "cholesky", "pca")
 def _rows(name: str, features, mask, process_group):
     """Features as 2-D rows in float32 or better, and the rows' weights."""
     _checks.check_tensor(name, features)
+    check_group(process_group)
     if features.dim() < 2 or features.shape[-1] < 1:
         raise ValueError(
             f"{name} must have the shape (..., C) with at least one row dimension; got {tuple(features.shape)}"
@@ -126,7 +127,8 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: torch.Tensor, mask=None) -> torch.Tensor:
-        if isinstance(features, torch.Tensor) and features.dim() and features.shape[-1] != self.num_features:
+        _checks.check_tensor("features", features)
+        if features.dim() and features.shape[-1] != self.num_features:
             raise ValueError(f"features must have {self.num_features} channels; got the shape {tuple(features.shape)}")
         if self.momentum is None:
             return whiten(features, method=self.method, eps=self.eps, mask=mask, process_group=self.process_group.group)

@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from .._checks import describe
+
 
 class _AllReduceSum(torch.autograd.Function):
     """y = Σ over ranks of x; every rank's y depends on every rank's x, so the gradient is a sum over ranks too."""
@@ -45,15 +47,17 @@ def global_loss(x: torch.Tensor, group) -> torch.Tensor:
     return x if group is None else _GlobalLoss.apply(x, group)
 
 
+def check_group(group) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be None or a torch.distributed.ProcessGroup; got {describe(group)}")
+
+
 class GroupHandle:
     """A module's process group. It stays with copies of the module and does not travel with pickles: a group belongs
     to its process, so a module unpickled elsewhere computes the statistics of its own rows until it is given one."""
 
     def __init__(self, group=None):
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                f"process_group must be None or a torch.distributed.ProcessGroup; got {type(group).__name__}"
-            )
+        check_group(group)
         self.group = group
 
     def __deepcopy__(self, memo):

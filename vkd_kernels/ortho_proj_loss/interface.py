@@ -1,11 +1,10 @@
 """The projected feature loss: validates, folds scales and statistics, chooses a backend (reference.py defines it)."""
 
 import torch
-import torch.distributed as dist
 
 from .. import _backend, _checks
 from ..normalization.reference import sum_of_weights, total_weight, whiten
-from ..normalization.synchronised import all_reduce, global_loss
+from ..normalization.synchronised import all_reduce, check_group, global_loss
 from . import moments, reference
 from .chunked import chunked_loss, orthonormal_mse
 
@@ -236,8 +235,5 @@ def _check(student, teacher, weight, scale, bias, process_group) -> torch.Size:
         _checks.check_same_device("scale", scale, "student", student)
     elif scale is not None:
         _checks.check_number("scale", scale)
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            f"process_group must be None or a torch.distributed.ProcessGroup; got {_checks.describe(process_group)}"
-        )
+    check_group(process_group)
     return student.shape[:-1]
