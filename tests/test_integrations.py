@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import io
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -451,3 +452,18 @@ def test_example_huggingface_trainer(tmp_path):
     decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert all(decays[id(p)] == 0 for p in distilled.distill.parameters()) and 0.5 in decays.values()
     assert any(tmp_path.rglob("model.safetensors"))
+
+
+def test_the_table_in_the_docs_names_tests_that_exist():
+    tests = Path(__file__).parent
+    page = (tests.parent / "docs" / "integrations.md").read_text()
+    sources = "".join(path.read_text() for path in tests.glob("test_*.py"))
+    named = set(re.findall(r"`((?:test|ddp|fsdp)_\w+)`", page))
+    assert len(named) > 30
+    assert not [name for name in named if f"def {name}(" not in sources]
+    here = set(re.findall(r"^def (test_\w+|ddp_\w+|fsdp_\w+)", sources_of("test_integrations", "_ranks"), re.MULTILINE))
+    assert not here - named - {"test_ranks", "test_the_table_in_the_docs_names_tests_that_exist"}
+
+
+def sources_of(stem, *suffixes):
+    return "".join(Path(__file__).with_name(f"{stem}{suffix}.py").read_text() for suffix in ("", *suffixes))

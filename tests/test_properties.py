@@ -109,17 +109,19 @@ def test_cayley(batch, t, s, dtype, layout, power, backend, seed):
     exact = w.detach().double().requires_grad_()
     q, truth = vk.cayley(w, backend=backend), literal_cayley(exact)
     assert q.shape == w.shape and q.dtype == dtype
-    size = 10.0 ** max(power, 0)
-    torch.testing.assert_close(q.double(), truth, rtol=0, atol=40 * size**2 * EPS[dtype])
+    # Rounded once to the weight's dtype; what the scale costs, it costs the float64 inside (and the truth).
+    limit = 10 * EPS[dtype] + 40 * 100.0 ** max(power, 0) * EPS[torch.float64]
+    torch.testing.assert_close(q.double(), truth, rtol=0, atol=limit)
     g = normal(*batch, t, s, seed=seed + 1)
     (ours,), (theirs,) = torch.autograd.grad(q, w, g.to(dtype)), torch.autograd.grad(truth, exact, g)
-    assert ours.dtype == dtype and (ours.double() - theirs).norm() <= 400 * size**2 * EPS[dtype] * g.norm()
+    assert ours.dtype == dtype and (ours.double() - theirs).norm() <= 10 * limit * g.norm()
 
 
 @examples(150)
 @given(
-    dims, dims, st.floats(-20, 4), st.sampled_from(["drawn", "columns", "rows", "nearly rank one"]),
-    st.sampled_from([None, "torch"]), st.integers(0, 9999),
+    dims, dims, st.sampled_from([-20, -3, 0, 1, 2, 3, 4]),
+    st.sampled_from(["drawn", "columns", "rows", "nearly rank one"]), st.sampled_from([None, "torch"]),
+    st.integers(0, 9999),
 )  # fmt: skip
 def test_cayley_is_orthonormal_for_entries_up_to_ten_thousand(t, s, power, kind, backend, seed):
     """Far beyond what training reaches, however unevenly the entries are distributed."""
