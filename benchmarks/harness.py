@@ -26,6 +26,7 @@ from . import floors, records
 PASSES = ("forward", "backward", "both")
 CACHE_FACTOR = 4  # the sets of inputs take at least this many times the L2
 MOST_SETS = 64
+MOST_OTHERS_SHARE = 0.05  # of the processors' time that other processes may take, for CPU times that mean something
 
 
 class WrongOutput(AssertionError):
@@ -250,6 +251,21 @@ class OtherProcesses:
         return round(max(0.0, (busy - busy_then) / max(total - total_then, 1e-9)), 3)
 
 
+def sample_undisturbed(samplers: dict, seconds: float, least: int, tries: int) -> tuple[float | None, dict]:
+    """(others' share, samples) of the first try in which others took little, or else of the one with the least.
+
+    Only the others' share decides, never what was measured.
+    """
+    found = []
+    for _ in range(tries):
+        others = OtherProcesses()
+        samples = interleave(samplers, seconds, least)
+        found.append((others.share(), samples))
+        if found[-1][0] is None or found[-1][0] <= MOST_OTHERS_SHARE:
+            return found[-1]
+    return min(found, key=lambda pair: pair[0])
+
+
 def _nbytes(tensors) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
@@ -264,7 +280,9 @@ def number_of_sets(input_bytes: int, device: str) -> int:
     return max(1, min(MOST_SETS, -(-CACHE_FACTOR * l2 // input_bytes)))
 
 
-def measure(case: Case, device: str, rates: dict, seconds: float = 1.0, memory: bool = True, least: int = 3) -> dict:
+def measure(
+    case: Case, device: str, rates: dict, seconds: float = 1.0, memory: bool = True, least: int = 3, tries: int = 1
+) -> dict:
     """The case's part of a record: a row for every candidate and pass, or the reason why there is none.
 
     `samples` of each row stay in the returned rows for pytest-benchmark; Record writes the summary only.
@@ -298,9 +316,7 @@ def measure(case: Case, device: str, rates: dict, seconds: float = 1.0, memory: 
         for which in case.passes
         if which in runner.candidate.passes
     }
-    others = OtherProcesses()
-    sampled = interleave(samplers, seconds, least)
-    others_share = others.share()
+    others_share, sampled = sample_undisturbed(samplers, seconds, least, tries if device == "cpu" else 1)
     for (name, which), samples in sampled.items():
         row = {"candidate": name, "pass": which, **summary(samples)}
         if which == "both":
@@ -372,13 +388,14 @@ def main(benchmark: str, cases: Callable[[str], list[Case]], dtypes, arguments=N
     parser.add_argument(
         "--records", type=Path, default=records.RUNS, help="folder of the records (default: %(default)s)"
     )
+    parser.add_argument("--tries", type=int, default=1, help="on a CPU: for each case, while other processes are busy")
     options = parser.parse_args(arguments)
     device = records.device_type()
     rates = floors.ceilings(device, dtypes(device))
     record, problems = records.Record(benchmark, options.records, rates), []
     for case in cases(device):
         if options.k in case.name:
-            result = measure(case, device, rates, options.seconds)
+            result = measure(case, device, rates, options.seconds, tries=options.tries)
             record.add(without_samples(result))
             problems += failures(result)
             print(line(result), flush=True)

@@ -15,7 +15,6 @@ from benchmarks import bench_cayley, floors, harness, records
 # How many times slower than vkd_kernels each is expected to be, at least (of its own products: at most 1 / 2.5).
 TARGETS = {"torch householder": 250.0, "torch cayley": 80.0, "torch matrix_exp": 2000.0}
 MOST_TIMES_OWN_PRODUCTS = 2.5
-MOST_OTHERS_CPU_SHARE = 0.05  # for CPU times that mean something
 FULL_SIZE = (3024, 192)
 NAMES = ("vkd_kernels", bench_cayley.OWN_PRODUCTS, "closed form, inv_ex", *TARGETS)
 
@@ -73,7 +72,7 @@ def main(arguments=None) -> int:
         if (share := case["others_cpu_share"]) is not None:
             print(
                 f"other processes took {share:.0%} of the processors' time"
-                + (": too much" if share > MOST_OTHERS_CPU_SHARE else "")
+                + (": too much" if share > harness.MOST_OTHERS_SHARE else "")
             )
     print(f"record: {path}")
     return 1 if problems else 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import orthogonal_maps, records
+from benchmarks import harness, orthogonal_maps, records
 from benchmarks.bench_cayley import OWN_PRODUCTS
 
 Records = dict[str, dict]  # {benchmark: record} of one device
@@ -160,11 +160,7 @@ def environment_lines(record: dict) -> list[str]:
         )
     shares = [case["others_cpu_share"] for case in record.get("cases", []) if case.get("others_cpu_share") is not None]
     if shares:
-        note = (
-            " **The machine was busy: these figures say little.**"
-            if max(shares) > orthogonal_maps.MOST_OTHERS_CPU_SHARE
-            else ""
-        )
+        note = " **The machine was busy: these figures say little.**" if max(shares) > harness.MOST_OTHERS_SHARE else ""
         lines.append(f"Other processes took at most {max(shares):.0%} of the processors' time.{note}")
     return [" ".join(lines), ""]
 

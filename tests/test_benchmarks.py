@@ -146,6 +146,15 @@ def test_the_share_of_other_processes_is_not_ones_own():
         spin.wait()
 
 
+@pytest.mark.parametrize("shares, chosen", [([0.3, 0.04, 0.0], 1), ([0.3, 0.2, 0.25], 1), ([None], 0)])
+def test_a_disturbed_case_is_measured_again(shares, chosen, monkeypatch):
+    remaining, rounds = iter(shares), iter([{"a": [1.0]}, {"a": [2.0]}, {"a": [3.0]}])
+    monkeypatch.setattr(harness.OtherProcesses, "share", lambda self: next(remaining))
+    monkeypatch.setattr(harness, "interleave", lambda *arguments: next(rounds))
+    share, samples = harness.sample_undisturbed({}, 0.0, 1, tries=3)
+    assert share == shares[chosen] and samples == {"a": [chosen + 1.0]}
+
+
 def test_peak_memory_counts_temporaries_and_results():
     x = torch.ones(1 << 18)
 
