@@ -11,7 +11,7 @@ import torch
 import vkd_kernels as vk
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["loss", "projection", "distiller", "cayley.interface", "ortho_proj_loss.interface"]
+MODULES = ["loss", "projection", "distiller", "diagnostics", "cayley.interface", "ortho_proj_loss.interface"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -48,5 +48,6 @@ def test_readmes_training_code():
 def test_every_public_name_is_in_the_api_page():
     page = (ROOT / "docs" / "api.md").read_text()
     names = [*vk.__all__, *(f"functional.{n}" for n in vk.functional.__all__)]
-    for name in set(names) - {"__version__", "functional", "cayley"}:
+    names += [f"diagnostics.{n}" for n in vk.diagnostics.__all__]
+    for name in set(names) - {"__version__", "functional", "diagnostics", "cayley"}:
         assert f"::: vkd_kernels.{name}\n" in page, name

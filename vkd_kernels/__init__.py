@@ -1,6 +1,6 @@
 """Feature distillation with an orthogonal projection (V_kD): the public names."""
 
-from . import functional
+from . import diagnostics, functional
 from ._info import info
 from ._version import __version__
 from .cayley import cayley
@@ -16,6 +16,7 @@ __all__ = [
     "Whitening",
     "__version__",
     "cayley",
+    "diagnostics",
     "functional",
     "info",
     "orthogonal",

@@ -181,6 +181,13 @@ def version(x: torch.Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
+def as_arguments(given) -> tuple[tuple, dict]:
+    """(args, kwargs) of a tensor (or any one thing), a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    return (given if isinstance(given, tuple) else (given,)), {}
+
+
 def cast(x, dtype: torch.dtype | None):
     """Floating-point tensors in ``dtype``; anything else as it is."""
     return x.to(dtype) if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() else x

@@ -1,5 +1,6 @@
 """``FeatureDistiller``: student and teacher on the same input, features of named modules compared, losses added up."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -9,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import _backend, _checks
-from ._taps import SIDES, Pair, Tap, cast, entry, find_module, rows
+from . import _backend, _checks, diagnostics
+from ._taps import SIDES, Pair, Tap, as_arguments, cast, entry, find_module, rows
 from .loss import starting_scale
 from .normalization.reference import sum_of_weights, without_masked_rows
 from .normalization.synchronised import GroupHandle, global_loss
 from .ortho_proj_loss import interface
-from .projection import at_least_float32, make_map
+from .projection import at_least_float32, make_map, sharded_as, whole_as
 
 
 class FeatureDistiller(nn.Module):
@@ -30,7 +31,8 @@ class FeatureDistiller(nn.Module):
 
     The teacher is frozen in place: no gradients, eval mode whatever ``train()`` says, its own dtype (floating-point
     arguments are cast to it; autocast applies to it as to the student). It is no submodule: ``parameters()`` and
-    ``state_dict()`` leave it out. ``.to()`` moves it, and leaves its dtype alone.
+    ``state_dict()`` leave it out. ``.to()`` moves it, and leaves its dtype alone; ``to_empty()`` moves it too, and
+    leaves it undefined only where it had no values, on the meta device.
 
     Hooks are on the models' modules during ``forward`` only. Putting them there breaks the graph of ``torch.compile``
     once, before everything else; models and losses are one graph. For ``fullgraph=True`` keep the hooks on by
@@ -45,6 +47,7 @@ class FeatureDistiller(nn.Module):
         pairs: one dict of the fields of ``Pair`` (or one ``Pair``) per pair.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for both models: one pass in eval
             mode finds the channels, so that the projections exist before the optimiser. Or give every pair ``dims``.
+        example_teacher_input: the same for the teacher alone, where ``teacher_input`` will be given.
         logit_weight: weight of the logit loss, a mean over rows; ``None``: there is none.
         temperature: τ of the logit loss.
         student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
@@ -52,8 +55,16 @@ class FeatureDistiller(nn.Module):
         device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
 
     Shape:
-        ``forward(*args, masks=None, **kwargs)`` -> (student's output, losses). Arguments go to both models.
+        ``forward(*args, masks=None, teacher_input=None, metrics=False, **kwargs)`` -> (student's output, losses), and
+        with ``metrics`` a third: a flat dictionary for any logger. Arguments go to both models.
         ``losses``: a scalar per pair by name and ``"logits"``, before weighting; and ``"total"``.
+
+    ``teacher_input``: what the teacher gets in place of the arguments: a tensor, a tuple of arguments or a dict of
+    keyword arguments. For another resolution or tokenizer; or outputs of the teacher that were stored, with a teacher
+    that returns what it is given, ``nn.Identity()``. (They must be of the very view that the student sees.)
+
+    ``metrics``: the losses once more, ``"loss"`` (the total) and ``"loss/<pair>"``, and for every pair
+    ``"diagnostics/<pair>/<name>"``: see ``diagnostics.metrics``. Detached 0-d tensors; every rank must ask for them.
 
     ``masks`` maps the name of a pair to a mask, or to ``(student's mask or None, teacher's mask or None)``: bool or
     non-negative float weights, ``(N,)`` for samples or one per position of the tap: ``(N, tokens)``, skipped ones
@@ -82,6 +93,7 @@ class FeatureDistiller(nn.Module):
         pairs: Sequence[Mapping[str, Any] | Pair],
         *,
         example_input=None,
+        example_teacher_input=None,
         logit_weight: float | None = None,
         temperature: float = 1.0,
         student_logits: int | str | None = None,
@@ -121,12 +133,13 @@ class FeatureDistiller(nn.Module):
             "device": parameter.device if device is None else device,
             "dtype": torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype,
         }
-        dims = self._dims(example_input)
+        dims = self._dims(example_input, example_teacher_input)
         shapes = [(t, s) for s, t in dims]
         self._slots = [(f"{t}x{s}", shapes[:i].count((t, s))) for i, (t, s) in enumerate(shapes)]
         self.projections = nn.ModuleDict(
             {f"{t}x{s}": _Projections(count, t, s, **options) for (t, s), count in Counter(shapes).items()}
         )
+        self._ratios = [math.sqrt(t / s) for s, t in dims]
         scales = [starting_scale(pair.scale, s, t, **options) for pair, (s, t) in zip(self.pairs, dims, strict=True)]
         self._fixed_scales = [None if isinstance(scale, nn.Parameter) or scale == 1.0 else scale for scale in scales]
         self.scales = nn.ParameterDict({str(i): s for i, s in enumerate(scales) if isinstance(s, nn.Parameter)})
@@ -141,6 +154,14 @@ class FeatureDistiller(nn.Module):
         _checks.check_choice("name", name, names)
         shape, slot = self._slots[names.index(name)]
         return self.projections[shape]()[slot]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh projections, and learned scales back at √(T / S), also after ``to_empty()``; the models stay."""
+        for projections in self.projections.values():
+            projections.reset_parameters()  # type: ignore[operator]
+        for index, scale in self.scales.items():
+            scale.fill_(self._ratios[int(index)])
 
     def attach(self) -> "FeatureDistiller":
         """Puts the hooks on and keeps them there until ``remove()``. Outside ``forward`` they do nothing."""
@@ -180,21 +201,26 @@ class FeatureDistiller(nn.Module):
                 groups[parameter.ndim <= 1 or name.endswith("bias") or name in spared].append(parameter)
         return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
-    def forward(self, *args, masks: Mapping[str, Any] | None = None, **kwargs):
+    def forward(
+        self, *args, masks: Mapping[str, Any] | None = None, teacher_input=None, metrics: bool = False, **kwargs
+    ):
         masks = {} if masks is None else masks
+        teacher = (args, kwargs) if teacher_input is None else as_arguments(teacher_input)
         if self._attached:
-            return self._losses(args, kwargs, masks)
+            return self._losses((args, kwargs), teacher, masks, metrics)
         with self:
-            return self._losses(args, kwargs, masks)  # a frame, and so a graph, of its own
+            return self._losses((args, kwargs), teacher, masks, metrics)  # a frame, and so a graph, of its own
 
-    def _losses(self, args, kwargs, masks):
+    def _losses(self, student_arguments, teacher_arguments, masks, metrics):
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks must map pairs' names to masks; got {_checks.describe(masks)}")
+        if not isinstance(metrics, bool):
+            raise TypeError(f"metrics must be True or False; got {_checks.describe(metrics)}")
         for name in masks:
             _checks.check_choice("a key of masks", name, [*(pair.name for pair in self.pairs), "logits"])
-        output, teacher_output, features = self._run(args, kwargs, masks)
+        output, teacher_output, features = self._run(student_arguments, teacher_arguments, masks)
         weights = {shape: stack().unbind(0) for shape, stack in self.projections.items()}
-        losses, total = {}, 0.0
+        losses, found, total = {}, {}, 0.0
         for index, (pair, (x, y, mask)) in enumerate(zip(self.pairs, features, strict=True)):
             shape, slot = self._slots[index]
             if f"{y.shape[-1]}x{x.shape[-1]}" != shape:
@@ -209,20 +235,30 @@ class FeatureDistiller(nn.Module):
                 process_group=self.process_group.group, backend=self.backend, orthonormal=y.shape[-1] >= x.shape[-1],
             )  # fmt: skip
             total = total + pair.weight * losses[pair.name]
+            if metrics:
+                pairs_own = diagnostics.metrics(
+                    x, y, weights[shape][slot], mask=mask, process_group=self.process_group.group
+                )
+                found |= {f"diagnostics/{pair.name}/{name}": value for name, value in pairs_own.items()}
         if self.logit_weight is not None:
             losses["logits"] = self._logit_loss(output, teacher_output, masks.get("logits"))
             total = total + self.logit_weight * losses["logits"]
+        if metrics:
+            by_pair = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+            return output, {**losses, "total": total}, {"loss": total.detach(), **by_pair, **found}
         return output, {**losses, "total": total}
 
-    def _run(self, args, kwargs, masks):
+    def _run(self, student_arguments, teacher_arguments, masks):
         """(student's output, teacher's output, (student's rows, teacher's rows, mask of the rows) for every pair)."""
         for tap in chain(*self._taps):
             tap.seen = []
         try:
+            args, kwargs = student_arguments
             output = self.student(*args, **kwargs)
             if self.teacher.training:  # someone called teacher.train()
                 self.teacher.eval()
             dtype = next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), None)
+            args, kwargs = teacher_arguments
             args, kwargs = [cast(x, dtype) for x in args], {name: cast(x, dtype) for name, x in kwargs.items()}
             with torch.no_grad():
                 teacher_output = self.teacher(*args, **kwargs)
@@ -251,20 +287,22 @@ class FeatureDistiller(nn.Module):
         share = (distances if row_weight is None else distances * row_weight).sum() / torch.where(count > 0, count, 1.0)
         return global_loss(self.temperature**2 * share, self.process_group.group)
 
-    def _dims(self, example_input) -> list[tuple[int, int]]:
+    def _dims(self, example_input, example_teacher_input) -> list[tuple[int, int]]:
         """(S, T) of every pair, as given or as the example shows."""
         if example_input is None:
+            if example_teacher_input is not None:
+                raise ValueError("example_teacher_input needs an example_input beside it, for the student")
             missing = [pair.name for pair in self.pairs if pair.dims is None]
             if missing:
                 raise ValueError(f"example_input is needed, or dims of the pairs {', '.join(map(repr, missing))}")
             return [pair.dims for pair in self.pairs if pair.dims is not None]
-        kwargs = example_input if isinstance(example_input, Mapping) else {}
-        args = () if kwargs else example_input if isinstance(example_input, tuple) else (example_input,)
+        student = as_arguments(example_input)
+        teacher = student if example_teacher_input is None else as_arguments(example_teacher_input)
         modes = [(module, module.training) for module in self.student.modules()]
         self.student.eval()  # running statistics must not see the example
         try:
             with torch.no_grad(), self:
-                features = self._run(args, kwargs, {})[2]
+                features = self._run(student, teacher, {})[2]
         finally:
             for module, training in modes:
                 module.training = training
@@ -276,8 +314,9 @@ class FeatureDistiller(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         held = next(chain(self.teacher.parameters(), self.teacher.buffers()), None)
-        if held is not None:  # where fn takes tensors from where the teacher is
-            self.teacher.to(fn(held.new_empty(0)).device)
+        if held is not None:
+            device = fn(held.new_empty(0)).device  # where fn takes tensors from where the teacher is
+            self.teacher.to_empty(device=device) if held.is_meta else self.teacher.to(device)
         return self
 
     def extra_repr(self) -> str:
@@ -295,8 +334,10 @@ class _Projections(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.unconstrained.device.type != "meta":
-            self.unconstrained.copy_(self.map.right_inverse(torch.randn_like(self.unconstrained)))
+        parameter = self.unconstrained
+        if not parameter.is_meta:
+            matrix = whole_as(torch.randn_like(parameter), parameter)
+            parameter.copy_(sharded_as(self.map.right_inverse(matrix), parameter))
 
     def no_weight_decay(self) -> set[str]:
         return {"unconstrained"}

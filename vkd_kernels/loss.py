@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _backend, _checks
+from . import _backend, _checks, diagnostics
 from .normalization.synchronised import GroupHandle
 from .ortho_proj_loss import interface
 from .projection import OrthogonalLinear
@@ -132,6 +132,12 @@ class OrthoProjLoss(nn.Module):
             process_group=self.process_group.group, backend=self.backend,
             orthonormal=gain is None and self.teacher_dim >= self.student_dim,
         )  # fmt: skip
+
+    def metrics(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None):
+        """Diagnostics of features and projection, for a logger now and then: see ``diagnostics.metrics``."""
+        return diagnostics.metrics(
+            student, teacher, self.projection.weight, mask=mask, process_group=self.process_group.group
+        )
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, torch.Tensor) else f"{self.scale:g}"

@@ -138,14 +138,14 @@ def _check_map_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} must have the shape (..., T, S); got {tuple(weight.shape)}")
 
 
-def _whole_as(matrix, parameter):
+def whole_as(matrix, parameter):
     """The matrix itself or, for a parameter sharded by FSDP2, the first rank's on every rank."""
     if not _checks.is_sharded(parameter):
         return matrix
-    return matrix.full_tensor() if _checks.is_sharded(matrix) else _sharded_as(matrix, parameter).full_tensor()
+    return matrix.full_tensor() if _checks.is_sharded(matrix) else sharded_as(matrix, parameter).full_tensor()
 
 
-def _sharded_as(matrix, parameter):
+def sharded_as(matrix, parameter):
     """The matrix itself or, for a parameter sharded by FSDP2, as a DTensor of its placement."""
     if not _checks.is_sharded(parameter):
         return matrix
@@ -221,8 +221,8 @@ class OrthogonalLinear(nn.Module):
         if matrix.shape != parameter.shape or (matrix.is_meta and not parameter.is_meta):
             raise ValueError(f"weight takes a tensor of shape {tuple(parameter.shape)}; got {_checks.describe(matrix)}")
         with torch.no_grad():
-            matrix = _whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
-            parameter.copy_(_sharded_as(self.map.right_inverse(matrix), parameter))
+            matrix = whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
+            parameter.copy_(sharded_as(self.map.right_inverse(matrix), parameter))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone, as timm's models say it."""

@@ -1,0 +1,200 @@
+"""What to look at while distilling: orthogonality error, effective rank and CKA of features, as 0-d tensors.
+
+Everything is float64 inside, without gradients, and costs a few covariances: nothing is N x N for N rows beyond C.
+"""
+
+import torch
+
+from . import _checks
+from .normalization.reference import mean, sum_of_weights, without_masked_rows
+from .normalization.synchronised import all_reduce, check_group
+
+__all__ = ["cka", "effective_rank", "metrics", "orthogonality_error"]
+MOST_ROWS = 4096  # of a batch that ``metrics`` looks at: enough for features, and a cap on its memory and time
+
+
+@torch.no_grad()
+def orthogonality_error(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S) -> ()
+    """max |PᵀP - I| of a projection ``(..., T, S)``, or of its transpose where it is wide; float64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, with what came.
+    """
+    _checks.check_tensor("weight", weight)
+    if weight.dim() < 2 or weight.numel() == 0:
+        raise ValueError(f"weight must have the shape (..., T, S) and not be empty; got {tuple(weight.shape)}")
+    tall = (weight if weight.shape[-2] >= weight.shape[-1] else weight.mT).double()
+    eye = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)
+    return (tall.mT @ tall - eye).abs().amax()
+
+
+@torch.no_grad()
+def effective_rank(features: torch.Tensor, *, mask=None, process_group=None) -> torch.Tensor:  # (..., C) -> ()
+    r"""How many directions features use: exp of the entropy of their normalised singular values (Roy & Vetterli 2007).
+
+    ::
+
+        p_i = σ_i / Σ σ        effective rank = exp(-Σ p_i log p_i)        σ: singular values of the centred rows
+
+    Between 1 (all rows on a line) and the smaller of C and N - 1 (no direction preferred); 0 for equal rows. A student
+    whose rank falls while its loss does has collapsed. PyTorch checks on the host that the eigenvalues were found: on a
+    GPU this is the one function here that waits.
+
+    Args:
+        features: ``(..., C)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
+        mask: ``(...)`` bool or float: rows of weight 0 are left out, all others count alike.
+        process_group: over the rows of all its ranks; ``None``: of this process alone.
+
+    Returns:
+        float64, 0-d. NaN if a counted row holds NaN or Inf.
+
+    Raises:
+        TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
+    """
+    rows, kept = _rows("features", features, mask, process_group)
+    scatter = _scatter(_centred(rows, kept, process_group), process_group)
+    finite = scatter.isfinite().all()
+    squares = torch.linalg.eigvalsh(torch.where(finite, scatter, 0.0))  # σ²
+    # Below this an eigenvalue is rounding, whose root would count.
+    floor = squares[-1] * squares.shape[0] * torch.finfo(squares.dtype).eps
+    singular = torch.where(squares > floor, squares, 0.0).sqrt()
+    total = singular.sum()
+    rank = torch.special.entr(singular / torch.where(total > 0, total, 1.0)).sum().exp() * (total > 0)
+    return torch.where(finite, rank, torch.nan)
+
+
+@torch.no_grad()
+def cka(
+    student: torch.Tensor,  # (..., S)
+    teacher: torch.Tensor,  # (..., T)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    debiased: bool = True,
+    process_group=None,
+) -> torch.Tensor:  # ()
+    r"""Linear centred kernel alignment: how alike two sets of features are, up to rotation and scale.
+
+    ::
+
+        CKA = HSIC(X, Y) / √(HSIC(X, X) HSIC(Y, Y))
+
+    With ``debiased=False`` HSIC(X, Y) = ‖XᵀY‖² for centred columns (Kornblith et al. 2019). That estimate is biased: it
+    tends to 1 for any features of more channels than rows. ``debiased`` takes the unbiased one of Song et al. (2012),
+    of K = XXᵀ and L = YYᵀ without their diagonals, which for centred X and Y comes to
+
+    ::
+
+        HSIC ∝ ‖XᵀY‖² - n/(n-2) Σ a_i b_i + Σ a_i Σ b_i / ((n-1)(n-2))        a_i = ‖x_i‖², b_i = ‖y_i‖²
+
+    so that independent features give 0 on average. 1 for features that are equal up to rotation, scale and offset: an
+    orthonormal projection, of as many channels or more, changes nothing.
+
+    Args:
+        student: ``(..., S)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
+        teacher: ``(..., T)`` with the same rows.
+        mask: ``(...)`` bool or float: rows of weight 0 are left out, all others count alike.
+        debiased: see above; needs four rows.
+        process_group: over the rows of all its ranks; ``None``: of this process alone.
+
+    Returns:
+        float64, 0-d, at most 1. NaN where there is nothing to tell: no variance, too few rows, NaN or Inf in one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
+    """
+    if not isinstance(debiased, bool):
+        raise TypeError(f"debiased must be True or False; got {_checks.describe(debiased)}")
+    x, y, kept = _pair(student, teacher, mask, process_group)
+    x, y = _centred(x, kept, process_group), _centred(y, kept, process_group)
+    n = sum_of_weights(x[:, :0], kept, process_group)
+
+    def hsic(x, y):
+        product = _scatter(x, process_group) if x is y else all_reduce(x.mT @ y, process_group)
+        product = product.square().sum()
+        if not debiased:
+            return product
+        a, b = x.square().sum(1), y.square().sum(1)
+        ab, a, b = all_reduce(torch.stack([(a * b).sum(), a.sum(), b.sum()]), process_group)
+        return product - n / (n - 2) * ab + a * b / ((n - 1) * (n - 2))
+
+    value = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+    return torch.where(n > 3, value, torch.nan) if debiased else value
+
+
+@torch.no_grad()
+def metrics(
+    student: torch.Tensor,  # (..., S)
+    teacher: torch.Tensor,  # (..., T)
+    weight: torch.Tensor,  # (T, S)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    process_group=None,
+) -> dict[str, torch.Tensor]:
+    """All of them for one pair of features and its projection, for a logger; see the functions for the arguments.
+
+    Of a batch of more than 4096 rows at most as many are looked at, evenly spaced: the first and every second, say.
+    With a process group every rank must call.
+
+    Returns:
+        0-d tensors by name: ``orthogonality_error``, ``effective_rank_student``, ``effective_rank_teacher``, ``cka``
+        (debiased).
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> distill = vk.OrthoProjLoss(192, 1024)
+        >>> student, teacher = torch.randn(32, 192), torch.randn(32, 1024)
+        >>> found = vk.diagnostics.metrics(student, teacher, distill.projection.weight)
+        >>> bool(found["orthogonality_error"] < 1e-5 and 1 < found["effective_rank_student"] < 32)
+        True
+    """
+    x, y, kept = _pair(student, teacher, mask, process_group)
+    _checks.check_tensor("weight", weight)
+    if tuple(weight.shape) != (y.shape[1], x.shape[1]):
+        raise ValueError(f"weight must have the shape (T, S) = {(y.shape[1], x.shape[1])}; got {tuple(weight.shape)}")
+    if x.shape[0] > MOST_ROWS:
+        step = -(-x.shape[0] // MOST_ROWS)
+        x, y, kept = x[::step], y[::step], None if kept is None else kept[::step]
+    return {
+        "orthogonality_error": orthogonality_error(weight),
+        "effective_rank_student": effective_rank(x, mask=kept, process_group=process_group),
+        "effective_rank_teacher": effective_rank(y, mask=kept, process_group=process_group),
+        "cka": cka(x, y, mask=kept, process_group=process_group),
+    }
+
+
+def _rows(name: str, features, mask, group):  # (..., C), (...) or None -> (N, C), (N,) or None
+    """Features as 2-D rows in their own dtype; which of them count, as 1 and 0."""
+    _checks.check_tensor(name, features)
+    check_group(group)
+    if features.dim() < 2 or features.shape[-1] < 1:
+        raise ValueError(
+            f"{name} must have the shape (..., C) with at least one row dimension; got {tuple(features.shape)}"
+        )
+    if features.numel() == 0 and group is None:
+        raise ValueError(f"{name} has no rows: its shape is {tuple(features.shape)}")
+    weight = _checks.row_weights("mask", mask, features.shape[:-1], features, torch.float64)
+    return features.reshape(-1, features.shape[-1]), None if weight is None else (weight > 0).double()
+
+
+def _pair(student, teacher, mask, group):
+    """(student's rows, teacher's rows, which of them count)."""
+    x, kept = _rows("student", student, mask, group)
+    y, _ = _rows("teacher", teacher, None, group)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student and teacher must have the same rows; got student of shape "
+            f"{tuple(student.shape)} and teacher of shape {tuple(teacher.shape)}"
+        )
+    _checks.check_same_device("teacher", teacher, "student", student)
+    return x, y, kept
+
+
+def _centred(rows: torch.Tensor, kept, group) -> torch.Tensor:  # (N, C) -> (N, C) float64
+    rows = without_masked_rows(rows.double(), kept)
+    return without_masked_rows(rows - mean(rows, kept, group), kept)
+
+
+def _scatter(rows: torch.Tensor, group) -> torch.Tensor:  # (N, C) -> (C, C), or (N, N)
+    """XᵀX over all ranks; of fewer rows than channels XXᵀ, which has the same norm and eigenvalues (but zeros)."""
+    few = group is None and rows.shape[0] < rows.shape[1]
+    return rows @ rows.mT if few else all_reduce(rows.mT @ rows, group)
