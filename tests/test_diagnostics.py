@@ -187,7 +187,7 @@ def test_bad_arguments(call, error, message):
         call(torch.randn(2, 5, 4), torch.randn(2, 5, 6), torch.randn(6, 4))
 
 
-# ---------------------------------------------------------------------------------------------------- metrics of modules
+# --------------------------------------------------------------------------------------------------- metrics of modules
 
 NAMES = ("orthogonality_error", "effective_rank_student", "effective_rank_teacher", "cka")
 

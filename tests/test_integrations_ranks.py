@@ -93,6 +93,14 @@ def sharded(module, separately=False, **options):
     return fully_shard(module, **options)
 
 
+def feature_distiller(group=None, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        student, teacher = (nn.Sequential(nn.Linear(6, n), nn.GELU(), nn.Linear(n, 4)).double() for n in (5, 9))
+    pairs = [{"student": "0", "teacher": "0", "scale": "learned", "eps": 1e-2}]
+    return vk.FeatureDistiller(student, teacher, pairs, example_input=batch()[0].to(device), process_group=group)
+
+
 # ----------------------------------------------------------------------------------------------------------------- DDP
 
 
@@ -152,6 +160,18 @@ def ddp_autocast():
         alone = Distiller(dtype=torch.float32)
         alone(*batch(dtype=torch.float32)).backward()
     same([p.grad for p in module.parameters()], [p.grad for p in alone.parameters()], rtol=2e-2, atol=2e-4)
+
+
+def ddp_diagnostics_are_those_of_all_rows():
+    mask = batch()[2]
+    found = feature_distiller()(batch()[0], masks={"0->0": mask}, metrics=True)[2]
+    assert len(found) == 6
+    for first in FIRST.values():
+        module = DistributedDataParallel(feature_distiller(dist.group.WORLD))
+        x, mine = part((batch()[0], mask), first)
+        theirs = module(x, masks={"0->0": mine}, metrics=True)[2]
+        assert theirs.keys() == found.keys()
+        same(theirs.values(), found.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
@@ -252,13 +272,7 @@ def fsdp_state_dicts():
 
 
 def fsdp_of_a_feature_distiller():
-    def distiller(group=None):
-        torch.manual_seed(0)
-        student, teacher = (nn.Sequential(nn.Linear(6, n), nn.GELU(), nn.Linear(n, 4)).double() for n in (5, 9))
-        pairs = [{"student": "0", "teacher": "0", "scale": "learned", "eps": 1e-2}]
-        return vk.FeatureDistiller(student, teacher, pairs, example_input=batch()[0], process_group=group)
-
-    module, alone = fully_shard(distiller(dist.group.WORLD)), distiller()
+    module, alone = fully_shard(feature_distiller(dist.group.WORLD)), feature_distiller()
     module(part(batch(), 4)[0])[1]["total"].backward()
     alone(batch()[0])[1]["total"].backward()
     theirs = [p.grad for p in alone.parameters() if p.grad is not None]
@@ -266,6 +280,23 @@ def fsdp_of_a_feature_distiller():
     assert len(theirs) == 4  # the tapped layer, the projection, the scale
     copied = copy.deepcopy(alone)
     same([copied(batch()[0])[1]["total"]], [alone(batch()[0])[1]["total"]])
+
+
+def fsdp_of_a_feature_distiller_from_the_meta_device():
+    module = feature_distiller(dist.group.WORLD, device="meta")
+    teacher = feature_distiller().teacher
+    torch.manual_seed(dist.get_rank())  # ranks that draw different numbers must still agree
+    fully_shard(module).to_empty(device="cpu")
+    module.teacher.load_state_dict(teacher.state_dict())
+    for child in module.modules():
+        if hasattr(child, "reset_parameters"):
+            child.reset_parameters()
+    for state in (*module.projections.buffers(), *(whole(p) for p in module.projections.parameters())):
+        agree(state)
+    assert whole(module.scales["0"]).item() == (9 / 5) ** 0.5
+    found = module(part(batch(), 4)[0], metrics=True)[2]
+    assert found["diagnostics/0->0/orthogonality_error"] < 1e-12
+    agree(found["loss"])
 
 
 CHECKS = {name: f for name, f in vars().copy().items() if re.match("(ddp|fsdp)_", name)}

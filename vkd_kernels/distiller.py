@@ -47,7 +47,7 @@ class FeatureDistiller(nn.Module):
         pairs: one dict of the fields of ``Pair`` (or one ``Pair``) per pair.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for both models: one pass in eval
             mode finds the channels, so that the projections exist before the optimiser. Or give every pair ``dims``.
-        example_teacher_input: the same for the teacher alone, where ``teacher_input`` will be given.
+        example_teacher_input: the same for the teacher alone, of as many samples: where ``teacher_input`` will come.
         logit_weight: weight of the logit loss, a mean over rows; ``None``: there is none.
         temperature: τ of the logit loss.
         student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
