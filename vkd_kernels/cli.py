@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 import sys
 
 import vkd_kernels
 
+# Command -> (its module in recipes, what it does). Imported when it is called: they need the extra [recipes].
+COMMANDS = {
+    "distill": ("compare", "train students of a teacher and compare ways to distil"),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
-    from vkd_kernels.recipes import classification
-
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("vkd", description="Feature distillation with an orthogonal projection (V_kD).")
     parser.add_argument("--version", action="version", version=f"vkd_kernels {vkd_kernels.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    if words[:1] == ["distill"] and words[1:2] == ["classification"]:
+        from vkd_kernels.recipes import classification
 
-    distill = commands.add_parser("distill", help="train students of a teacher and compare ways to distil")
-    tasks = distill.add_subparsers(title="tasks", required=True, metavar="TASK")
-    for name, recipe in {"classification": classification}.items():
-        task = tasks.add_parser(
-            name, help=(recipe.__doc__ or name).splitlines()[0], description=recipe.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        recipe.add_arguments(task)
-        task.set_defaults(command=recipe.command)
+        if hasattr(classification, "add_arguments"):  # not on the engine yet
+            old = argparse.ArgumentParser("vkd distill classification")
+            classification.add_arguments(old)
+            return classification.command(old.parse_args(words[2:]))
+
+    for name, (module, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, add_help=False)
+        if words[:1] == [name]:
+            try:
+                recipe = importlib.import_module(f"vkd_kernels.recipes.{module}")
+            except ModuleNotFoundError as error:
+                print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[recipes]'", file=sys.stderr)
+                return 2
+            recipe.add_arguments(command)
+            command.set_defaults(command=recipe.command, parser=command)
 
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
     info.add_argument("--json", action="store_true", help="for programs")
     info.set_defaults(command=show_info)
 
-    arguments = parser.parse_args(argv)
+    values = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]  # a.b=c, wherever it stands
+    arguments = parser.parse_args([word for word in words if word not in values])
+    arguments.values = values
     return arguments.command(arguments)
 
 

@@ -29,7 +29,8 @@ from torch import nn
 
 import vkd_kernels as vk
 
-from . import data, models, report, runs
+from . import classification_report as report
+from . import data, models, runs
 from .options import OptionError, add_options, check_options, option, typed_options
 
 DEFAULT_OUTPUT = Path("runs/classification-digits")

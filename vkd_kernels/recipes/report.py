@@ -1,18 +1,20 @@
-"""What a run found, for people: paired statistics over the seeds, a table, the same in words, a CSV and a figure."""
+"""What a run found, for people: paired statistics over the seeds, a table, the same in words, and a figure."""
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .runs import write_atomically
+from .tasks import Metric
 
 LEVEL = 0.05
 
@@ -20,7 +22,9 @@ LEVEL = 0.05
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
-def paired_difference(values: list[float], baseline: list[float]) -> dict[str, Any]:
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], higher_is_better: bool = True
+) -> dict[str, Any]:
     """Mean of d = values - baseline, seed by seed, and the two-sided paired t-test of "it is zero".
 
     t = mean(d) / (std(d) / sqrt(n)) has n - 1 degrees of freedom; `p` is None when one seed leaves nothing to estimate.
@@ -35,38 +39,54 @@ def paired_difference(values: list[float], baseline: list[float]) -> dict[str, A
     elif std == 0:
         p = 1.0 if mean == 0 else 0.0
     else:
-        from scipy.special import stdtr  # the cumulative t distribution; scikit-learn brings scipy
+        from scipy.special import stdtr  # the cumulative t distribution
 
         p = float(2 * stdtr(n - 1, -abs(mean / (std / math.sqrt(n)))))
+    better = 1 if higher_is_better else -1
     return {
-        "mean": mean, "std": std, "seeds": n, "seeds_above": sum(d > 0 for d in differences), "p": p,
-        "significant": p is not None and p < LEVEL,
+        "mean": mean, "std": std, "seeds": n, "better": mean * better > 0,
+        "seeds_better": sum(d * better > 0 for d in differences), "p": p,
     }  # fmt: skip
 
 
-def summarise(results: list[dict[str, Any]], arms: tuple[str, ...]) -> dict[str, Any]:
-    """For every arm: accuracy, orthogonality, cost, and the paired difference to every other arm."""
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction for several comparisons: each p times the number of comparisons not yet rejected, in order."""
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    corrected: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, index) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        corrected[index] = largest
+    return corrected
+
+
+def summarise(results: Sequence[Mapping[str, Any]], arms: Sequence[str], metric: Metric) -> dict[str, Any]:
+    """For every arm: the metric, diagnostics, cost, and its paired difference to every other arm."""
     by_arm = {arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"]) for arm in arms}
-    accuracies = {arm: [r["accuracy"] for r in found] for arm, found in by_arm.items()}
-    summary = {}
+    values = {arm: [r[metric.key] for r in found] for arm, found in by_arm.items()}
+    summary: dict[str, Any] = {}
     for arm, found in by_arm.items():
-        errors = [r["orthogonality_error"] for r in found if r["orthogonality_error"] is not None]
+        versus = {o: paired_difference(values[arm], values[o], metric.higher_is_better) for o in arms if o != arm}
+        for difference, p in zip(versus.values(), holm([d["p"] for d in versus.values()]), strict=True):
+            difference["p_holm"] = p
         summary[arm] = {
-            "accuracy_mean": statistics.fmean(accuracies[arm]),
-            "accuracy_std": statistics.stdev(accuracies[arm]) if len(found) > 1 else None,
-            "orthogonality_error_max": max(errors) if errors else None,
+            "mean": statistics.fmean(values[arm]),
+            "std": statistics.stdev(values[arm]) if len(found) > 1 else None,
+            "values": values[arm],
+            "diagnostics": {
+                name: max(r["diagnostics"][name] for r in found) for name in found[0]["diagnostics"]
+            },  # the worst of the seeds
             "steps": found[0]["steps"],
-            "seconds_mean": statistics.fmean(r["seconds"] for r in found),
-            "cpu_seconds_mean": statistics.fmean(r["cpu_seconds"] for r in found),
-            "above": {o: paired_difference(accuracies[arm], accuracies[o]) for o in arms if o != arm},
+            "seconds": statistics.fmean(r["seconds"] for r in found),
+            "cpu_seconds": statistics.fmean(r["cpu_seconds"] for r in found),
+            "images_per_second": statistics.fmean(r["images_per_second"] for r in found),
+            "versus": versus,
         }
     return summary
 
 
 def machine() -> dict[str, Any]:
     """Where the numbers were made."""
-    import numpy
-    import sklearn
     import torch
 
     import vkd_kernels
@@ -80,136 +100,177 @@ def machine() -> dict[str, Any]:
         describe = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
         git = subprocess.run(describe, capture_output=True, text=True)  # ends in -dirty with uncommitted changes
         commit = git.stdout.strip() or None
+    packages: dict[str, str | None] = {}
+    for name in ("numpy", "lightning", "timm", "torchvision", "scikit-learn"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
     return {
         "cpu": cpu, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-        "numpy": numpy.__version__, "scikit-learn": sklearn.__version__, "vkd_kernels": vkd_kernels.__version__,
-        "commit": commit,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, **packages,
+        "vkd_kernels": vkd_kernels.__version__, "commit": commit,
     }  # fmt: skip
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _spread(mean: float, std: float | None, sign: str = "") -> str:
-    return f"{mean:{sign}.1f}" + (f" ± {std:.1f}" if std is not None else "")
+def spread(mean: float, std: float | None, digits: int, sign: str = "") -> str:
+    return f"{mean:{sign}.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
-def _p(p: float | None) -> str:
+def show_p(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def table(metrics: dict[str, Any], labels: dict[str, str], baseline: str) -> str:
-    columns = ["accuracy %", f"above {labels[baseline]}", "p", f"p < {LEVEL}", "max |PᵀP - I|", "steps", "CPU s"]
-    head = ["arm", *columns]
-    rows = []
-    for arm, found in metrics["summary"].items():
-        if arm == baseline:
-            difference = ["(baseline)", "", ""]
-        else:
-            d = found["above"][baseline]
-            difference = [_spread(d["mean"], d["std"], "+"), _p(d["p"]), "yes" if d["significant"] else "no"]
-        error = found["orthogonality_error_max"]
-        rows.append([
-            labels[arm], _spread(found["accuracy_mean"], found["accuracy_std"]), *difference,
-            "" if error is None else f"{error:.1e}", str(found["steps"]), f"{found['cpu_seconds_mean']:.1f}",
-        ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in [head, *rows]]
+def significant(p: float | None) -> bool:
+    return p is not None and p < LEVEL
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, the first row as a head, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def in_words(metrics: dict[str, Any], labels: dict[str, str]) -> str:
-    """Is V_kD above the others on average, and is that more than chance? Said either way."""
-    summary, teachers = metrics["summary"], [t["accuracy"] for t in metrics["teachers"]]
-    std = statistics.stdev(teachers) if len(teachers) > 1 else None
-    lines = [
-        f"Teachers: {_spread(statistics.fmean(teachers), std)} % on the test images. {len(teachers)} seed(s), each "
-        "with its own split, teacher and initial weights.",
-        "±: standard deviation over the seeds. p: paired t-test over the seeds, one comparison at a time.",
+def table(summary: Mapping[str, Any], labels: Mapping[str, str], metric: Metric, baseline: str) -> str:
+    """One row per arm: the metric, its difference to the baseline with both p-values, diagnostics, cost."""
+    others = [arm for arm in summary if arm != baseline]
+    corrected = dict(zip(others, holm([summary[arm]["versus"][baseline]["p"] for arm in others]), strict=True))
+    diagnostics = list(dict.fromkeys(name for found in summary.values() for name in found["diagnostics"]))
+    rows = [
+        ["arm", metric.label, f"minus {labels[baseline]}", "better in", "p", "p Holm", *diagnostics, "steps", "CPU s"]
     ]
-    for arm in [arm for arm in ("vkd", "vkd-match") if arm in summary]:
+    for arm, found in summary.items():
+        compared = ["(baseline)", "", "", ""]
+        if arm != baseline:
+            d = found["versus"][baseline]
+            compared = [
+                spread(d["mean"], d["std"], metric.digits, "+"), f"{d['seeds_better']}/{d['seeds']}", show_p(d["p"]),
+                show_p(corrected[arm]),
+            ]  # fmt: skip
+        numbers = [f"{found['diagnostics'][name]:.1e}" if name in found["diagnostics"] else "" for name in diagnostics]
+        rows.append([
+            labels[arm], spread(found["mean"], found["std"], metric.digits), *compared, *numbers, str(found["steps"]),
+            f"{found['cpu_seconds']:.1f}",
+        ])  # fmt: skip
+    return align(rows)
+
+
+def in_words(
+    summary: Mapping[str, Any], labels: Mapping[str, str], metric: Metric, baseline: str, focus: Sequence[str],
+    longer: Mapping[str, float], teachers: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
+    """What is better than what on average, and whether that is more than chance: said either way."""
+    seeds = len(next(iter(summary.values()))["values"])
+    better = "higher" if metric.higher_is_better else "lower"
+    lines = [
+        f"{metric.label}: {better} is better. {seeds} seed{'s' * (seeds != 1)}, each with its own teacher, initial "
+        "weights and batches, the same for every arm.",
+        f"±: standard deviation over the seeds. p: paired t-test over the seeds, one comparison at a time; p Holm: "
+        f"corrected for the {len(summary) - 1} comparisons with {labels[baseline]}.",
+    ]
+    if seeds == 1:
+        lines[1] = "One seed: no deviation and no test. Nothing here says more than that one run."
+    numbers = [t[metric.key] for t in teachers if metric.key in t]
+    if numbers:
+        std = statistics.stdev(numbers) if len(numbers) > 1 else None
+        lines.append(f"Teachers: {spread(statistics.fmean(numbers), std, metric.digits)}.")
+    for arm in [arm for arm in focus if arm in summary and len(summary) > 1]:
         lines += ["", f"{labels[arm]} is on average"]
-        others = [other for other in ("alone", "logits", "logits-longer", "linear") if other in summary]
-        lines += [f"  {_compare(summary[arm]['above'][other], labels[other])}" for other in others]
-    costs = {arm: found["cpu_seconds_mean"] for arm, found in summary.items()}
-    if {"vkd", "vkd-match", "logits-longer"} <= costs.keys():
-        longer, most = costs["logits-longer"], max(costs["vkd"], costs["vkd-match"])
-        verdict = "no less than V_kD's" if longer >= most else "LESS than V_kD's (raise --equal-time):"
-        lines += ["", f"{labels['logits-longer']}: {longer:.1f} s of CPU time a run, {verdict} {most:.1f} s."]
+        lines += [f"  {_compare(d, labels[o], metric)}" for o, d in summary[arm]["versus"].items()]
+        if seeds > 1:
+            lines.append(f"  (p Holm: corrected for these {len(summary[arm]['versus'])} comparisons)")
+    costs = {arm: found["cpu_seconds"] for arm, found in summary.items()}
+    most = max((costs[arm] for arm in focus if arm in costs), default=None)
+    for arm in [arm for arm in summary if longer.get(arm, 1.0) > 1 and most is not None]:
+        verdict = "no less than" if costs[arm] >= most else "LESS than (so this is no comparison at equal time)"
+        who = " or ".join(labels[a] for a in focus if a in costs)
+        lines += ["", f"{labels[arm]}: {costs[arm]:.1f} s of CPU time a run, {verdict} {who}: {most:.1f} s."]
     return "\n".join(lines)
 
 
-def _compare(d: dict[str, Any], other: str) -> str:
-    where = "above" if d["mean"] > 0 else "NOT above"
-    verdict = "significant" if d["significant"] else "not significant"
-    return (
-        f"{where} {other}: {d['mean']:+.1f} points, above for {d['seeds_above']} of {d['seeds']} seeds; "
-        f"{verdict} at {LEVEL} (p {_p(d['p'])})"
-    )
-
-
-def save_csv(path: Path, results: list[dict[str, Any]]) -> None:
-    columns = [name for name in results[0] if name != "curve"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(results)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+def _compare(d: Mapping[str, Any], other: str, metric: Metric) -> str:
+    where = "better than" if d["better"] else "NOT better than"
+    text = f"{where} {other}: {d['mean']:+.{metric.digits}f} {metric.unit}"
+    text += f", better for {d['seeds_better']} of {d['seeds']} seeds"
+    if d["p"] is None:
+        return text
+    ps = f"(p {show_p(d['p'])}, Holm {show_p(d['p_holm'])})"
+    if not significant(d["p"]):
+        return f"{text}; not significant at {LEVEL} {ps}"
+    alone = "" if significant(d["p_holm"]) else " by itself, not after Holm's correction"
+    return f"{text}; significant at {LEVEL}{alone} {ps}"
 
 
 # ---- figure ----------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = {
-    "alone": "#666666", "logits": "#56B4E9", "logits-longer": "#0072B2", "linear": "#CC79A7", "vkd": "#009E73",
-    "vkd-match": "#D55E00",
-}  # fmt: skip
+COLOURS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
 
 
-def save_figure(path: Path, metrics: dict[str, Any], labels: dict[str, str]) -> None:
-    """Left: mean training curves. Right: every seed's final test accuracy with mean and standard deviation."""
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display and no global state
     from matplotlib.figure import Figure
 
-    arms, summary = list(metrics["summary"]), metrics["summary"]
-    figure = Figure(figsize=(12.5, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    hidden = metrics["config"]["pool"] - 10 * metrics["config"]["labels_per_class"]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
-    ends = {}
-    for arm in arms:
-        curves = [[value for _, value in r["curve"]] for r in metrics["runs"] if r["arm"] == arm]
-        steps = [step for step, _ in next(r["curve"] for r in metrics["runs"] if r["arm"] == arm)]
-        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        left.plot(steps, mean, color=COLOURS[arm], linewidth=2, solid_capstyle="round")
+
+def save_figure(path: Path, figure: Any) -> None:
+    image = io.BytesIO()
+    figure.canvas.print_png(image)
+    write_atomically(path, lambda file: file.write(image.getvalue()))
+
+
+def draw(
+    path: Path,
+    summary: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, str],
+    metric: Metric,
+) -> None:
+    """Left: mean curves over training. Right: every seed's last value with mean and standard deviation."""
+    figure = new_figure(12.5, max(3.6, 1.6 + 0.55 * len(summary)))
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(summary)}
+    ends: dict[str, tuple[float, float]] = {}
+    for arm in summary:
+        curves = [r["curve"] for r in results if r["arm"] == arm]
+        mean = [statistics.fmean(value for _, value in points) for points in zip(*curves, strict=True)]
+        steps = [step for step, _ in curves[0]]
+        marker = "o" if len(steps) == 1 else None
+        left.plot(steps, mean, color=colours[arm], linewidth=2, marker=marker, solid_capstyle="round")
         ends[arm] = (steps[-1], mean[-1])
     last = max(step for step, _ in ends.values())
-    top = max(value for _, value in ends.values())
-    bottom = max(0.0, min(value for _, value in ends.values()) - 25)
-    left.set(xlim=(0, last), ylim=(bottom, top + 2), xlabel="training step", ylabel="accuracy, %, mean over the seeds")
-    left.set_title(f"While training: the {hidden} pool images whose labels no student sees", fontsize=10, loc="left")
-    heights = _spread_out({arm: value for arm, (_, value) in ends.items()}, gap=(top + 2 - bottom) * 0.062)
-    for arm in arms:
+    low, high = left.get_ylim()
+    heights = _spread_out({arm: value for arm, (_, value) in ends.items()}, (high - low) * 0.065)
+    left.set(xlim=(0, last), xlabel="training step", ylabel=f"{metric.label}, mean over the seeds")
+    left.set_title("While training", fontsize=10, loc="left")
+    for arm in summary:
         left.annotate(
-            labels[arm], ends[arm], (last * 1.05, heights[arm]), color=COLOURS[arm], fontsize=9, va="center",
+            labels[arm], ends[arm], (last * 1.05, heights[arm]), color=colours[arm], fontsize=9, va="center",
             annotation_clip=False, ha="left",
-            arrowprops={"arrowstyle": "-", "color": COLOURS[arm], "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1},
+            arrowprops={"arrowstyle": "-", "color": colours[arm], "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1},
         )  # fmt: skip
-
-    for row, arm in enumerate(arms):
-        values = [r["accuracy"] for r in metrics["runs"] if r["arm"] == arm]
+    for row, (arm, found) in enumerate(summary.items()):
+        values = found["values"]
         jitter = [row + 0.16 * (2 * i / max(len(values) - 1, 1) - 1) for i in range(len(values))]
-        right.plot(values, jitter, "o", color=COLOURS[arm], alpha=0.5, markersize=5, markeredgewidth=0)
-        mean, std = summary[arm]["accuracy_mean"], summary[arm]["accuracy_std"]
-        right.errorbar(mean, row, xerr=std, fmt="|", color="black", markersize=16, markeredgewidth=2, capsize=3)
-    names = [f"{labels[arm]}\n{_spread(summary[arm]['accuracy_mean'], summary[arm]['accuracy_std'])} %" for arm in arms]
-    right.set_yticks(range(len(arms)), names, fontsize=9)
-    right.set_ylim(len(arms) - 0.5, -0.5)
-    for tick, arm in zip(right.get_yticklabels(), arms, strict=True):
-        tick.set_color(COLOURS[arm])
-    right.set_xlabel("accuracy, %")
-    right.set_title("At the end, test images: seeds, mean ± std", fontsize=10, loc="left")
+        right.plot(values, jitter, "o", color=colours[arm], alpha=0.5, markersize=5, markeredgewidth=0)
+        right.errorbar(
+            found["mean"], row, xerr=found["std"], fmt="|", color="black", markersize=16, markeredgewidth=2, capsize=3
+        )
+    names = [f"{labels[arm]}\n{spread(found['mean'], found['std'], metric.digits)}" for arm, found in summary.items()]
+    right.set_yticks(range(len(summary)), names, fontsize=9)
+    right.set_ylim(len(summary) - 0.5, -0.5)
+    for tick, arm in zip(right.get_yticklabels(), summary, strict=True):
+        tick.set_color(colours[arm])
+    right.set_xlabel(f"{metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)")
+    right.set_title("At the end: seeds, mean ± std", fontsize=10, loc="left")
     right.grid(axis="x", color="#e5e5e5")
     left.grid(axis="y", color="#e5e5e5")
     for axes in (left, right):
@@ -217,10 +278,7 @@ def save_figure(path: Path, metrics: dict[str, Any], labels: dict[str, str]) -> 
         axes.spines[["top", "right"]].set_visible(False)
     right.spines["left"].set_visible(False)
     right.tick_params(axis="y", length=0)
-
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    save_figure(path, figure)
 
 
 def _spread_out(heights: dict[str, float], gap: float) -> dict[str, float]:

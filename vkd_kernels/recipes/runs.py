@@ -8,6 +8,8 @@ classification.py is the example of how to use it.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import multiprocessing
 import os
@@ -17,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -52,14 +54,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; nothing that was there is lost") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     if os.name == "posix":  # the new name itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -84,6 +93,65 @@ def load_tensors(path: Path) -> Any:
         raise RunError(f"cannot read {path} ({error}): delete this file to have that part done again") from error
 
 
+def save_safetensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save
+
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    write_atomically(path, lambda file: file.write(save(plain, {"format": "pt"})))
+
+
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # SafetensorError is no public name
+        raise RunError(f"cannot read {path}: {error}") from error
+
+
+def load_state(part: Any, state: Any, what: str) -> None:
+    """`part.load_state_dict(state)`, or a RunError that says what does not fit."""
+    if state is None:
+        raise RunError(f"{what} is missing: made by another version or another configuration")
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{what} is of another architecture: {' '.join(str(error).split())[:600]}") from error
+
+
+def load_json_lines(path: Path) -> list[Any]:
+    """The lines of a file that `append` wrote; a last one that was cut short is left out."""
+    if not path.exists():
+        return []
+    lines, found = path.read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RunError(f"{path}, line {number}, is not JSON: delete that line") from error
+    return found
+
+
+def append(path: Path, text: str) -> None:
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is intact") from error
+
+
+def save_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    """One column for every name in any of the records."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for record in records for name in record), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(path, text.getvalue())
+
+
 # ---- run folders -----------------------------------------------------------------------------------------------------
 
 
@@ -97,8 +165,8 @@ def free_folder(default: Path) -> Path:
 
 
 def newest_folder(default: Path) -> Path | None:
-    found = [path.parent for path in default.parent.glob(f"{default.name}*/config.json")]
-    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns, default=None)
+    found = [path for name in ("json", "yaml") for path in default.parent.glob(f"{default.name}*/config.{name}")]
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
 
 
 def start_folder(folder: Path, config: dict[str, Any]) -> None:
@@ -157,12 +225,37 @@ class Worker:
 
     def __init__(self, stop: Any, reports: Any) -> None:
         self._stop, self._reports = stop, reports
+        self._images, self._sent = 0, 0.0
+
+    @property
+    def signal(self) -> int:
+        return signal.SIGINT
 
     def should_stop(self) -> bool:
         return self._stop.is_set()
 
     def report(self, task: str, images: int) -> None:
-        self._reports.put((task, images))
+        self._images += images
+        if time.monotonic() - self._sent > 0.1:  # a step may be shorter than sending takes
+            self._reports.put((task, self._images))
+            self._images, self._sent = 0, time.monotonic()
+
+
+class Here(Worker):
+    """The same for a task that runs in the process that asks for it."""
+
+    def __init__(self, received: list[int], progress: _Progress) -> None:
+        self._received, self._progress = received, progress
+
+    @property
+    def signal(self) -> int:
+        return self._received[0] if self._received else signal.SIGINT
+
+    def should_stop(self) -> bool:
+        return bool(self._received)
+
+    def report(self, task: str, images: int) -> None:
+        self._progress.add(task, images)
 
 
 class Loop:
@@ -232,6 +325,10 @@ class Loop:
             setattr(self, name, value)
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ---- the workers -----------------------------------------------------------------------------------------------------
 
 
@@ -287,48 +384,73 @@ def perform(tasks: list[Task], *, jobs: int, quiet: bool = False) -> None:
         return
     context = multiprocessing.get_context("spawn")
     stop, reports = context.Event(), context.Queue()
-    received: list[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if received:  # the second time, at once; the last checkpoints are still good
-            os._exit(128 + number)
-        received.append(number)
-        stop.set()
-        if not quiet:
-            print("\nstopping: saving checkpoints (once more to quit at once)", file=sys.stderr, flush=True)
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     failure: BaseException | None = None
     running: dict[Future, Task] = {}
     jobs = min(jobs, len(waiting))
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(stop, reports))
-    try:
-        with pool, _Progress(sum(task.images for task in waiting), len(tasks), len(done), quiet) as progress:
-            while running or (waiting and not stop.is_set()):
-                ready = [t for t in waiting if t.after is None or t.after in done] if not stop.is_set() else []
-                for task in ready[: jobs - len(running)]:  # no queue inside the pool: nothing to cancel when stopping
-                    waiting.remove(task)
-                    with _signals_blocked():
-                        running[pool.submit(_perform, task)] = task
-                finished, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
-                progress.read(reports)
-                for future in finished:
-                    task, error = running.pop(future), future.exception()
-                    if error is None:
-                        done.add(task.name)
-                        progress.finished(task)
-                    elif not isinstance(error, Interrupted):
-                        failure = failure or error
-                        stop.set()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with (
+        _signals_caught(stop.set, quiet) as received,
+        pool,
+        _Progress(sum(task.images for task in waiting), len(tasks), len(done), quiet) as progress,
+    ):
+        while running or (waiting and not stop.is_set()):
+            ready = [t for t in waiting if t.after is None or t.after in done] if not stop.is_set() else []
+            for task in ready[: jobs - len(running)]:  # no queue inside the pool: nothing to cancel when stopping
+                waiting.remove(task)
+                with _signals_blocked():
+                    running[pool.submit(_perform, task)] = task
+            finished, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+            progress.read(reports)
+            for future in finished:
+                task, error = running.pop(future), future.exception()
+                if error is None:
+                    done.add(task.name)
+                    progress.finished(task)
+                elif not isinstance(error, Interrupted):
+                    failure = failure or error
+                    stop.set()
     if isinstance(failure, BrokenProcessPool):
         raise RunError("a worker process was killed (out of memory?): continue with --resume") from failure
     if failure is not None:
         raise failure
     if received:
         raise Interrupted(received[0])
+
+
+def perform_here(tasks: list[Task], *, quiet: bool = False, insist: bool = False) -> None:
+    """The same one after the other in this process: on an accelerator, or as one of torchrun's ranks."""
+    done = {task.name for task in tasks if task.result.exists()}
+    waiting = [task for task in tasks if task.name not in done]
+    with (
+        _signals_caught(lambda: None, quiet, insist=insist) as received,
+        _Progress(sum(task.images for task in waiting), len(tasks), len(done), quiet) as progress,
+    ):
+        for task in waiting:
+            task.work(*task.arguments, Here(received, progress))
+            progress.finished(task)
+
+
+@contextlib.contextmanager
+def _signals_caught(stop: Callable[[], None], quiet: bool, insist: bool = False) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM call `stop` and are listed; the second one ends the process at once, unless it has to
+    `insist` on its checkpoint: torchrun passes a Ctrl-C on that the terminal has sent already, and kills in the end."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if received and not insist:  # the last checkpoints are still good
+            os._exit(128 + number)
+        if not received and not quiet:
+            again = "" if insist else " (once more to quit at once)"
+            print(f"\nstopping: saving checkpoints{again}", file=sys.stderr, flush=True)
+        received.append(number)
+        stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Progress:
@@ -356,10 +478,13 @@ class _Progress:
     def read(self, reports: Any) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                task, images = reports.get_nowait()
-                self.current[task] = self.current.get(task, 0) + images
-                self.bar.update(images)
+                self.add(*reports.get_nowait())
         self._describe()
+
+    def add(self, task: str, images: int) -> None:
+        self.current[task] = self.current.get(task, 0) + images
+        self._describe()
+        self.bar.update(images)
 
     def finished(self, task: Task) -> None:
         self.done += 1
