@@ -12,6 +12,7 @@ import vkd_kernels
 # Command -> (its module in recipes, what it does). Imported when it is called: they need the extra [recipes].
 COMMANDS = {
     "distill": ("compare", "train students of a teacher and compare ways to distil"),
+    "inspect": ("inspect", "the metrics that a run logged, as a figure and a table"),
 }
 
 
