@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_distiller import IMAGES, TOKENS_TO_MAP, make
 
+from vkd_kernels import cli
 from vkd_kernels.recipes import inspect
 from vkd_kernels.recipes.runs import RunError
 
@@ -142,3 +143,13 @@ def test_as_a_command(tmp_path):
     result = vkd(tmp_path / "nothing")
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("vkd: error: there is no metrics.jsonl in") and "does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_as_a_command_what_is_wrong(tmp_path, monkeypatch, capsys, missing):
+    write(tmp_path, [{"step": 1, "train/loss": 1.0}])
+    if missing:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["inspect", str(tmp_path), *([] if missing else ["steps=3"])]) == 2
+    said = "matplotlib.figure is missing: pip install" if missing else "inspect takes no values; got steps=3"
+    assert capsys.readouterr().err.startswith(f"vkd: error: {said}")

@@ -36,9 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(arguments: argparse.Namespace) -> int:
     try:
+        if arguments.values:
+            raise RunError(f"inspect takes no values; got {' '.join(arguments.values)}")
         figure = inspect(arguments.run)
     except RunError as error:
         print(f"vkd: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[recipes]'", file=sys.stderr)
         return 2
     print(figure.with_suffix(".txt").read_text(), end="")
     print(f"\nfigure: {figure}")
