@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -43,6 +44,25 @@ def test_readmes_training_code():
     names = {"student": student, "teacher": Teacher(), "loader": loader}
     exec(code, {**names, "cross_entropy": torch.nn.functional.cross_entropy})
     assert not torch.equal(student.embed.weight, before)
+
+
+def test_code_of_the_integrations_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    stored, metrics = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
+    student = torch.nn.Sequential()
+    student.add_module("norm", torch.nn.LayerNorm(192))
+    names = {**vars(vk), "nn": torch.nn, "json": json, "student": student, "step": 200}
+    names |= {"images": torch.randn(4, 7, 192), "stored_features": torch.randn(4, 3024)}
+    exec(stored, names)
+    assert names["losses"]["total"] > 0
+    teacher = torch.nn.Linear(192, 3024)
+    pair = {"student": "norm", "student_pool": "class_token", "teacher": "", "teacher_pool": "class_token"}
+    names["distiller"] = vk.FeatureDistiller(student, teacher, [pair], example_input=names["images"])
+    for step in (200, 201):
+        exec(metrics, {**names, "step": step})
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["diagnostics/norm->/orthogonality_error"] <= 1e-5
 
 
 def test_every_public_name_is_in_the_api_page():

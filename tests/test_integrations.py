@@ -327,23 +327,27 @@ def test_save_and_load(tmp_path, orthogonal_map):
 
 
 class Rows(torch.utils.data.Dataset):
-    """A dataset that holds a loss, as one that ranks samples by it would."""
+    """A dataset that holds a loss and a FeatureDistiller, as one that ranks samples by them would."""
 
-    def __init__(self, module, x, y):
-        self.module, self.x, self.y = module, x, y
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+        self.loss = Distiller(normalization="layer_norm")
+        pair = {"student": "0", "teacher": "0"}
+        models = nn.Sequential(nn.Linear(5, S)), nn.Sequential(nn.Linear(5, T))
+        self.distiller = vk.FeatureDistiller(*models, [pair], example_input=x)
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, i):
+        x = self.x[i : i + 1]
         with torch.no_grad():
-            return i, self.module(self.x[i : i + 1], self.y[i : i + 1])
+            return i, torch.stack([self.loss(x, self.y[i : i + 1]), self.distiller(x)[1]["total"]])
 
 
 def test_pickled_to_dataloader_workers():
-    x, y = batch(6)
-    data = Rows(Distiller(normalization="layer_norm"), x, y)
-    assert pickle.loads(pickle.dumps(data))[3][1] == data[3][1]
+    data = Rows(*batch(6))
+    assert torch.equal(pickle.loads(pickle.dumps(data))[3][1], data[3][1])
     loader = torch.utils.data.DataLoader(data, batch_size=3, num_workers=1, multiprocessing_context="spawn")
     for i, values in loader:
         torch.testing.assert_close(values, torch.stack([data[j][1] for j in i.tolist()]))
@@ -461,7 +465,8 @@ def test_the_table_in_the_docs_names_tests_that_exist():
     named = set(re.findall(r"`((?:test|ddp|fsdp)_\w+)`", page))
     assert len(named) > 30
     assert not [name for name in named if f"def {name}(" not in sources]
-    here = set(re.findall(r"^def (test_\w+|ddp_\w+|fsdp_\w+)", sources_of("test_integrations", "_ranks"), re.MULTILINE))
+    sources = sources_of("test_integrations", "_ranks", "_distiller")
+    here = set(re.findall(r"^def (test_\w+|ddp_\w+|fsdp_\w+)", sources, re.MULTILINE))
     assert not here - named - {"test_ranks", "test_the_table_in_the_docs_names_tests_that_exist"}
 
 

@@ -162,6 +162,16 @@ def ddp_autocast():
     same([p.grad for p in module.parameters()], [p.grad for p in alone.parameters()], rtol=2e-2, atol=2e-4)
 
 
+def ddp_of_a_feature_distiller():
+    alone = feature_distiller()
+    alone(batch()[0])[1]["total"].backward()
+    theirs = [p.grad for p in alone.parameters() if p.grad is not None]
+    for first in FIRST.values():
+        module = DistributedDataParallel(feature_distiller(dist.group.WORLD), find_unused_parameters=True)
+        module(part(batch(), first)[0])[1]["total"].backward()
+        same([p.grad for p in module.parameters() if p.grad is not None], theirs)
+
+
 def ddp_diagnostics_are_those_of_all_rows():
     mask = batch()[2]
     found = feature_distiller()(batch()[0], masks={"0->0": mask}, metrics=True)[2]
@@ -272,12 +282,14 @@ def fsdp_state_dicts():
 
 
 def fsdp_of_a_feature_distiller():
-    module, alone = fully_shard(feature_distiller(dist.group.WORLD)), feature_distiller()
-    module(part(batch(), 4)[0])[1]["total"].backward()
+    alone = feature_distiller()
     alone(batch()[0])[1]["total"].backward()
     theirs = [p.grad for p in alone.parameters() if p.grad is not None]
-    same([whole(p.grad) for p in module.parameters() if p.grad is not None], theirs)
     assert len(theirs) == 4  # the tapped layer, the projection, the scale
+    for first in FIRST.values():
+        module = fully_shard(feature_distiller(dist.group.WORLD))
+        module(part(batch(), first)[0])[1]["total"].backward()
+        same([whole(p.grad) for p in module.parameters() if p.grad is not None], theirs)
     copied = copy.deepcopy(alone)
     same([copied(batch()[0])[1]["total"]], [alone(batch()[0])[1]["total"]])
 
