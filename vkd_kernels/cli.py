@@ -12,6 +12,9 @@ import vkd_kernels
 # Command -> (its module in recipes, what it does). Imported when it is called: they need the extra [recipes].
 COMMANDS = {
     "distill": ("compare", "train students of a teacher and compare ways to distil"),
+    "ablate": ("ablate", "every projection with every normalisation"),
+    "evaluate": ("evaluate", "measure the students of a run again"),
+    "export": ("export", "write a student alone, without its projection"),
     "inspect": ("inspect", "the metrics that a run logged, as a figure and a table"),
 }
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import vkd_kernels
 
 from . import config as configs
-from . import engine, report, runs, tasks
+from . import devices, engine, report, runs, tasks
 from .config import OptionError
 from .tasks import Arm
 
@@ -35,7 +35,7 @@ class Experiment:
     seeds: int
     first_seed: int
     baseline: str
-    focus: tuple[str, ...]
+    focus: tuple[str, ...]  # the arms whose differences to the others are said in words
     origins: Mapping[str, str]
     typed: frozenset[str]  # keys that the command line, a file or a recipe gave
 
@@ -48,6 +48,18 @@ class Experiment:
             "first_seed": self.first_seed, "baseline": self.baseline, "versions": versions(),
         }  # fmt: skip
         return configs.dump(head) + "\n" + configs.to_yaml(self.config)
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which arms a command compares, and how it reports them: what tells `vkd distill` from `vkd ablate`."""
+
+    command: str
+    arms: Callable[[Any], Mapping[str, Arm]]  # of a task
+    choose: Callable[
+        [Any, Any, bool], tasks.Defaults
+    ]  # of task, configuration and whether a named recipe was asked for
+    finish: Callable[[Path, Experiment], str]  # writes the reports of a finished folder; the text to print
 
 
 def versions() -> dict[str, str]:
@@ -84,8 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(
-    name: str, recipe: str | None, file: Path | None, overrides: list[str], arms: list[str] | None, seeds: int | None,
-    first_seed: int | None, baseline: str | None, known_arms: Mapping[str, Arm] | None = None,
+    design: Design, name: str, recipe: str | None, file: Path | None, overrides: list[str], arms: list[str] | None,
+    seeds: int | None, first_seed: int | None, baseline: str | None,
 ) -> Experiment:  # fmt: skip
     """The dataclasses' defaults, then the recipe, then the file, then `a.b=c`."""
     task = tasks.load(name)
@@ -117,11 +129,10 @@ def resolve(
         raise OptionError(f"--config: {file} is of the task {head['task']}, not {name}")
     config = configs.replace(task.Config(), values)
 
-    single = recipe is not None
-    chosen = arms or head.get("arms") or (("vkd",) if single else task.DEFAULTS.arms)
-    seeds = seeds if seeds is not None else head.get("seeds", 1 if single else task.DEFAULTS.seeds)
+    defaults, known_arms = design.choose(task, config, recipe is not None), design.arms(task)
+    chosen = arms or head.get("arms") or defaults.arms
+    seeds = seeds if seeds is not None else head.get("seeds", defaults.seeds)
     first_seed = first_seed if first_seed is not None else head.get("first_seed", 0)
-    known_arms = task.ARMS if known_arms is None else known_arms
     for arm in chosen:
         if arm not in known_arms:
             raise OptionError(f"--arms: unknown {arm!r}; choose from {', '.join(known_arms)}")
@@ -131,21 +142,21 @@ def resolve(
         raise OptionError(f"--seeds must be at least 1 and --first-seed at least 0, got {seeds} and {first_seed}")
     if baseline is not None and baseline not in chosen:
         raise OptionError(f"--baseline: {baseline!r} is not one of this run's arms: {', '.join(chosen)}")
-    wish = baseline or head.get("baseline") or task.DEFAULTS.baseline
+    wish = baseline or head.get("baseline") or defaults.baseline
     return Experiment(
         task=name, recipe=recipe or "", config=config, arms={arm: known_arms[arm] for arm in chosen}, seeds=seeds,
-        first_seed=first_seed, baseline=wish if wish in chosen else chosen[0], focus=task.DEFAULTS.focus,
+        first_seed=first_seed, baseline=wish if wish in chosen else chosen[0], focus=defaults.focus,
         origins=origins, typed=frozenset(values),
     )  # fmt: skip
 
 
-def show_help(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
+def show_help(parser: argparse.ArgumentParser, experiment: Experiment, arms: Mapping[str, Arm]) -> None:
     task = tasks.load(experiment.task)
     print(f"{task.TITLE}\n\n{parser.format_help()}")
     print(
         f"recipes of {experiment.task}: {', '.join(tasks.recipes(experiment.task)) or 'only the bundled one'}\n\narms:"
     )
-    for name, arm in task.ARMS.items():
+    for name, arm in arms.items():
         print(f"    {name:20}{arm.label}")
     title = f"with --recipe {experiment.recipe}" if experiment.recipe else "of the bundled recipe"
     print(f"\nconfiguration {title}: `section.key=value`, what it means [where the value comes from]")
@@ -175,7 +186,7 @@ def teacher_folder(root: Path, seed: int) -> Path:
 def train_teacher(name: str, config: Any, seed: int, root: Path, fabric: Any, worker: runs.Worker) -> None:
     folder = teacher_folder(root, seed)
     context = engine.Context(
-        fabric or engine.make_fabric(config.run, config.optim), folder, seed, worker, f"teacher {seed}", {"seed": seed}
+        fabric or devices.make_fabric(config.run, config.optim), folder, seed, worker, f"teacher {seed}", {"seed": seed}
     )
     engine.seed_all(seed)
     found = tasks.load(name).train_teacher(config, seed, folder, context) or {}
@@ -187,7 +198,7 @@ def train_teacher(name: str, config: Any, seed: int, root: Path, fabric: Any, wo
 def train_arm(name: str, config: Any, arm: str, seed: int, root: Path, fabric: Any, worker: runs.Worker) -> None:
     folder = arm_folder(root, arm, seed)
     context = engine.Context(
-        fabric or engine.make_fabric(config.run, config.optim), folder, seed, worker, f"{arm} {seed}",
+        fabric or devices.make_fabric(config.run, config.optim), folder, seed, worker, f"{arm} {seed}",
         {"arm": arm, "seed": seed},
     )  # fmt: skip
     if context.fabric.is_global_zero:
@@ -232,13 +243,13 @@ def choose_folder(arguments: argparse.Namespace, default: Path) -> tuple[Path, b
     return (found, True) if found else (arguments.output or runs.free_folder(default), False)
 
 
-def saved_experiment(folder: Path, typed: Experiment, arguments: argparse.Namespace) -> Experiment:
+def saved_experiment(design: Design, folder: Path, typed: Experiment, arguments: argparse.Namespace) -> Experiment:
     """The experiment of a folder. What was typed must say the same; but `run.`, arms and seeds are free."""
     path = folder / "config.yaml"
     if not path.exists():
         raise runs.RunError(f"--resume: {folder} holds no run (there is no {path})")
     given = arguments.arms, arguments.seeds, arguments.first_seed, arguments.baseline
-    saved = resolve(typed.task, None, path, [], *given)
+    saved = resolve(design, typed.task, None, path, [], *given)
     here, there = configs.flatten(typed.config), configs.flatten(saved.config)
     if missing := ", ".join(here.keys() - saved.typed):
         raise runs.RunError(f"--resume: {path} lacks {missing}: another version wrote it; leave --resume out")
@@ -292,49 +303,59 @@ def load_result(folder: Path, metric: tasks.Metric) -> dict[str, Any]:
     return result | {"curve": [(e["step"], e[f"eval/{metric.key}"]) for e in result["evaluations"]]}
 
 
-def run(experiment: Experiment, folder: Path, *, jobs: int, quiet: bool, resumed: bool) -> str:
+def run(experiment: Experiment, folder: Path, design: Design, *, jobs: int, quiet: bool, resumed: bool) -> str:
     """Train what the folder lacks and report: in worker processes, on this process's accelerator, or as a rank."""
     config, fabric = experiment.config, None
     if ranks() > 1:
         unused = getattr(tasks.load(experiment.task), "UNUSED_PARAMETERS", False)
-        fabric = engine.make_fabric(config.run, config.optim, ranks=ranks(), unused_parameters=unused)
+        fabric = devices.make_fabric(config.run, config.optim, ranks=ranks(), unused_parameters=unused)
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
             stack.enter_context(runs.locked(folder))
             start_folder(folder, experiment, resumed)
 
-        engine.on_first_rank(fabric, begin)
+        devices.on_first_rank(fabric, begin)
         if fabric is not None:
             quiet = quiet or not fabric.is_global_zero
             runs.perform_here(make_tasks(experiment, folder, fabric), quiet=quiet, insist=True)
-        elif engine.accelerator(config.run) == "cpu":
+        elif devices.accelerator(config.run) == "cpu":
             runs.perform(make_tasks(experiment, folder), jobs=jobs, quiet=quiet)
         else:
             runs.perform_here(make_tasks(experiment, folder), quiet=quiet)
-        return engine.on_first_rank(fabric, lambda: finish(folder, experiment))
+        return devices.on_first_rank(fabric, lambda: design.finish(folder, experiment))
 
 
-def command(arguments: argparse.Namespace) -> int:
-    """What `vkd distill` does with its parsed options; the exit code."""
+def of_recipe(task: Any, config: Any, named: bool) -> tasks.Defaults:
+    """The bundled recipe compares; a named one is one long training unless it says otherwise."""
+    return dataclasses.replace(task.DEFAULTS, arms=("vkd",), seeds=1) if named else task.DEFAULTS
+
+
+DISTILL = Design("distill", lambda task: task.ARMS, of_recipe, finish)
+
+
+def command(arguments: argparse.Namespace, design: Design = DISTILL) -> int:
+    """What `vkd distill` or another design does with its parsed options; the exit code."""
     a, folder = arguments, None
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        experiment = resolve(a.task, a.recipe, a.config, a.values, a.arms, a.seeds, a.first_seed, a.baseline)
+        experiment = resolve(design, a.task, a.recipe, a.config, a.values, a.arms, a.seeds, a.first_seed, a.baseline)
         if a.help:
-            show_help(a.parser, experiment)
+            show_help(a.parser, experiment, design.arms(tasks.load(a.task)))
             return 0
         if a.jobs < 1:
             raise OptionError(f"--jobs: must be at least 1, got {a.jobs}")
-        folder, resumed = choose_folder(a, Path("runs") / a.task)
+        folder, resumed = choose_folder(
+            a, Path("runs") / (a.task if design is DISTILL else f"{design.command}-{a.task}")
+        )
         if resumed:
-            experiment = saved_experiment(folder, experiment, a)
+            experiment = saved_experiment(design, folder, experiment, a)
         if a.dry_run:
             show_plan(experiment)
             return 0
         if first:
             print(f"{'resuming' if resumed else 'running'} in {folder}", flush=True)
-        text = run(experiment, folder, jobs=a.jobs, quiet=a.quiet, resumed=resumed)
+        text = run(experiment, folder, design, jobs=a.jobs, quiet=a.quiet, resumed=resumed)
         if first:
             print(f"{text}\n\nwritten to {folder}: table.txt, results.csv, metrics.json, figure.png")
     except (runs.RunError, OptionError) as error:
@@ -343,7 +364,7 @@ def command(arguments: argparse.Namespace) -> int:
         return 2
     except runs.Interrupted as interrupted:
         if first:
-            print(f"stopped; to continue: vkd distill {a.task} --resume --output {folder}", file=sys.stderr)
+            print(f"stopped; to continue: vkd {design.command} {a.task} --resume --output {folder}", file=sys.stderr)
         return interrupted.exit_code
     finally:
         if torch.distributed.is_initialized():

@@ -10,28 +10,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import math
-import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.plugins.precision import MixedPrecision
-from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from . import runs
 from .config import OptionError, option
+from .devices import Fabric
+from .log import Log
 
-T = TypeVar("T")
 STOP_EVERY = 10  # steps between two times that ranks ask one another whether to stop
 
 
@@ -112,7 +107,10 @@ class Training:
         self.state: dict[str, Any] = {}  # what else must continue: name -> something with (load_)state_dict
 
     def batches(self, start: int) -> Iterator[Any]:
-        """This rank's share of the batches start, start + 1, ...: each depends on (seed, step, rank, ranks) alone."""
+        """This rank's share of the batches start, start + 1, ...: each depends on (seed, step, rank, ranks) alone.
+
+        Let the share be `rows[rank::ranks]`: the parts of an accumulated batch then are those of a single process.
+        """
         raise NotImplementedError
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:
@@ -215,7 +213,8 @@ class Fit:
         if self.checkpoint.exists():
             self.load()
         log = Log(context.folder, self.step, options.tensorboard) if self.fabric.is_global_zero else None
-        context.worker.report(context.name, self.step * training.images_per_step)
+        total = training.steps * training.images_per_step
+        context.worker.report(context.name, self.step * training.images_per_step, total)
         ask = 1 if self.fabric.world_size == 1 else STOP_EVERY
         batches = iter(training.batches(self.step))
         self.model.train()
@@ -376,83 +375,7 @@ class Ema:
             kept.copy_(new)
 
 
-class Log:
-    """metrics.jsonl, one line at a time; metrics.csv, the same in columns; TensorBoard. Begins after `step`."""
-
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.lines, self.table = folder / "metrics.jsonl", folder / "metrics.csv"
-        self.records = [record for record in runs.load_json_lines(self.lines) if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
-        runs.write_text(self.lines, text)  # without what came after the checkpoint
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def write(self, record: dict[str, float]) -> None:
-        self.records.append(record)
-        runs.append(self.lines, json.dumps(record) + "\n")
-        for name, value in record.items():
-            if self.board and name not in ("step", "images"):
-                self.board.add_scalar(name, value, int(record["step"]))
-
-    def flush(self) -> None:
-        runs.save_csv(self.table, self.records)
-        if self.board:
-            self.board.flush()
-
-    def close(self) -> None:
-        self.flush()
-        if self.board:
-            self.board.close()
-
-
 # ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-class Autocast(MixedPrecision):
-    """Fabric's mixed precision, but batches keep their precision: a box or a cached feature is no activation."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-
-def accelerator(run: Run) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if run.accelerator == "auto" else run.accelerator
-
-
-def make_fabric(run: Run, optim: Optim, *, ranks: int = 1, unused_parameters: bool = False) -> Fabric:
-    """A launched Fabric: one device, or one of torchrun's ranks."""
-    device = accelerator(run)
-    plugins: list[Any] = [] if ranks > 1 else [LightningEnvironment()]  # one process: whatever else started it
-    if optim.precision == "16-mixed" and device == "cpu":
-        raise OptionError("optim.precision: 16-mixed needs a GPU; bf16-mixed works on a CPU")
-    if optim.precision != "32-true":
-        plugins.append(Autocast(optim.precision, device=device))  # type: ignore[arg-type]
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if ranks > 1 else 1
-    fabric = Fabric(
-        accelerator=device, devices=local, num_nodes=ranks // local, plugins=plugins,
-        strategy=DDPStrategy(find_unused_parameters=unused_parameters) if ranks > 1 else "auto",
-    )  # fmt: skip
-    fabric.launch()
-    return fabric
-
-
-def on_first_rank(fabric: Fabric | None, action: Callable[[], T]) -> T:
-    """What `action` returns on the first rank, for all; a RunError there is an error on all."""
-    if fabric is None:
-        return action()
-    outcome: Any = None
-    if fabric.is_global_zero:
-        try:
-            outcome = True, action()
-        except runs.RunError as error:
-            outcome = False, str(error)
-    good, value = fabric.broadcast(outcome)
-    if not good:
-        raise runs.RunError(value)
-    return value
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

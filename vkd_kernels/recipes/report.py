@@ -168,8 +168,8 @@ def in_words(
     seeds = len(next(iter(summary.values()))["values"])
     better = "higher" if metric.higher_is_better else "lower"
     lines = [
-        f"{metric.label}: {better} is better. {seeds} seed{'s' * (seeds != 1)}, each with its own teacher, initial "
-        "weights and batches, the same for every arm.",
+        f"{metric.label}: {better} is better. {seeds} seed{'s' * (seeds != 1)}, each with initial weights and "
+        "batches (and a trained teacher) of its own, the same for every arm.",
         f"±: standard deviation over the seeds. p: paired t-test over the seeds, one comparison at a time; p Holm: "
         f"corrected for the {len(summary) - 1} comparisons with {labels[baseline]}.",
     ]

@@ -234,10 +234,11 @@ class Worker:
     def should_stop(self) -> bool:
         return self._stop.is_set()
 
-    def report(self, task: str, images: int) -> None:
+    def report(self, task: str, images: int, expected: int | None = None) -> None:
+        """So many images more; `expected`: of so many in all."""
         self._images += images
-        if time.monotonic() - self._sent > 0.1:  # a step may be shorter than sending takes
-            self._reports.put((task, self._images))
+        if expected is not None or time.monotonic() - self._sent > 0.1:  # a step may be shorter than sending takes
+            self._reports.put((task, self._images, expected))
             self._images, self._sent = 0, time.monotonic()
 
 
@@ -254,8 +255,8 @@ class Here(Worker):
     def should_stop(self) -> bool:
         return bool(self._received)
 
-    def report(self, task: str, images: int) -> None:
-        self._progress.add(task, images)
+    def report(self, task: str, images: int, expected: int | None = None) -> None:
+        self._progress.add(task, images, expected)
 
 
 class Loop:
@@ -391,7 +392,7 @@ def perform(tasks: list[Task], *, jobs: int, quiet: bool = False) -> None:
     with (
         _signals_caught(stop.set, quiet) as received,
         pool,
-        _Progress(sum(task.images for task in waiting), len(tasks), len(done), quiet) as progress,
+        _Progress(waiting, len(done), quiet) as progress,
     ):
         while running or (waiting and not stop.is_set()):
             ready = [t for t in waiting if t.after is None or t.after in done] if not stop.is_set() else []
@@ -423,7 +424,7 @@ def perform_here(tasks: list[Task], *, quiet: bool = False, insist: bool = False
     waiting = [task for task in tasks if task.name not in done]
     with (
         _signals_caught(lambda: None, quiet, insist=insist) as received,
-        _Progress(sum(task.images for task in waiting), len(tasks), len(done), quiet) as progress,
+        _Progress(waiting, len(done), quiet) as progress,
     ):
         for task in waiting:
             task.work(*task.arguments, Here(received, progress))
@@ -456,15 +457,16 @@ def _signals_caught(stop: Callable[[], None], quiet: bool, insist: bool = False)
 class _Progress:
     """One bar over everything to be trained on: images, images per second, time left; and what is running now."""
 
-    def __init__(self, images: int, tasks: int, done: int, quiet: bool) -> None:
+    def __init__(self, waiting: list[Task], done: int, quiet: bool) -> None:
         from tqdm import tqdm
 
-        self.tasks, self.done, self.quiet = tasks, done, quiet
-        self.current: dict = {}
+        self.tasks, self.done, self.quiet = done + len(waiting), done, quiet
+        self.expected = {task.name: task.images for task in waiting}
+        self.current: dict[str, int] = {}
         self.terminal = sys.stderr.isatty()
         size = shutil.get_terminal_size((110, 24))  # tqdm itself shows nothing on a terminal of unknown size
         self.bar = tqdm(
-            total=images, unit="img", unit_scale=True, disable=quiet, smoothing=0.05,
+            total=sum(self.expected.values()), unit="img", unit_scale=True, disable=quiet, smoothing=0.05,
             ncols=size.columns, nrows=size.lines,
             mininterval=0.2 if self.terminal else 15,
         )  # fmt: skip
@@ -481,14 +483,19 @@ class _Progress:
                 self.add(*reports.get_nowait())
         self._describe()
 
-    def add(self, task: str, images: int) -> None:
+    def add(self, task: str, images: int, expected: int | None) -> None:
+        if expected is not None:
+            self.bar.total += expected - self.expected[task]
+            self.expected[task] = expected
         self.current[task] = self.current.get(task, 0) + images
         self._describe()
         self.bar.update(images)
 
     def finished(self, task: Task) -> None:
         self.done += 1
-        self.bar.update(task.images - self.current.pop(task.name, 0))  # what it did not report, e.g. before a resume
+        self.bar.update(
+            self.expected[task.name] - self.current.pop(task.name, 0)
+        )  # what it did not report, e.g. before a resume
         self._describe()
 
     def _describe(self) -> None:
