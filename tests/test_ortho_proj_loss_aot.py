@@ -37,6 +37,8 @@ FORMS = {
     "orthonormal-tf32": ((100352, 192, 3024), "float32", "float32", {"tf32": True}),
     "statistics-bf16": ((34000, 256, 256), "bfloat16", "float32", {}),
     "statistics-fp32-everything": ((34000, 256, 100), "float32", "float32", {"everything": True}),
+    "statistics-levels-bf16": ((34000, 256, 256), "bfloat16", "float32", {"levels": 6}),
+    "statistics-levels-fp16-everything": ((34000, 256, 100), "float16", "float32", {"levels": 6, "everything": True}),
     # Sizes of 1 are constants to Triton's compiler.
     "tokens-fp16-ones": ((2000, 1, 1), "float16", "float32", {"everything": True}),
     "orthonormal-bf16-ones": ((2000, 1, 1), "bfloat16", "float32", {}),
@@ -46,6 +48,18 @@ FORMS = {
     "pooled-bf16-everything": ((512, 100, 1001), "bfloat16", "float32", {"everything": True}),
     "pooled-fp32": ((512, 192, 3024), "float32", "float32", {}),
     "pooled-tf32": ((512, 192, 3024), "float32", "float32", {"tf32": True}),
+    # Six projections in one launch: rows of each.
+    "pooled-levels-bf16": ((2160, 256, 256), "bfloat16", "float32", {"rows": [1024, 600, 300, 150, 75, 11]}),
+    "pooled-levels-fp16-everything": (
+        (2160, 100, 1001),
+        "float16",
+        "float32",
+        {"rows": [1024, 600, 300, 150, 75, 11], "everything": True},
+    ),
+    "pooled-levels-fp32": ((2160, 256, 256), "float32", "float32", {"rows": [1024, 600, 300, 150, 75, 11]}),
+    # What autocast makes of a teacher whose last layer normalises: it stays float32.
+    "tokens-bf16-teacher-32": ((100352, 192, 3024), "bfloat16", "float32", {"teacher": "float32"}),
+    "pooled-bf16-teacher-32": ((512, 192, 3024), "bfloat16", "float32", {"teacher": "float32"}),
 }
 # Registers per thread at most, on sm_90: the numbers of CTAs per SM that the tiles were chosen for.
 REGISTERS = {
@@ -80,14 +94,15 @@ def record(form, capability):
     triton_op._capability = lambda device: capability
     triton_op._precision = lambda dtype: "tf32" if options.get("tf32") else "ieee"
     everything = options.get("everything", False)
+    rows = options.get("rows", [n])
+    batch = [] if len(rows) == 1 else [len(rows)]
+    factors = [1e-9] * len(rows)
     empty = lambda *size, dtype="float32": torch.empty(size, dtype=getattr(torch, dtype), device="meta")  # noqa: E731
-    student, teacher, weight = empty(n, s, dtype=dtype), empty(n, t, dtype=dtype), empty(t, s, dtype=weight_dtype)
-    channel, row_weight, denominator = (empty(t), empty(n), empty()) if everything else (None,) * 3
+    student, teacher = empty(n, s, dtype=dtype), empty(n, t, dtype=options.get("teacher", dtype))
+    weight = empty(*batch, t, s, dtype=weight_dtype)
+    channel, row_weight, denominator = (empty(*batch, t), empty(n), empty(*batch)) if everything else (None,) * 3
     needed = (True, True, everything)
-    arguments = (
-        student, teacher, weight, channel, row_weight, channel, channel, denominator, 1e-9,
-        True, 1e-5, not options.get("mse"), 1.0, 128 << 20, *needed,
-    )  # fmt: skip
+    scalars = True, 1e-5, not options.get("mse"), 1.0
     try:  # the implementations themselves: a meta tensor would take an operator to its fake implementation
         if form.startswith("orthonormal"):
             _, *gradients = triton_op._orthonormal_mse(
@@ -95,49 +110,39 @@ def record(form, capability):
             )
             triton_op._scale(empty(), *gradients, denominator, 1e-9, student.dtype, weight.dtype)
         elif form.startswith("statistics"):
-            triton_op._column_sums(teacher, row_weight)
-            triton_op._column_sums(teacher, row_weight, empty(t))
+            levels = [teacher] * options.get("levels", 1)
+            weights = [row_weight] * len(levels) if everything else []
+            triton_op._column_sums(levels, weights)
+            triton_op._column_sums(levels, weights, empty(len(levels), t))
         elif form.startswith("pooled"):
-            _, gradient, sums = triton_op._pooled_forward(*arguments)
-            triton_op._pooled_backward(empty(), gradient, sums, student, weight, row_weight, denominator, 1e-9, *needed)
+            _, gradient, sums = triton_op._pooled_forward(
+                student, teacher, weight, channel, row_weight, channel, channel, denominator, factors, rows,
+                *scalars, *needed,
+            )  # fmt: skip
+            triton_op._pooled_backward(
+                empty(*batch), gradient, sums, student, weight, row_weight, denominator, factors, rows, *needed
+            )
         else:
-            _, *gradients = triton_op._fused_forward(*arguments)
+            _, *gradients = triton_op._fused_forward(
+                student, teacher, weight, channel, row_weight, channel, channel, denominator, 1e-9,
+                *scalars, 128 << 20, *needed,
+            )  # fmt: skip
             triton_op._scale(empty(), *gradients, denominator, 1e-9, student.dtype, weight.dtype)
     finally:
         triton_op.kernels = launches.kernels
     return launches.recorded
 
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+def source(function, args, options, target):
+    """(source, options) of the recorded launch, specialised as Triton's just-in-time compiler does it."""
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-
-def source(function, args, options):
-    """The recorded launch as Triton's just-in-time compiler would specialise it."""
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    values = dict(zip(function.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k.isupper()}
-    assert list(values) == function.arg_names
-    for index, (parameter, value) in enumerate(zip(function.params, values.values(), strict=True)):
-        divisible = False
-        if value is None or parameter.is_constexpr:
-            kind, constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            kind, divisible = "*" + TYPES[value.dtype], True
-        elif isinstance(value, float):
-            kind = "fp32"
-        elif isinstance(value, int):
-            specialise = not parameter.do_not_specialize
-            if specialise and value == 1:
-                kind, constants[parameter.name] = "constexpr", 1
-            else:
-                kind, divisible = ("i32" if value < 2**31 else "i64"), specialise and value % 16 == 0
-        else:  # a tensor descriptor
-            kind = f"tensordesc<{TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
-        signature[parameter.name] = kind
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    backend = make_backend(target)
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, flags = bind(*args, **options)
+    flags, signature, constants, attributes = function._pack_args(backend, options, bound, specialization, flags)
+    return ASTSource(function, signature, constants, attributes), flags.__dict__
 
 
 def compile_form(job):
@@ -151,9 +156,9 @@ def compile_form(job):
         name = function.__name__
         if name in results:
             continue
-        flags = {k: v for k, v in options.items() if not k.isupper()}
         target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source(function, args, options), target=target, options=flags)
+        code, flags = source(function, args, options, target)
+        compiled = triton.compile(code, target=target, options=flags)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()

@@ -299,17 +299,20 @@ def test_second_order_is_refused(form):
 # -------------------------------------------------------------------------------------------------------- torch.library
 
 
-def op_arguments(case, needed=(True, True, True)):
-    row_weight, denominator, scale, _ = operators.operands(
+def op_arguments(name, case, needed):
+    row_weight, denominator, factor, _ = operators.operands(
         case.student, case.weight, case.bias, case.row_weight, case.denominator
     )
     options = case.options
-    return (
+    tensors = (
         case.student.requires_grad_(needed[0]), case.teacher, case.weight.requires_grad_(needed[1]),
         case.bias if case.bias is None else case.bias.requires_grad_(needed[2]), row_weight,
-        case.channel_shift, case.channel_scale, denominator, scale, options["layer_norm"], options["eps"],
-        options["loss"] == "smooth_l1", options["beta"], 1 << 20, *needed,
+        case.channel_shift, case.channel_scale, denominator,
     )  # fmt: skip
+    scalars = options["layer_norm"], options["eps"], options["loss"] == "smooth_l1", options["beta"]
+    if name == "pooled_loss":
+        return *tensors, [factor], [case.student.shape[0]], *scalars, *needed
+    return *tensors, factor, *scalars, 1 << 20, *needed
 
 
 @pytest.mark.parametrize("name", ["pooled_loss", "fused_loss", "chunked_loss"])
@@ -317,7 +320,7 @@ def op_arguments(case, needed=(True, True, True)):
 def test_opcheck(name, needed, monkeypatch):
     monkeypatch.undo()
     case = Case((6, 5, 7), torch.float32, **OPTIONS["everything"], device=DEVICE)
-    torch.library.opcheck(getattr(OPS, name).default, op_arguments(case, needed))
+    torch.library.opcheck(getattr(OPS, name).default, op_arguments(name, case, needed))
 
 
 def test_opcheck_backward(monkeypatch):
@@ -330,15 +333,16 @@ def test_opcheck_backward(monkeypatch):
     g, sums = torch.randn(6, 7, device=DEVICE).half(), torch.randn(1, 7, device=DEVICE)
     torch.library.opcheck(
         OPS.pooled_loss_backward.default,
-        (go, g, sums, case.student, case.weight, None, go.clone(), 0.5, True, True, True),
+        (go, g, sums, case.student, case.weight, None, go.clone(), [0.5], [6], True, True, True),
     )
 
 
 def test_opcheck_statistics(monkeypatch):
     monkeypatch.undo()
-    x, w, mean = (torch.randn(*size, device=DEVICE) for size in ((6, 4), (6,), (4,)))
-    torch.library.opcheck(OPS.fused_student_sum.default, (x.requires_grad_(), w))
-    torch.library.opcheck(OPS.fused_column_centred_square_sum.default, (x.detach(), w, mean))
+    xs = [torch.randn(n, 4, device=DEVICE) for n in (6, 3)]
+    ws = [torch.rand(n, device=DEVICE) for n in (6, 3)]
+    torch.library.opcheck(OPS.fused_centred_square_sums.default, (xs, ws, torch.randn(2, 4, device=DEVICE)))
+    torch.library.opcheck(OPS.fused_sums.default, ([x.requires_grad_() for x in xs], ws))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -356,6 +360,12 @@ def test_compiles_without_a_break(form, dynamic, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- the interface
+
+
+def use_triton(monkeypatch):
+    """The interface takes the kernels for CPU tensors."""
+    core = interface.Core(triton_op.fused_losses, triton_op.fused_orthonormal_mses, triton_op)
+    monkeypatch.setattr(interface, "_core", lambda *args: core)
 
 
 @pytest.mark.parametrize("normalization", interface.NORMALIZATIONS)
@@ -377,8 +387,7 @@ def test_interface(rows, loss, normalization, monkeypatch):
 
     expected = run("torch")
     if INTERPRETED:
-        cores = triton_op.fused_loss, triton_op.fused_orthonormal_mse, triton_op
-        monkeypatch.setattr(interface, "_cores", lambda *args: cores)
+        use_triton(monkeypatch)
     for a, b in zip(run(None), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -401,10 +410,10 @@ def test_statistics_over_rows(weighted, dtype, shape):
     mean = (truth / w.sum()).float()
     squares = (w * (x.double() - mean.double()).square()).sum(0)
     leaf = garbage.requires_grad_()
-    total = triton_op.student_sum(leaf, row_weight)
+    (total,) = triton_op.student_sums([leaf], [row_weight])
     assert total.dtype == torch.float32 and error(total, truth) <= 1e-6
-    assert torch.equal(triton_op.column_sum(garbage, row_weight), total)
-    assert error(triton_op.column_centred_square_sum(garbage, row_weight, mean), squares) <= 1e-6
+    assert torch.equal(triton_op.column_sums([garbage], [row_weight])[0], total)
+    assert error(triton_op.column_centred_square_sums([garbage], [row_weight], mean[None])[0], squares) <= 1e-6
     upstream = torch.randn(shape[1], device=DEVICE)
     (gradient,) = torch.autograd.grad(total, leaf, upstream)
     assert (

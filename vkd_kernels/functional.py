@@ -2,6 +2,6 @@
 
 from .cayley import cayley, cayley_inverse
 from .normalization import standardize, whiten
-from .ortho_proj_loss import ortho_proj_loss
+from .ortho_proj_loss import ortho_proj_loss, ortho_proj_losses
 
-__all__ = ["cayley", "cayley_inverse", "ortho_proj_loss", "standardize", "whiten"]
+__all__ = ["cayley", "cayley_inverse", "ortho_proj_loss", "ortho_proj_losses", "standardize", "whiten"]

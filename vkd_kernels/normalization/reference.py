@@ -2,7 +2,7 @@
 
 import torch
 
-from .synchronised import all_reduce
+from .synchronised import all_reduce, all_reduce_together
 
 
 def sum_of_weights(rows: torch.Tensor, row_weight, group=None) -> torch.Tensor:  # (N, C), (N,) or None -> ()
@@ -42,14 +42,28 @@ def covariance(rows: torch.Tensor, row_weight=None, group=None, *, biased: bool 
 
     With ``biased`` the denominator is N, or Σw.
     """
-    rows = without_masked_rows(rows, row_weight)
-    mu = mean(rows, row_weight, group)
-    centred = rows - mu
-    total = total_weight(rows, row_weight, group)
-    squares = rows.new_full((), rows.shape[0]) if row_weight is None else row_weight.square().sum()
-    degrees = total if biased else total - all_reduce(squares, group) / total
-    scatter = all_reduce(weighted(centred, row_weight).mT @ centred, group)
-    return mu, scatter / torch.where(degrees > 0, degrees, 1.0)
+    return covariances([rows], [row_weight], group, biased=biased)[0]
+
+
+def covariances(rows: list, row_weights: list, group=None, *, biased: bool = False) -> list:
+    """covariance of each of several sets of rows, with two collectives for all of them."""
+    sets = [(without_masked_rows(x, w), w) for x, w in zip(rows, row_weights, strict=True)]
+    sums = all_reduce_together([value for x, w in sets for value in _sums(x, w)], group)
+    moments, scatters = [], []
+    for (x, w), total, squares, of_rows in zip(sets, sums[::3], sums[1::3], sums[2::3], strict=True):
+        total = torch.where(total > 0, total, 1.0)
+        mu = of_rows / total
+        scatters.append(weighted(x - mu, w).mT @ (x - mu))
+        degrees = total if biased else total - squares / total
+        moments.append((mu, torch.where(degrees > 0, degrees, 1.0)))
+    scatters = all_reduce_together(scatters, group)
+    return [(mu, scatter / degrees) for (mu, degrees), scatter in zip(moments, scatters, strict=True)]
+
+
+def _sums(rows: torch.Tensor, row_weight):
+    """Σw, Σw² and Σ w x of the rows of one process."""
+    w = rows.new_ones(rows.shape[0]) if row_weight is None else row_weight
+    return w.sum(), w.square().sum(), weighted(rows, row_weight).sum(0)
 
 
 def whitening_matrix(sigma: torch.Tensor, *, method: str, eps: float) -> torch.Tensor:  # (C, C) -> (C, C)
@@ -80,11 +94,17 @@ def whitening_matrix(sigma: torch.Tensor, *, method: str, eps: float) -> torch.T
     return torch.where(usable, matrix, torch.nan)
 
 
-@torch.no_grad()
 def whiten(rows: torch.Tensor, row_weight=None, *, method: str, eps: float, group=None) -> torch.Tensor:
     """(rows - mean) A for the whitening matrix A of their own covariance, float64 inside: (N, C) -> (N, C)."""
-    rows64 = without_masked_rows(rows, row_weight).double()
-    weight64 = None if row_weight is None else row_weight.double()
-    mu, sigma = covariance(rows64, weight64, group)
-    whitened = (rows64 - mu) @ whitening_matrix(sigma, method=method, eps=eps)
-    return without_masked_rows(whitened, row_weight).to(rows.dtype)
+    return whiten_each([rows], [row_weight], method=method, eps=eps, group=group)[0]
+
+
+@torch.no_grad()
+def whiten_each(rows: list, row_weights: list, *, method: str, eps: float, group=None) -> list:
+    """whiten of each of several sets of rows, with the same collectives for all of them."""
+    exact = [without_masked_rows(x, w).double() for x, w in zip(rows, row_weights, strict=True)]
+    moments = covariances(exact, [None if w is None else w.double() for w in row_weights], group)
+    return [
+        without_masked_rows((x64 - mu) @ whitening_matrix(sigma, method=method, eps=eps), w).to(x.dtype)
+        for x, x64, w, (mu, sigma) in zip(rows, exact, row_weights, moments, strict=True)
+    ]

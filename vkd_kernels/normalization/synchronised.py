@@ -42,6 +42,14 @@ def all_reduce(x: torch.Tensor, group) -> torch.Tensor:
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
+def all_reduce_together(tensors: list, group) -> list:
+    """all_reduce of each tensor, all in one collective; the tensors must have one dtype."""
+    if group is None:
+        return tensors
+    parts = all_reduce(torch.cat([x.reshape(-1) for x in tensors]), group).split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
 def global_loss(x: torch.Tensor, group) -> torch.Tensor:
     """Σ over the ranks of ``group`` of the local shares ``x`` of a loss (``x`` itself for ``group=None``)."""
     return x if group is None else _GlobalLoss.apply(x, group)

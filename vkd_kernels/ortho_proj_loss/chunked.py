@@ -12,6 +12,8 @@ from .operators import (
     LOSS_ARGUMENTS,
     MSE_ARGUMENTS,
     accumulator_dtype,
+    loss_by_loss,
+    mse_by_mse,
     operands,
     over,
     register_backward,
@@ -97,6 +99,9 @@ def chunked_loss(
         student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factor,
         layer_norm, eps, loss == "smooth_l1", beta, workspace_bytes, *needed,
     )[0]  # fmt: skip
+
+
+chunked_losses = loss_by_loss(chunked_loss)
 
 
 def target(teacher, channel_shift, channel_scale, layer_norm, eps, dtype):
@@ -200,6 +205,9 @@ def orthonormal_mse(
         torch.ops.vkd_kernels.chunked_orthonormal_mse.default, student, teacher, weight, row_weight, scale,
         layer_norm, eps, denominator, workspace_bytes,
     )  # fmt: skip
+
+
+orthonormal_mses = mse_by_mse(orthonormal_mse)
 
 
 def call_orthonormal_mse(

@@ -18,9 +18,10 @@ def student_sum(student: torch.Tensor, row_weight: torch.Tensor | None) -> torch
 def student_scatter(student: torch.Tensor, row_weight: torch.Tensor | None, mean: torch.Tensor) -> torch.Tensor:
     """Σ_n w_n (x_n - mean)(x_n - mean)ᵀ: (N, S), (N,) or None, (S,) -> (S, S) in float32 (float64 for float64).
 
-    Differentiable in student and mean. Centred before the product and never in TF32: sound when |mean| >> std.
+    Differentiable in student. In the mean the derivative is 0, where it is the mean of all rows (of all ranks), as it
+    must be. Centred before the product and never in TF32: sound when |mean| >> std.
     """
-    return torch.ops.vkd_kernels.student_scatter.default(student, row_weight, mean)
+    return torch.ops.vkd_kernels.student_scatter.default(student, row_weight, mean.detach())
 
 
 def student_moments(student, row_weight, total):
@@ -37,6 +38,17 @@ def column_sum(teacher: torch.Tensor, row_weight: torch.Tensor | None) -> torch.
 def column_centred_square_sum(teacher, row_weight, mean) -> torch.Tensor:
     """Σ_n w_n (y_n - mean)²: (N, T), (N,) or None, (T,) -> (T,) in float32 (float64 for float64); no gradient."""
     return torch.ops.vkd_kernels.column_centred_square_sum.default(teacher.detach(), row_weight, mean.detach())
+
+
+def _each(statistic):
+    """The statistic of each of G sets of rows, one after the other: lists of G tensors (or Nones) -> (G, ...)."""
+    return lambda *lists: torch.stack([statistic(*arguments) for arguments in zip(*lists, strict=True)])
+
+
+student_sums = _each(student_sum)
+student_scatters = _each(student_scatter)
+column_sums = _each(column_sum)
+column_centred_square_sums = _each(column_centred_square_sum)
 
 
 def _chunks(x: torch.Tensor, row_weight, temporaries: int):
@@ -101,18 +113,15 @@ def _scatter(x, row_weight, mean):
 
 
 def _scatter_backward(grad, x, row_weight, mean):
-    """dX_n = w_n (C + Cᵀ)(x_n - m) and dm = -Σ_n dX_n for the incoming C."""
+    """dX_n = w_n (C + Cᵀ)(x_n - m) for the incoming C."""
     # float16 would underflow: incoming gradients carry 1 / (N T).
     operand = chunked.operand_dtype(x) if x.dtype == torch.bfloat16 else accumulator_dtype(x.dtype)
     symmetric = (grad + grad.T).to(operand)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dm = torch.zeros_like(mean)
     with _Ieee():
         for rows, w in _chunks(x, row_weight, 3):
-            d = chunked.weighted_(chunked.product(_centred(x[rows], mean, w).to(operand), symmetric), w)
-            dx[rows] = d
-            dm -= d.sum(0)
-    return dx, dm
+            dx[rows] = chunked.weighted_(chunked.product(_centred(x[rows], mean, w).to(operand), symmetric), w)
+    return dx
 
 
 def _centred_square_sum(x, row_weight, mean):
@@ -137,8 +146,7 @@ def _save_scatter(ctx, inputs, output):
 
 
 def _differentiate_scatter(ctx, grad):
-    dx, dm = torch.ops.vkd_kernels.student_scatter_backward.default(grad, *ctx.saved_tensors)
-    return dx, None, dm
+    return torch.ops.vkd_kernels.student_scatter_backward.default(grad, *ctx.saved_tensors), None, None
 
 
 define(
@@ -154,9 +162,9 @@ define(
     lambda x, w, mean: mean.new_empty((x.shape[1], x.shape[1])),
 )  # fmt: skip
 define(
-    "student_scatter_backward", "(Tensor grad, Tensor student, Tensor? row_weight, Tensor mean) -> (Tensor, Tensor)",
+    "student_scatter_backward", "(Tensor grad, Tensor student, Tensor? row_weight, Tensor mean) -> Tensor",
     _scatter_backward,
-    lambda grad, x, w, mean: (torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(mean)),
+    lambda grad, x, w, mean: torch.empty_like(x, memory_format=torch.contiguous_format),
 )  # fmt: skip
 define(
     "column_centred_square_sum", "(Tensor teacher, Tensor? row_weight, Tensor mean) -> Tensor", _centred_square_sum,

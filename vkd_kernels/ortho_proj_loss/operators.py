@@ -50,24 +50,35 @@ def differentiate(name: str, save, backward) -> None:
     """Autograd of an operator: save(ctx, inputs, output) after the forward pass, backward(ctx, *grads) -> gradients.
 
     What torch.library.register_autograd does, which costs 70 µs a call on the host with as many arguments as here.
+    A list of tensors in place of the first argument has a list of gradients.
     """
     op = getattr(torch.ops.vkd_kernels, name).default
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx, count, *inputs):  # count of the list's tensors, which autograd wants to see one by one
+            if count is not None:
+                inputs = (list(inputs[:count]), *inputs[count:])
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*inputs)
             ctx.set_materialize_grads(False)
+            ctx.count = count
             save(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx, *grads):
-            nothing = all(grad is None for grad in grads)
-            return (None,) * len(ctx.needs_input_grad) if nothing else backward(ctx, *grads)
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            first, *others = backward(ctx, *grads)
+            return None, *([first] if ctx.count is None else first), *others
 
-    library.impl(name, Differentiable.apply, "Autograd")
+    def call(first, *others):
+        if isinstance(first, torch.Tensor):
+            return Differentiable.apply(None, first, *others)
+        return Differentiable.apply(len(first), *first, *others)
+
+    library.impl(name, call, "Autograd")
 
 
 def refuse_second_order(name: str) -> None:
@@ -139,18 +150,71 @@ def balanced(student, row_weight, denominator):
     return row_weight / largest, denominator / largest
 
 
+def factor(denominator: float) -> float:
+    return 0.0 if denominator == 0 else 1.0 / denominator
+
+
+def needed(students, weight, third) -> list[bool]:
+    """Which gradients are needed: of any student, the weight, the third."""
+    students = any(x.requires_grad for x in students)
+    others = [x is not None and x.requires_grad for x in (weight, third)]
+    return [torch.is_grad_enabled() and need for need in (students, *others)]
+
+
 def operands(student, weight, third, row_weight, denominator):
     """What every loss op is called with, worked out from the arguments of chunked_loss: which gradients are needed,
     and the denominator as (0-d tensor or None, factor). A denominator of 0 makes loss and gradients 0."""
     row_weight, denominator = balanced(student, row_weight, denominator)
+    needs = needed([student], weight, third)
     if isinstance(denominator, torch.Tensor):
-        factor = 1.0
-    else:
-        factor = 0.0 if denominator == 0 else 1.0 / denominator
-        denominator = None
-    grad = torch.is_grad_enabled()
-    needed = [grad and x is not None and x.requires_grad for x in (student, weight, third)]
-    return row_weight, denominator, factor, needed
+        return row_weight, denominator, 1.0, needs
+    return row_weight, None, factor(denominator), needs
+
+
+def parts(tensors, sizes: list[int]) -> list[tuple]:
+    """[(a[:n], b[:n], ...), (a[n:n + m], ...), ...] of tensors or Nones, for sizes n, m, ... of the first dimension."""
+    return list(zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in tensors), strict=True))
+
+
+def by_level(weight, *tensors):
+    """(weight, other, ...) of each of G losses, for a weight (G, T, S) and tensors (G, ...) or None; the arguments
+    themselves, once, for the weight (T, S) of one loss."""
+    if weight.dim() == 2:
+        return [(weight, *tensors)]
+    count = weight.shape[0]
+    return zip(*([None] * count if x is None else x.unbind(0) for x in (weight, *tensors)), strict=True)
+
+
+def together(weight, losses):
+    """(G,) of the G losses of a weight (G, T, S), or the one of (T, S)."""
+    return losses[0] if weight.dim() == 2 else torch.stack(losses)
+
+
+def loss_by_loss(loss):
+    """The loss (contract of chunked_loss) of each of G lists' entries, one after the other, as one function."""
+
+    def losses(students, teachers, weight, bias, row_weights, shift, scale, *, denominators, **options):
+        return together(weight, [
+            loss(x, y, p, b, w, here, factor, denominator=denominator, **options)
+            for x, y, w, denominator, (p, b, here, factor) in zip(
+                students, teachers, row_weights, denominators, by_level(weight, bias, shift, scale), strict=True)
+        ])  # fmt: skip
+
+    return losses
+
+
+def mse_by_mse(mse):
+    """The loss (contract of orthonormal_mse) of each of G lists' entries, one after the other, as one function."""
+
+    def mses(students, teachers, weight, row_weights, *, scale, denominators, **options):
+        each = scale if isinstance(scale, torch.Tensor) and scale.dim() else [scale] * len(students)
+        return together(weight, [
+            mse(x, y, p, w, scale=c, denominator=denominator, **options)
+            for x, y, (p,), w, c, denominator in zip(
+                students, teachers, by_level(weight), row_weights, each, denominators, strict=True)
+        ])  # fmt: skip
+
+    return mses
 
 
 def over(value: torch.Tensor, factor: float, denominator: torch.Tensor | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from .chunked import even_chunk
 
 POOLED_ROWS = 1024
+LEVELS = 8  # losses in one launch, at most: each takes arguments of the kernel
 
 
 class LossTile(NamedTuple):
@@ -111,3 +112,19 @@ def choose(n: int, s: int, t: int, dtype: torch.dtype, workspace_bytes: int, row
         return Schedule(True, n)
     bytes_per_row = (t + 8 + s) * dtype.itemsize + 8 + 4 * -(-t // rows_of_tile)
     return Schedule(False, even_chunk(n, workspace_bytes // bytes_per_row, rows_of_tile))
+
+
+def groups(rows: list[int], s: int, t: int, dtype: torch.dtype, workspace_bytes: int) -> list[int]:
+    """How many losses of equal S and T each launch takes, in their order: neighbours of few rows together, up to LEVELS
+    of them whose G fits the workspace; one of many rows by itself."""
+    sizes: list[int] = []
+    held = 0  # rows of the group that is open, 0 after a loss of many rows
+    for n in rows:
+        pooled = choose(n, s, t, dtype, workspace_bytes).pooled
+        if pooled and held and sizes[-1] < LEVELS and (held + n) * t * dtype.itemsize <= workspace_bytes:
+            sizes[-1] += 1
+            held += n
+        else:
+            sizes.append(1)
+            held = n if pooled else 0
+    return sizes

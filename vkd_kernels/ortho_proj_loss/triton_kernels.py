@@ -7,6 +7,9 @@ Everywhere: student X (N, S), teacher Y (N, T), weight P (T, S), Z = X Pᵀ + b,
 
 Accumulation is in float32. Sums over programs go through buffers that one program reads in index order: the same
 inputs give the same bits. A row of weight 0 contributes nothing, whatever it holds; any other NaN or Inf goes through.
+
+Several losses of equal S and T, levels, run as one launch: program_id(1) is the level. Their rows lie one after the
+other, `levels` has each one's number of rows, weights and channels' values are (levels, T, ...).
 """
 
 import triton
@@ -62,12 +65,34 @@ def _grouped(program, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _over(factor, denominator):
+def _over(factor, denominator, level=0):
     """factor / denominator (a missing one is 1), and 0 for 0: with every row masked, loss and gradients are 0."""
     if denominator is not None:
-        value = tl.load(denominator).to(tl.float32)
+        value = tl.load(denominator + level).to(tl.float32)
         factor = tl.where(value == 0, 0.0, factor / value)
     return factor
+
+
+@triton.jit
+def _of(values, level):
+    """values[level] of a tuple, for a level known when the kernel runs only."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(level == i, values[i], value)
+    return value
+
+
+@triton.jit
+def _rows_of(levels, level):
+    """(first row, one past the last) of a level. levels has 2 n + 1 for n rows: an argument that is 1 or a multiple of
+    16 would be compiled for, and batches of images differ in their rows."""
+    first = 0
+    last = 0
+    for i in tl.static_range(len(levels)):
+        rows = levels[i] // 2
+        first += tl.where(i < level, rows, 0)
+        last += tl.where(i <= level, rows, 0)
+    return first, last
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -120,6 +145,7 @@ def loss_tile(
     counter,
     loss,
     denominator,
+    levels,
     N,
     S,
     T,
@@ -131,7 +157,7 @@ def loss_tile(
     total_programs,
     beta,
     inverse_beta,
-    factor,
+    factors,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -148,38 +174,56 @@ def loss_tile(
 
     student, weight, teacher and gradient are pointers, or tensor descriptors with DESCRIPTOR. first_program: the
     number of programs in earlier launches (chunks) of the same loss; the counter runs on through all of them.
+    With levels, N is the most rows of one: programs past a level's own rows have nothing inside and add zeros.
     """
+    LEVELS: tl.constexpr = 1 if levels is None else len(levels)
     program = tl.program_id(0)
-    row_block, column_block = _grouped(program, tl.cdiv(N, ROWS), tl.cdiv(T, COLUMNS), GROUP)
+    row_blocks = tl.cdiv(N, ROWS)
+    row_block, column_block = _grouped(program, row_blocks, tl.cdiv(T, COLUMNS), GROUP)
     first_row = row_block * ROWS
     first_column = column_block * COLUMNS
+    last_row = N
+    channel = 0  # of the level's first entry in bias, shift and scale, and in the rows of the weight
+    steps = S
+    if levels is not None:
+        level = tl.program_id(1)
+        before, last_row = _rows_of(levels, level)
+        first_row += before
+        channel = level * T
+        program += level * tl.num_programs(0)
+        row_block += level * row_blocks
+        steps = tl.where(first_row < last_row, S, 0)
 
     # Z = X Pᵀ + b
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in tl.range(0, S, INNER, num_stages=STAGES):
-        x = _load_tile(student, first_row, first, stride_x, N, S, ROWS, INNER, EVEN_S, DESCRIPTOR)
-        p = _load_tile(weight, first_column, first, stride_w, T, S, COLUMNS, INNER, EVEN_S, DESCRIPTOR)
+    for first in tl.range(0, steps, INNER, num_stages=STAGES):
+        x = _load_tile(student, first_row, first, stride_x, last_row, S, ROWS, INNER, EVEN_S, DESCRIPTOR)
+        p = _load_tile(
+            weight, channel + first_column, first, stride_w, channel + T, S, COLUMNS, INNER, EVEN_S, DESCRIPTOR
+        )
         z = _dot(x, tl.trans(p.to(x.dtype)), z, PRECISION)
 
     row = tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
     long_row = first_row.to(tl.int64) + row
-    inside_rows = long_row < N
+    inside_rows = long_row < last_row
     inside_columns = column < T
     inside = inside_rows[:, None] & inside_columns[None, :]
     if bias is not None:
-        z += tl.load(bias + column, mask=inside_columns, other=0.0)[None, :]
+        z += tl.load(bias + channel + column, mask=inside_columns, other=0.0)[None, :]
 
     # T = (Y - mean) * rstd per row, and / or (Y - shift) * scale per channel
-    y = _load_tile(teacher, first_row, first_column, stride_y, N, T, ROWS, COLUMNS, EVEN_T, DESCRIPTOR).to(tl.float32)
+    y = _load_tile(teacher, first_row, first_column, stride_y, last_row, T, ROWS, COLUMNS, EVEN_T, DESCRIPTOR).to(
+        tl.float32
+    )
     if mean is not None:
         row_mean = tl.load(mean + long_row, mask=inside_rows, other=0.0)
         row_rstd = tl.load(rstd + long_row, mask=inside_rows, other=0.0)
         y = (y - row_mean[:, None]) * row_rstd[:, None]
     if channel_shift is not None:
-        y -= tl.load(channel_shift + column, mask=inside_columns, other=0.0)[None, :]
+        y -= tl.load(channel_shift + channel + column, mask=inside_columns, other=0.0)[None, :]
     if channel_scale is not None:
-        y *= tl.load(channel_scale + column, mask=inside_columns, other=0.0)[None, :]
+        y *= tl.load(channel_scale + channel + column, mask=inside_columns, other=0.0)[None, :]
     d = tl.where(inside, z - y, 0.0)
 
     # smooth L1: g = clamp(d / beta, -1, 1), rho = g (d - beta g / 2): both branches in one. Squared error: g = d (its
@@ -204,16 +248,19 @@ def loss_tile(
             gradient += first_row.to(tl.int64) * stride_g
             tl.store(gradient + row[:, None] * stride_g + column[None, :], g.to(gradient.dtype.element_ty), mask=inside)
 
-    # loss = (sum of all partial losses) / denominator, by the program that arrives last
+    # loss = (sum of a level's partial losses) / denominator, by the program that arrives last
     tl.store(partial + first_program + program, tl.sum(rho))
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == total_programs - 1:
-        total = tl.zeros((SUM_BLOCK,), tl.float32)
-        for first in range(0, total_programs, SUM_BLOCK):
-            index = first + tl.arange(0, SUM_BLOCK)
-            total += tl.load(partial + index, mask=index < total_programs, other=0.0, cache_modifier=".cg")
-        tl.store(loss, tl.sum(total, 0) * _over(factor, denominator))
+        programs = total_programs // LEVELS
+        for i in tl.static_range(LEVELS):
+            total = tl.zeros((SUM_BLOCK,), tl.float32)
+            for first in range(0, programs, SUM_BLOCK):
+                index = first + tl.arange(0, SUM_BLOCK)
+                part = partial + i * programs + index
+                total += tl.load(part, mask=index < programs, other=0.0, cache_modifier=".cg")
+            tl.store(loss + i, tl.sum(total, 0) * _over(factors[i], denominator, i))
 
 
 @triton.jit(do_not_specialize=["N", "row_blocks"])
@@ -228,14 +275,16 @@ def gradient_tiles(
     grad_student,
     grad_weight,
     grad_bias,
+    levels,
     N,
     S,
     T,
     row_blocks,
+    stride_grad_output,
     stride_g,
     stride_x,
     stride_w,
-    factor,
+    factors,
     X_ROWS: tl.constexpr,
     X_COLUMNS: tl.constexpr,
     X_INNER: tl.constexpr,
@@ -251,9 +300,21 @@ def gradient_tiles(
 
     The first programs each make an (X_ROWS, X_COLUMNS) tile of dX (the longer loop starts first), the next a
     (P_ROWS, P_COLUMNS) tile of dP, the last P_ROWS entries of db. An output that is None has no programs.
+    With levels, N is the most rows of one, row_blocks the number of each one's blocks in column_sums.
     """
     program = tl.program_id(0)
-    alpha = tl.load(grad_output).to(tl.float32) * _over(factor, denominator)
+    first_of_level = 0
+    last_of_level = N
+    channel = 0  # of the level's first row in P and dP, and entry in db
+    if levels is None:
+        alpha = tl.load(grad_output).to(tl.float32) * _over(factors[0], denominator)
+    else:
+        level = tl.program_id(1)
+        first_of_level, last_of_level = _rows_of(levels, level)
+        channel = level * T
+        column_sums += level.to(tl.int64) * row_blocks * T
+        alpha = tl.load(grad_output + level * stride_grad_output).to(tl.float32)
+        alpha *= _over(_of(factors, level), denominator, level)
     x_columns = tl.cdiv(S, X_COLUMNS)
     p_columns = tl.cdiv(S, P_COLUMNS)
     x_programs = 0
@@ -265,48 +326,44 @@ def gradient_tiles(
 
     if program < x_programs:
         if grad_student is not None:
-            first_row = (program // x_columns) * X_ROWS
+            first_row = first_of_level + (program // x_columns) * X_ROWS
             first_column = (program % x_columns) * X_COLUMNS
+            steps = T
+            if levels is not None:
+                steps = tl.where(first_row < last_of_level, T, 0)
             dx = tl.zeros((X_ROWS, X_COLUMNS), tl.float32)
-            for first in tl.range(0, T, X_INNER, num_stages=STAGES):
-                g = _load_tile(gradient, first_row, first, stride_g, N, T, X_ROWS, X_INNER, EVEN_T, False)
-                p = _load_tile(
-                    weight,
-                    tl.full((), first, tl.int32),
-                    first_column,
-                    stride_w,
-                    T,
-                    S,
-                    X_INNER,
-                    X_COLUMNS,
-                    EVEN_S,
-                    False,
-                )
+            for first in tl.range(0, steps, X_INNER, num_stages=STAGES):
+                g = _load_tile(gradient, first_row, first, stride_g, last_of_level, T, X_ROWS, X_INNER, EVEN_T, False)
+                p_row = tl.full((), channel + first, tl.int32)
+                p = _load_tile(weight, p_row, first_column, stride_w, channel + T, S, X_INNER, X_COLUMNS, EVEN_S, False)
                 dx = _dot(g, p.to(g.dtype), dx, PRECISION)
             row = first_row.to(tl.int64) + tl.arange(0, X_ROWS)
             column = first_column + tl.arange(0, X_COLUMNS)
             tl.store(
                 grad_student + row[:, None] * S + column[None, :],
                 (alpha * dx).to(grad_student.dtype.element_ty),
-                mask=(row < N)[:, None] & (column < S)[None, :],
+                mask=(row < last_of_level)[:, None] & (column < S)[None, :],
             )
     elif program < x_programs + p_programs:
         if grad_weight is not None:
             first_row = ((program - x_programs) // p_columns) * P_ROWS
             first_column = ((program - x_programs) % p_columns) * P_COLUMNS
             dp = tl.zeros((P_ROWS, P_COLUMNS), tl.float32)
-            for first in tl.range(0, N, P_INNER, num_stages=STAGES):
-                start = tl.full((), first, tl.int32)
-                g = _load_tile(gradient, start, first_row, stride_g, N, T, P_INNER, P_ROWS, EVEN_T, False)
-                x = _load_tile(student, start, first_column, stride_x, N, S, P_INNER, P_COLUMNS, EVEN_S, False)
+            for first in tl.range(0, last_of_level - first_of_level, P_INNER, num_stages=STAGES):
+                start = tl.full((), first_of_level + first, tl.int32)
+                g = _load_tile(gradient, start, first_row, stride_g, last_of_level, T, P_INNER, P_ROWS, EVEN_T, False)
+                x = _load_tile(
+                    student, start, first_column, stride_x, last_of_level, S, P_INNER, P_COLUMNS, EVEN_S, False
+                )
                 if row_weight is not None:  # 0 * NaN is NaN: a row that is out must not be multiplied
                     n = start + tl.arange(0, P_INNER)
-                    x = tl.where((tl.load(row_weight + n, mask=n < N, other=0.0) == 0)[:, None], 0.0, x)
+                    w = tl.load(row_weight + n, mask=n < last_of_level, other=0.0)
+                    x = tl.where((w == 0)[:, None], 0.0, x)
                 dp = _dot(tl.trans(g), x, dp, PRECISION)
             row = first_row + tl.arange(0, P_ROWS)
             column = first_column + tl.arange(0, P_COLUMNS)
             tl.store(
-                grad_weight + row[:, None].to(tl.int64) * S + column[None, :],
+                grad_weight + (channel + row)[:, None].to(tl.int64) * S + column[None, :],
                 (alpha * dp).to(grad_weight.dtype.element_ty),
                 mask=(row < T)[:, None] & (column < S)[None, :],
             )
@@ -318,7 +375,7 @@ def gradient_tiles(
             for _ in range(0, row_blocks):
                 total += tl.load(sums, mask=column < T, other=0.0)
                 sums += T
-            tl.store(grad_bias + column, alpha * total, mask=column < T)
+            tl.store(grad_bias + channel + column, alpha * total, mask=column < T)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -444,30 +501,47 @@ def orthonormal_mse_rows(
         tl.store(scale_partial + program, tl.sum(tl.where(keep, w * for_scale, 0.0)[:, None]))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["rows_per_program"])
 def column_sums(
-    x, row_weight, mean, partial, N, T, stride_x, rows_per_program, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    xs,
+    row_weights,
+    means,
+    partial,
+    levels,
+    strides,
+    T,
+    rows_per_program,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """sum_n w_n x_n, or with a mean sum_n w_n (x_n - mean)², over rows_per_program rows of X (N, T): (program, T)."""
+    """sum_n w_n x_n, or with means sum_n w_n (x_n - mean)², over rows_per_program rows of a level's X (N, T).
+
+    xs, row_weights and strides are tuples with an entry for each level; partial is (levels, row blocks, T).
+    """
+    level = tl.program_id(2)
+    x = _of(xs, level)
+    stride = _of(strides, level)
+    N = _of(levels, level) // 2
     row_block = tl.program_id(0)
     row = tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside_columns = (column < T)[None, :]
     centre = tl.zeros((COLUMNS,), tl.float32)
-    if mean is not None:
-        centre = tl.load(mean + column, mask=column < T, other=0.0)
+    if means is not None:
+        centre = tl.load(means + level * T + column, mask=column < T, other=0.0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     first_row = row_block.to(tl.int64) * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, N)
-    for start in range(0, rows_per_program, ROWS):
+    for start in range(0, last_row - first_row, ROWS):
         long_row = first_row + start + row
         inside = (long_row < last_row)[:, None] & inside_columns
-        value = tl.load(x + long_row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if mean is not None:
+        value = tl.load(x + long_row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if means is not None:
             value = tl.where(inside, value - centre[None, :], 0.0)
             value *= value
-        if row_weight is not None:
-            w = tl.load(row_weight + long_row, mask=long_row < last_row, other=0.0)[:, None]
+        if row_weights is not None:
+            w = tl.load(_of(row_weights, level) + long_row, mask=long_row < last_row, other=0.0)[:, None]
             value = tl.where(w == 0, 0.0, w * value)
         total += value
-    tl.store(partial + row_block.to(tl.int64) * T + column, tl.sum(total, 0), mask=column < T)
+    part = level * tl.num_programs(0) + row_block
+    tl.store(partial + part.to(tl.int64) * T + column, tl.sum(total, 0), mask=column < T)

@@ -5,6 +5,8 @@ gradient. Chunked (many rows): the forward pass leaves the unscaled gradients, a
 """
 
 import contextlib
+import functools
+from collections.abc import Sequence
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -42,12 +44,77 @@ def fused_loss(
     row_weight, denominator, factor, needed = operators.operands(student, weight, bias, row_weight, denominator)
     student, teacher, weight = (unit_stride(x) for x in (student, teacher, weight))
     n, t = teacher.shape
-    pooled = schedule.choose(n, student.shape[1], t, student.dtype, workspace_bytes).pooled
-    op = torch.ops.vkd_kernels.pooled_loss if pooled else torch.ops.vkd_kernels.fused_loss
-    return op.default(
-        student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factor,
-        layer_norm, eps, loss == "smooth_l1", beta, workspace_bytes, *needed,
+    tensors = student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator
+    scalars = layer_norm, eps, loss == "smooth_l1", beta
+    if schedule.choose(n, student.shape[1], t, student.dtype, workspace_bytes).pooled:
+        return torch.ops.vkd_kernels.pooled_loss.default(*tensors, [factor], [n], *scalars, *needed)[0]
+    return torch.ops.vkd_kernels.fused_loss.default(*tensors, factor, *scalars, workspace_bytes, *needed)[0]
+
+
+def fused_losses(
+    students: Sequence[torch.Tensor],  # G of (N, S), of one dtype
+    teachers: Sequence[torch.Tensor],  # G of (N, T), of one dtype
+    weight: torch.Tensor,  # (G, T, S), or (T, S) for one loss
+    bias: torch.Tensor | None,  # (G, T) float32, as the other values of channels
+    row_weights: Sequence[torch.Tensor | None],  # G of (N,) float32
+    channel_shift: torch.Tensor | None,  # (G, T)
+    channel_scale: torch.Tensor | None,  # (G, T)
+    *,
+    denominators: Sequence[float] | torch.Tensor,  # G
+    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    **options,
+) -> torch.Tensor:  # (G,) float32, or ()
+    """fused_loss of each of G losses; those of few rows in one launch for several, over their rows one after the other.
+
+    A loss of many rows fills the GPU by itself: those go one by one.
+    """
+    one_by_one = functools.partial(_one_by_one, workspace_bytes=workspace_bytes, **options)
+    if weight.dim() == 2:
+        return one_by_one(students, teachers, weight, bias, row_weights, channel_shift, channel_scale,
+                          denominators=denominators)  # fmt: skip
+    rows, (_, t, s) = [x.shape[0] for x in students], weight.shape
+    sizes = schedule.groups(rows, s, t, students[0].dtype, workspace_bytes)
+    each = operators.parts((weight, bias, channel_shift, channel_scale), sizes)
+    losses, first = [], 0
+    for size, (p, b, shift, scale) in zip(sizes, each, strict=True):
+        here = slice(first, first + size)
+        first += size
+        form = functools.partial(_pooled_losses, **options) if size > 1 else one_by_one
+        losses.append(form(students[here], teachers[here], p, b, row_weights[here], shift, scale,
+                           denominators=denominators[here]))  # fmt: skip
+    return torch.cat(losses) if len(losses) > 1 else losses[0]
+
+
+_one_by_one = operators.loss_by_loss(fused_loss)
+
+
+def _pooled_losses(
+    students, teachers, weight, bias, row_weights, channel_shift, channel_scale, *,
+    denominators, layer_norm, eps, loss, beta,
+):  # fmt: skip
+    """fused_losses of the arguments, all of few rows, as one pooled_loss."""
+    row_weights = _all_or_none(students, row_weights)
+    balanced = [operators.balanced(*x) for x in zip(students, row_weights, denominators, strict=True)]
+    row_weights, denominators = zip(*balanced, strict=True)
+    factors, denominator = [1.0] * len(students), None
+    if isinstance(denominators[0], torch.Tensor):
+        denominator = torch.stack(denominators)
+    else:
+        factors = [operators.factor(d) for d in denominators]
+    return torch.ops.vkd_kernels.pooled_loss.default(
+        torch.cat(students), torch.cat(teachers), weight.contiguous(), bias,
+        None if row_weights[0] is None else torch.cat(row_weights), channel_shift, channel_scale, denominator,
+        factors, [x.shape[0] for x in students], layer_norm, eps, loss == "smooth_l1", beta,
+        *operators.needed(students, weight, bias),
     )[0]  # fmt: skip
+
+
+def _all_or_none(rows, row_weights) -> list[torch.Tensor | None]:
+    """The rows' weights: of all, or of none."""
+    if all(w is None for w in row_weights):
+        return list(row_weights)
+    return [x.new_ones(x.shape[0], dtype=torch.float32) if w is None else w
+            for x, w in zip(rows, row_weights, strict=True)]  # fmt: skip
 
 
 def unit_stride(matrix: torch.Tensor) -> torch.Tensor:
@@ -94,23 +161,27 @@ def _statistics(teacher, mean, rstd, counter, eps):
 
 
 class _Loss:
-    """What the launches of one loss share: the tile, the partial sums, the counter and the constants."""
+    """What the launches of one loss, or of the losses of several levels, share: tile, partial sums, counter, constants.
 
-    def __init__(self, tile, student, teacher, weight, bias, channels, denominator, factor, scalars):
+    rows: of each level, whose losses one launch makes; without, launches are of chunks of one loss.
+    """
+
+    def __init__(self, tile, student, teacher, weight, bias, channels, denominator, factors, scalars, rows=None):
         n, t = teacher.shape
         self.layer_norm, self.eps, self.smooth_l1, self.beta = scalars
         self.tile, self.weight, self.bias, self.channels = tile, weight, bias, channels
-        self.denominator, self.factor = denominator, factor
+        self.denominator, self.factors = denominator, tuple(factors)
+        self.levels, self.grid, self.most = _levels(rows)
         self.column_blocks = _blocks(t, tile.columns)
-        self.programs = _blocks(n, tile.rows) * self.column_blocks
+        self.programs = _blocks(self.most or n, tile.rows) * self.column_blocks * len(self.factors)
         self.partial = student.new_empty(self.programs, dtype=torch.float32)
         # The last program to arrive adds the partial sums; row_statistics clears the counter where it runs.
         counter = student.new_empty if self.layer_norm else student.new_zeros
         self.counter = counter(1, dtype=torch.int32)
-        self.loss = student.new_empty((), dtype=torch.float32)
+        self.loss = student.new_empty(weight.shape[:-2], dtype=torch.float32)
 
     def launch(self, first_program, student, teacher, row_weight, gradient, column_sums):
-        """The rows of one chunk: their partial sums, G into `gradient`, its sums over blocks of rows."""
+        """The rows of one chunk, or of all levels: their partial sums, G into `gradient`, its sums over row blocks."""
         n, s = student.shape
         t = teacher.shape[1]
         mean = rstd = None
@@ -125,17 +196,29 @@ class _Loss:
                 m if m is None else TensorDescriptor(m, m.shape, m.stride(), list(block))
                 for m, block in zip(matrices, blocks, strict=True)
             ]
-        kernels.loss_tile[(_blocks(n, tile.rows) * self.column_blocks,)](
+        n = self.most or n
+        kernels.loss_tile[(_blocks(n, tile.rows) * self.column_blocks, *self.grid)](
             *matrices[:3], self.bias, row_weight, mean, rstd, *self.channels,
-            matrices[3], column_sums, self.partial, self.counter, self.loss, self.denominator,
-            n, s, t, student.stride(0), self.weight.stride(0), teacher.stride(0),
+            matrices[3], column_sums, self.partial, self.counter, self.loss, self.denominator, self.levels,
+            n, s, t, student.stride(0), self.weight.stride(-2), teacher.stride(0),
             0 if gradient is None else gradient.stride(0), first_program, self.programs,
-            self.beta, 1.0 / self.beta, self.factor,
+            self.beta, 1.0 / self.beta, self.factors,
             ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, STAGES=tile.stages,
             EVEN_S=s % tile.inner == 0, EVEN_T=t % tile.columns == 0, DESCRIPTOR=tile.descriptors,
             SMOOTH_L1=self.smooth_l1, PRECISION=_precision(student.dtype), GROUP=GROUP, SUM_BLOCK=SUM_BLOCK,
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
+
+
+def _levels(rows):
+    """The kernels' argument `levels`, the second dimension of their grid and the most rows, for each level's rows."""
+    if rows is None or len(rows) == 1:
+        return None, (), None
+    return _levels_table(rows), (len(rows),), max(rows)
+
+
+def _levels_table(rows):
+    return tuple(2 * n + 1 for n in rows)  # odd: see _rows_of in triton_kernels.py
 
 
 def _empty_gradient(student, n, t):
@@ -162,7 +245,7 @@ def _fused_forward(
     with _on(student.device):
         tile = schedule.loss_tile(student.dtype, _capability(student.device), _aligned(student, teacher, weight))
         loss = _Loss(
-            tile, student, teacher, weight, bias, (channel_shift, channel_scale), denominator, factor,
+            tile, student, teacher, weight, bias, (channel_shift, channel_scale), denominator, [factor],
             (layer_norm, eps, smooth_l1, beta),
         )  # fmt: skip
         step = schedule.choose(n, s, t, student.dtype, workspace_bytes, tile.rows).chunk
@@ -212,54 +295,56 @@ operators.register_loss("fused_loss", operators.LOSS_ARGUMENTS, _fused_forward, 
 
 
 def _pooled_forward(
-    student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factor,
-    layer_norm, eps, smooth_l1, beta, workspace_bytes, need_student, need_weight, need_bias,
+    student, teacher, weight, bias, row_weight, channel_shift, channel_scale, denominator, factors, rows,
+    layer_norm, eps, smooth_l1, beta, need_student, need_weight, need_bias,
 ):  # fmt: skip
     """loss, G (N, T), the sums of G over blocks of rows."""
-    n, t = teacher.shape
-    tile = schedule.tile("pooled", student.dtype)
-    g = _empty_gradient(student, n, t) if need_student or need_weight else None
-    column_sums = student.new_empty((_blocks(n, tile.rows), t), dtype=torch.float32) if need_bias else None
-    if n == 0:
-        loss = student.new_zeros((), dtype=torch.float32)
-    else:
-        with _on(student.device):
-            launches = _Loss(
-                tile, student, teacher, weight, bias, (channel_shift, channel_scale), denominator, factor,
-                (layer_norm, eps, smooth_l1, beta),
-            )  # fmt: skip
-            launches.launch(0, student, teacher, row_weight, g, column_sums)
-            loss = launches.loss
-    empty = [
-        x if x is not None else student.new_empty((0, 0), dtype=d)
-        for x, d in ((g, student.dtype), (column_sums, torch.float32))
-    ]
-    return loss, *empty
+    g, column_sums = _pooled_saved(student, weight, rows, need_student or need_weight, need_bias)
+    if student.shape[0] == 0:
+        return student.new_zeros(weight.shape[:-2], dtype=torch.float32), g, column_sums
+    with _on(student.device):
+        launches = _Loss(
+            schedule.tile("pooled", student.dtype), student, teacher, weight, bias, (channel_shift, channel_scale),
+            denominator, factors, (layer_norm, eps, smooth_l1, beta), rows,
+        )  # fmt: skip
+        launches.launch(
+            0, student, teacher, row_weight, g if need_student or need_weight else None,
+            column_sums if need_bias else None,
+        )  # fmt: skip
+    return launches.loss, g, column_sums
+
+
+def _pooled_saved(student, weight, rows, need_gradient, need_bias):
+    """Room for G and for its sums over each level's blocks of rows, of which all have as many as the largest."""
+    t = weight.shape[-2]
+    blocks = _blocks(functools.reduce(torch.sym_max, rows), schedule.tile("pooled", student.dtype).rows)
+    return (
+        _empty_gradient(student, student.shape[0], t) if need_gradient else student.new_empty((0, 0)),
+        student.new_empty((*weight.shape[:-2], blocks, t) if need_bias else (0, 0), dtype=torch.float32),
+    )
 
 
 def _pooled_fake(student, teacher, weight, *rest):
     need_student, need_weight, need_bias = rest[-3:]
-    n, t = teacher.shape
-    rows = schedule.tile("pooled", student.dtype).rows
     return (
-        student.new_empty((), dtype=torch.float32),
-        _empty_gradient(student, n, t) if need_student or need_weight else student.new_empty((0, 0)),
-        student.new_empty((_blocks(n, rows), t) if need_bias else (0, 0), dtype=torch.float32),
+        student.new_empty(weight.shape[:-2], dtype=torch.float32),
+        *_pooled_saved(student, weight, rest[6], need_student or need_weight, need_bias),
     )
 
 
 def _pooled_backward(
-    grad_output, gradient, column_sums, student, weight, row_weight, denominator, factor,
+    grad_output, gradient, column_sums, student, weight, row_weight, denominator, factors, rows,
     need_student, need_weight, need_bias,
 ):  # fmt: skip
     """dX, dP and db in one launch, alpha read on the device."""
-    (n, s), t = student.shape, weight.shape[0]
-    dx = student.new_empty((n, s) if need_student else 0)
-    dp = weight.new_empty((t, s) if need_weight else 0)
-    db = student.new_empty(t if need_bias else 0, dtype=torch.float32)
+    needed = need_student, need_weight, need_bias
+    dx, dp, db = _pooled_backward_fake(grad_output, gradient, column_sums, student, weight, *needed)
+    (n, s), t = student.shape, weight.shape[-2]
     if n == 0:
         return dx, dp.zero_(), db.zero_()
     tile = schedule.tile("gradients", student.dtype)
+    levels, grid, most = _levels(rows)
+    n = most or n
     programs = 0
     if need_student:
         programs += _blocks(n, tile.x_rows) * _blocks(s, tile.x_columns)
@@ -268,10 +353,11 @@ def _pooled_backward(
     if need_bias:
         programs += _blocks(t, tile.p_rows)
     with _on(student.device):
-        kernels.gradient_tiles[(programs,)](
+        kernels.gradient_tiles[(programs, *grid)](
             gradient, student, weight, row_weight, column_sums, grad_output, denominator,
-            dx if need_student else None, dp if need_weight else None, db if need_bias else None,
-            n, s, t, column_sums.shape[0], gradient.stride(0), student.stride(0), weight.stride(0), factor,
+            dx if need_student else None, dp if need_weight else None, db if need_bias else None, levels,
+            n, s, t, column_sums.shape[-2], grad_output.stride(0) if grid else 0,
+            gradient.stride(0), student.stride(0), weight.stride(-2), tuple(factors),
             X_ROWS=tile.x_rows, X_COLUMNS=tile.x_columns, X_INNER=tile.x_inner,
             P_ROWS=tile.p_rows, P_COLUMNS=tile.p_columns, P_INNER=tile.p_inner, STAGES=tile.stages,
             EVEN_S=s % max(tile.x_columns, tile.p_columns) == 0, EVEN_T=t % max(tile.x_inner, tile.p_rows) == 0,
@@ -285,30 +371,35 @@ def _pooled_backward_fake(grad_output, gradient, column_sums, student, weight, *
     return (
         student.new_empty(student.shape if need_student else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
-        student.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32),
+        student.new_empty(weight.shape[:-1] if need_bias else (0,), dtype=torch.float32),
     )
 
 
 def _save_pooled(ctx, inputs, output):
-    student, _, weight, _, row_weight, _, _, denominator, factor, _, _, smooth_l1 = inputs[:12]
+    student, _, weight, _, row_weight, _, _, denominator, factors, rows, _, _, smooth_l1 = inputs[:13]
     _, gradient, column_sums = output
     ctx.save_for_backward(gradient, column_sums, student, weight, row_weight, denominator)
-    ctx.scalars = (factor if smooth_l1 else 2 * factor, *inputs[-3:])
+    ctx.scalars = (factors if smooth_l1 else [2 * f for f in factors], rows, *inputs[-3:])
 
 
 def _differentiate_pooled(ctx, grad_output, *_):
     grads = torch.ops.vkd_kernels.pooled_loss_backward.default(grad_output, *ctx.saved_tensors, *ctx.scalars)
-    dx, dp, db = (grad if needed else None for grad, needed in zip(grads, ctx.scalars[1:], strict=True))
+    dx, dp, db = (grad if needed else None for grad, needed in zip(grads, ctx.scalars[2:], strict=True))
     return dx, None, dp, db, *[None] * 13
 
 
 operators.define(
-    "pooled_loss", f"({operators.LOSS_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _pooled_forward, _pooled_fake
+    "pooled_loss",
+    "(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, Tensor? row_weight, Tensor? channel_shift, "
+    "Tensor? channel_scale, Tensor? denominator, float[] factors, SymInt[] rows, bool layer_norm, float eps, "
+    "bool smooth_l1, float beta, bool need_student, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _pooled_forward,
+    _pooled_fake,
 )
 operators.define(
     "pooled_loss_backward",
     "(Tensor grad_output, Tensor gradient, Tensor column_sums, Tensor student, Tensor weight, Tensor? row_weight, "
-    "Tensor? denominator, float factor, bool need_student, bool need_weight, bool need_bias) "
+    "Tensor? denominator, float[] factors, SymInt[] rows, bool need_student, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
     _pooled_backward,
     _pooled_backward_fake,
@@ -346,6 +437,26 @@ def fused_orthonormal_mse(
     return chunked.call_orthonormal_mse(
         torch.ops.vkd_kernels.fused_orthonormal_mse.default, unit_stride(student), unit_stride(teacher), weight,
         row_weight, scale, layer_norm, eps, denominator, workspace_bytes,
+    )  # fmt: skip
+
+
+_mse_by_mse = operators.mse_by_mse(fused_orthonormal_mse)
+
+
+def fused_orthonormal_mses(students, teachers, weight, row_weights, *, scale, layer_norm, eps, denominators):
+    """fused_orthonormal_mse of each of G losses (G,), or of one (); where all are of few rows, as fused_losses."""
+    s, t = weight.shape[-1], weight.shape[-2]
+    few = [schedule.choose(x.shape[0], s, t, x.dtype, chunked.WORKSPACE_BYTES).pooled for x in students]
+    if weight.dim() == 2 or not all(few):
+        return _mse_by_mse(
+            students, teachers, weight, row_weights, scale=scale, layer_norm=layer_norm, eps=eps,
+            denominators=denominators,
+        )  # fmt: skip
+    if isinstance(scale, torch.Tensor):
+        scale = scale.view(-1, 1, 1)
+    return fused_losses(
+        students, teachers, weight * scale, None, row_weights, None, None, layer_norm=layer_norm, eps=eps, loss="mse",
+        beta=1.0, denominators=denominators,
     )  # fmt: skip
 
 
@@ -401,48 +512,68 @@ operators.register_loss("fused_orthonormal_mse", operators.MSE_ARGUMENTS, _ortho
 # ------------------------------------------------------------------- statistics over the rows: the names of moments.py
 
 
-def student_sum(student: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    """moments.student_sum in one read of the rows."""
-    return torch.ops.vkd_kernels.fused_student_sum.default(unit_stride(student), row_weight)
+def student_sums(students, row_weights) -> torch.Tensor:
+    """moments.student_sums, all in one read and one launch."""
+    return torch.ops.vkd_kernels.fused_sums.default([unit_stride(x) for x in students], _weights(students, row_weights))
 
 
-def column_sum(teacher: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    """moments.column_sum in one read of the rows."""
-    return torch.ops.vkd_kernels.fused_student_sum.default(unit_stride(teacher.detach()), row_weight)
+def column_sums(teachers, row_weights) -> torch.Tensor:
+    """moments.column_sums, all in one read and one launch."""
+    return student_sums([x.detach() for x in teachers], row_weights)
 
 
-def column_centred_square_sum(
-    teacher: torch.Tensor, row_weight: torch.Tensor | None, mean: torch.Tensor
-) -> torch.Tensor:
-    """moments.column_centred_square_sum in one read of the rows."""
-    op = torch.ops.vkd_kernels.fused_column_centred_square_sum.default
-    return op(unit_stride(teacher.detach()), row_weight, mean.detach())
+def column_centred_square_sums(teachers, row_weights, means: torch.Tensor) -> torch.Tensor:
+    """moments.column_centred_square_sums, all in one read and one launch."""
+    return torch.ops.vkd_kernels.fused_centred_square_sums.default(
+        [unit_stride(x.detach()) for x in teachers], _weights(teachers, row_weights), means.detach()
+    )
 
 
-student_scatter = moments.student_scatter  # a library product
+student_scatters = moments.student_scatters  # library products
 
 
-def _column_sums(x, row_weight, mean=None):
-    n, t = x.shape
-    tile = schedule.tile("columns", x.dtype)
-    rows_per_program = _blocks(_blocks(n, schedule.COLUMN_PARTIALS), tile.rows) * tile.rows
-    if n == 0:
-        return x.new_zeros(t, dtype=torch.float32)
-    partial = x.new_empty((_blocks(n, rows_per_program), t), dtype=torch.float32)
-    with _on(x.device):
-        kernels.column_sums[(partial.shape[0], _blocks(t, tile.columns))](
-            x, row_weight, mean, partial, n, t, x.stride(0), rows_per_program,
-            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **OPTIONS,
-        )  # fmt: skip
-    return partial.sum(0)
+def _weights(rows, row_weights):
+    """As an operator takes them: of every set of rows, or an empty list."""
+    return [w for w in _all_or_none(rows, row_weights) if w is not None]
+
+
+def _column_sums(xs, row_weights, means=None):
+    sums, t = [], xs[0].shape[1]
+    for first in range(0, len(xs), schedule.LEVELS):
+        here = slice(first, first + schedule.LEVELS)
+        x = xs[here]
+        most = max(rows.shape[0] for rows in x)
+        tile = schedule.tile("columns", x[0].dtype)
+        rows_per_program = max(_blocks(_blocks(most, schedule.COLUMN_PARTIALS), tile.rows), 1) * tile.rows
+        partial = x[0].new_empty((len(x), max(_blocks(most, rows_per_program), 1), t), dtype=torch.float32)
+        with _on(x[0].device):
+            kernels.column_sums[(partial.shape[1], _blocks(t, tile.columns), len(x))](
+                tuple(x), tuple(row_weights[here]) or None, None if means is None else means[here], partial,
+                _levels_table(rows.shape[0] for rows in x), tuple(rows.stride(0) for rows in x), t, rows_per_program,
+                ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **OPTIONS,
+            )  # fmt: skip
+        sums.append(partial.sum(1))
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def _save_sums(ctx, inputs, output):
+    rows, row_weights = inputs
+    ctx.save_for_backward(*row_weights)
+    ctx.rows, ctx.dtype = [x.shape[0] for x in rows], rows[0].dtype
+
+
+def _differentiate_sums(ctx, grad):
+    row_weights = ctx.saved_tensors or [None] * len(ctx.rows)
+    backward = torch.ops.vkd_kernels.student_sum_backward.default
+    return [backward(g, w, n, ctx.dtype) for g, w, n in zip(grad, row_weights, ctx.rows, strict=True)], None
 
 
 operators.define(
-    "fused_student_sum", "(Tensor student, Tensor? row_weight) -> Tensor", _column_sums,
-    lambda x, w: x.new_empty(x.shape[1:], dtype=torch.float32),
+    "fused_sums", "(Tensor[] rows, Tensor[] row_weights) -> Tensor", _column_sums,
+    lambda xs, ws: xs[0].new_empty((len(xs), xs[0].shape[1]), dtype=torch.float32),
 )  # fmt: skip
-operators.differentiate("fused_student_sum", moments.save_sum, moments.differentiate_sum)
+operators.differentiate("fused_sums", _save_sums, _differentiate_sums)
 operators.define(
-    "fused_column_centred_square_sum", "(Tensor teacher, Tensor? row_weight, Tensor mean) -> Tensor", _column_sums,
-    lambda x, w, mean: torch.empty_like(mean),
+    "fused_centred_square_sums", "(Tensor[] rows, Tensor[] row_weights, Tensor means) -> Tensor", _column_sums,
+    lambda xs, ws, means: torch.empty_like(means),
 )  # fmt: skip
