@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 import sys
+from typing import Any
 
 import vkd_kernels
 
@@ -17,6 +18,8 @@ COMMANDS = {
     "export": ("export", "write a student alone, without its projection"),
     "inspect": ("inspect", "the metrics that a run logged, as a figure and a table"),
 }
+CONFIGURED = ("distill", "ablate", "evaluate", "export")  # these take `section.key=value`
+EXTRAS = ("detection", "generation")  # tasks with requirements of their own
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,8 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vkd_kernels {vkd_kernels.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     if words[:1] == ["distill"] and words[1:2] == ["classification"]:
-        from vkd_kernels.recipes import classification
-
+        classification: Any = importlib.import_module("vkd_kernels.recipes.classification")
         if hasattr(classification, "add_arguments"):  # not on the engine yet
             old = argparse.ArgumentParser("vkd distill classification")
             classification.add_arguments(old)
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=about, add_help=False)
         if words[:1] == [name]:
             try:
-                recipe = importlib.import_module(f"vkd_kernels.recipes.{module}")
+                recipe: Any = importlib.import_module(f"vkd_kernels.recipes.{module}")
             except ModuleNotFoundError as error:
                 print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[recipes]'", file=sys.stderr)
                 return 2
@@ -47,10 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="for programs")
     info.set_defaults(command=show_info)
 
-    values = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]  # a.b=c, wherever it stands
+    values = [word for word in words if words[0] in CONFIGURED and re.match(r"[A-Za-z_][\w.]*=", word)]
     arguments = parser.parse_args([word for word in words if word not in values])
-    arguments.values = values
-    return arguments.command(arguments)
+    arguments.values = values  # a.b=c, wherever it stood
+    try:
+        return arguments.command(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("vkd_kernels"):
+            raise
+        extra = getattr(arguments, "task", "") if getattr(arguments, "task", "") in EXTRAS else "recipes"
+        print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[{extra}]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # between two trainings; files are never half written
+        print("vkd: stopped; --resume continues", file=sys.stderr)
+        return 130
 
 
 def show_info(arguments: argparse.Namespace) -> int:

@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, metavar="N", default=runs.cores(),
-        help="worker processes of one thread, on a CPU (default: %(default)s)",
+        help="worker processes of one thread, on a CPU; 0: in this process, with its threads (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print configuration, model sizes and steps; do nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -319,7 +319,7 @@ def run(experiment: Experiment, folder: Path, design: Design, *, jobs: int, quie
         if fabric is not None:
             quiet = quiet or not fabric.is_global_zero
             runs.perform_here(make_tasks(experiment, folder, fabric), quiet=quiet, insist=True)
-        elif devices.accelerator(config.run) == "cpu":
+        elif jobs and devices.accelerator(config.run) == "cpu":
             runs.perform(make_tasks(experiment, folder), jobs=jobs, quiet=quiet)
         else:
             runs.perform_here(make_tasks(experiment, folder), quiet=quiet)
@@ -343,8 +343,8 @@ def command(arguments: argparse.Namespace, design: Design = DISTILL) -> int:
         if a.help:
             show_help(a.parser, experiment, design.arms(tasks.load(a.task)))
             return 0
-        if a.jobs < 1:
-            raise OptionError(f"--jobs: must be at least 1, got {a.jobs}")
+        if a.jobs < 0:
+            raise OptionError(f"--jobs: must be at least 0, got {a.jobs}")
         folder, resumed = choose_folder(
             a, Path("runs") / (a.task if design is DISTILL else f"{design.command}-{a.task}")
         )

@@ -12,7 +12,7 @@ class Log:
     """metrics.jsonl, one line at a time; metrics.csv, the same in columns; TensorBoard. Begins after `step`."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.lines, self.table = folder / "metrics.jsonl", folder / "metrics.csv"
+        self.folder, self.lines, self.table = folder, folder / "metrics.jsonl", folder / "metrics.csv"
         self.records = [record for record in runs.load_json_lines(self.lines) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         runs.write_text(self.lines, text)  # without what came after the checkpoint
@@ -25,14 +25,16 @@ class Log:
     def write(self, record: dict[str, float]) -> None:
         self.records.append(record)
         runs.append(self.lines, json.dumps(record) + "\n")
-        for name, value in record.items():
-            if self.board and name not in ("step", "images"):
-                self.board.add_scalar(name, value, int(record["step"]))
+        with runs.writing(self.folder / "tensorboard"):
+            for name, value in record.items():
+                if self.board and name not in ("step", "images"):
+                    self.board.add_scalar(name, value, int(record["step"]))
 
     def flush(self) -> None:
         runs.save_csv(self.table, self.records)
-        if self.board:
-            self.board.flush()
+        with runs.writing(self.folder / "tensorboard"):
+            if self.board:
+                self.board.flush()
 
     def close(self) -> None:
         self.flush()

@@ -44,27 +44,37 @@ class Interrupted(Exception):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, a folder without permission: an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is intact: when there is room, "
+            "continue with --resume"
+        ) from error
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """The old file or the new one, never half of one: write beside it, flush to the disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; nothing that was there is lost") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.fsync(folder)
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
         finally:
-            os.close(folder)
+            partial.unlink(missing_ok=True)
+        if os.name == "posix":  # the new name itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,7 +93,9 @@ def load_json(path: Path) -> Any:
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    write_atomically(path, lambda file: torch.save(value, file))
+    buffer = io.BytesIO()  # torch.save into a file hides why the file could not be written
+    torch.save(value, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_tensors(path: Path) -> Any:
@@ -136,11 +148,8 @@ def load_json_lines(path: Path) -> list[Any]:
 
 
 def append(path: Path, text: str) -> None:
-    try:
-        with open(path, "a") as file:
-            file.write(text)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is intact") from error
+    with writing(path), open(path, "a") as file:
+        file.write(text)
 
 
 def save_csv(path: Path, records: list[dict[str, Any]]) -> None:
@@ -203,7 +212,8 @@ def saved_config(folder: Path, typed: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time in a run folder (where the system has file locks)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
