@@ -102,25 +102,43 @@ def test_a_wrong_candidate_gets_no_time():
     assert not any("raw" in row for row in harness.without_samples(result)["rows"])
 
 
-def test_samples_are_of_the_pass_they_name():
-    slow = Calls(lambda: time.sleep(0.02), lambda _: time.sleep(0.04))
+class Clock:
+    """Stands for the module time in the harness: time passes when somebody sleeps, whatever else the machine does."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(harness, "time", Clock())
+    return harness.time
+
+
+def test_samples_are_of_the_pass_they_name(clock):
+    slow = Calls(lambda: clock.sleep(0.02), lambda _: clock.sleep(0.04))
     runner = harness.Runner(Candidate("sleeper", lambda inputs: slow), [None, None], "cpu")
     for which, expected in (("forward", 0.02), ("backward", 0.04), ("both", 0.06)):
         samples = harness.interleave({which: lambda which=which: runner.sample(which)}, 0.0)[which]
-        assert len(samples) == 3 and expected <= min(samples) <= expected + 0.015
+        assert samples == pytest.approx([expected] * 3)
 
 
-def test_candidates_take_turns():
+def test_candidates_take_turns(clock):
     order = []
 
     def sampler(name, seconds):
         order.append(name)
-        time.sleep(seconds)
+        clock.sleep(seconds)
         return seconds
 
-    samples = harness.interleave({"a": lambda: sampler("a", 0.03), "b": lambda: sampler("b", 0.03)}, 0.1, least=2)
-    assert order[:4] == ["a", "b", "a", "b"]
-    assert len(samples["a"]) == len(samples["b"]) >= 2
+    samples = harness.interleave({"a": lambda: sampler("a", 0.03), "b": lambda: sampler("b", 0.06)}, 0.1, least=2)
+    assert order == ["a", "b", "a", "b", "a", "a"]
+    assert samples == {"a": [0.03] * 4, "b": [0.06] * 2}
 
 
 def test_summary():
@@ -135,12 +153,16 @@ def test_the_share_of_other_processes_is_not_ones_own():
         pass
     alone = others.share()
     assert 0 <= alone <= 1
-    others = harness.OtherProcesses()
     spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        time.sleep(1)
-        # 60 %: it may have to share a core; this process sleeps.
-        assert others.share() * os.cpu_count() >= 0.6
+        for _ in range(60):  # until it has started, and the machine has time for it
+            others = harness.OtherProcesses()
+            time.sleep(1)
+            # 60 %: it may have to share a core; this process sleeps.
+            if others.share() * os.cpu_count() >= 0.6:
+                break
+        else:
+            pytest.fail(f"another process spins, and its share is {others.share()}")
     finally:
         spin.kill()
         spin.wait()
@@ -360,7 +382,7 @@ def test_one_steps_failure_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "environment", lambda: {"device": "some GPU"})
     began = time.monotonic()
     assert gpu.main(["--records", str(tmp_path)]) == 1
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 55  # nobody waited for the endless step's child
     steps = json.loads((tmp_path / "some-gpu" / "gpu.json").read_text())["steps"]
     outcomes = [(s["name"], s["outcome"], s["summary"]) for s in steps]
     assert outcomes == [

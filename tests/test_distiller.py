@@ -4,7 +4,7 @@ import collections
 import copy
 import io
 import pickle
-import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -771,8 +771,8 @@ def sharded(module):
     return fully_shard(module)
 
 
-def worker(rank, port, failures):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank, store, failures):
+    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank)
     torch.set_num_threads(1)
     try:
         whole, images = double()
@@ -798,12 +798,9 @@ def worker(rank, port, failures):
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_two_ranks_equal_one_process():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def test_two_ranks_equal_one_process(tmp_path):
     failures = mp.get_context("spawn").SimpleQueue()
     try:
-        mp.spawn(worker, args=(port, failures), nprocs=2)
+        mp.spawn(worker, args=(tmp_path / "store", failures), nprocs=2)
     except mp.ProcessRaisedException:
         pytest.fail(failures.get())

@@ -5,7 +5,7 @@ Every check compares with one process that holds all rows. Gradients of single s
 
 import copy
 import re
-import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -314,8 +314,8 @@ def fsdp_of_a_feature_distiller_from_the_meta_device():
 CHECKS = {name: f for name, f in vars().copy().items() if re.match("(ddp|fsdp)_", name)}
 
 
-def worker(rank, port, results):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank, store, results):
+    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank)
     torch.set_num_threads(1)
     try:
         for name, check in CHECKS.items():
@@ -334,11 +334,9 @@ def results(tmp_path_factory):
     """What both ranks say of every check; ranks stay together, so the first failure is the last result."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     queue = mp.get_context("spawn").Queue()
-    context = mp.spawn(worker, args=(port, queue), nprocs=2, join=False)
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    context = mp.spawn(worker, args=(store, queue), nprocs=2, join=False)
     found = {name: [] for name in CHECKS}
     try:
         while not context.join(timeout=1):
