@@ -7,6 +7,7 @@ A stale extension: test_backend.py. Faults on one of several ranks: test_integra
 import concurrent.futures
 import copy
 import gc
+import itertools
 import math
 import os
 import re
@@ -76,7 +77,7 @@ def orthogonality_error(p):
 def test_every_bad_argument_is_named(capsys):
     """In a process of its own, so that a crash or a hang is a failure of this test alone."""
     script = Path(__file__).with_name("fuzz_arguments.py")
-    result = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=900)
     with capsys.disabled():
         print("\nfuzz:", result.stdout.splitlines()[0] if result.stdout else result)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -197,7 +198,10 @@ def resident_bytes():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc to tell the memory in use")
 def test_memory_does_not_grow_over_ten_thousand_steps(monkeypatch):
-    """Both paths, every option, and errors on the way: 10 000 steps after the first thousand add nothing."""
+    """Both paths, every option, and errors on the way: 10 000 steps after the first thousand add nothing.
+
+    In five parts, of which the one that grew least is judged: a leak grows in each, an allocator's whim in one.
+    """
     modules = [Distiller(**options) for options in OPTIONS.values()]
     optimizers = [torch.optim.SGD(module.parameters(), lr=1e-3) for module in modules]
     x, y = torch.randn(64, 8), torch.randn(64, T)  # one tensor of a step that stayed would show: 2 kB and more
@@ -216,10 +220,10 @@ def test_memory_does_not_grow_over_ten_thousand_steps(monkeypatch):
 
     monkeypatch.setattr(interface, "CHUNKED_FROM", interface.CHUNKED_FROM)  # put back at the end
     run(1000)
-    before, tensors = run(100)
-    after, tensors_after = run(10_000)
-    assert tensors_after <= tensors
-    assert after - before < 8 << 20, f"{(after - before) / 10_000:.0f} bytes a step"
+    seen = [run(100), *(run(2000) for _ in range(5))]
+    (growth, tensors) = (min(b - a for a, b in itertools.pairwise(column)) for column in zip(*seen, strict=True))
+    assert tensors <= 0
+    assert growth < 1 << 20, f"{growth / 2000:.0f} bytes a step"
 
 
 def test_threads_give_the_bits_of_one_thread(path):
@@ -261,7 +265,7 @@ assert len(results) == 8 and len({r.item() for r in results}) == 1, results
 
 def test_first_use_from_several_threads_at_once():
     """The extension is loaded and its operators are registered once, whoever comes first."""
-    result = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and "Error" not in result.stderr, result.stderr
 
 
