@@ -27,13 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("vkd", description="Feature distillation with an orthogonal projection (V_kD).")
     parser.add_argument("--version", action="version", version=f"vkd_kernels {vkd_kernels.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    if words[:1] == ["distill"] and words[1:2] == ["classification"]:
-        classification: Any = importlib.import_module("vkd_kernels.recipes.classification")
-        if hasattr(classification, "add_arguments"):  # not on the engine yet
-            old = argparse.ArgumentParser("vkd distill classification")
-            classification.add_arguments(old)
-            return classification.command(old.parse_args(words[2:]))
-
     for name, (module, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, add_help=False)
         if words[:1] == [name]:

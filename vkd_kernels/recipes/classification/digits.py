@@ -1,0 +1,112 @@
+"""scikit-learn's handwritten digits: 1797 real 8x8 images that ship with the package, split anew for every seed.
+
+Only a few images per class have labels a student may use; the others of the pool reach it through the teacher. Every
+image of the pool has a fixed number of augmented views, so that what the teacher says of each is computed once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..config import OptionError
+from ..engine import generator
+from .data import Samples, smoothed
+
+CLASSES, IMAGES = 10, 1797
+PIXEL_MEAN, PIXEL_STD = 0.3, 0.38
+VIEWS, TEACHER, STUDENT = range(3)  # what a draw is for, beside the seed and the step
+
+
+class Digits:
+    """One seed's split. The first `labelled` images of the pool are those whose labels a student may see."""
+
+    classes, size, channels, fresh = CLASSES, 8, 1, ""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config, self.seed, self.smoothing = config.digits, seed, config.distill.label_smoothing
+        self.images, self.views, self.labelled_share = self.config.pool, self.config.views, self.config.labelled_share
+        images, labels = read_digits()
+        order = torch.randperm(IMAGES, generator=generator(seed))
+        inside, outside = order[: self.images], order[self.images :]
+        chosen = torch.zeros(self.images, dtype=torch.bool)
+        for digit in range(CLASSES):
+            found = (labels[inside] == digit).nonzero().flatten()
+            if len(found) < self.config.labels_per_class:
+                raise OptionError(
+                    f"digits.labels_per_class: {self.config.labels_per_class}, but of digit {digit} there are only "
+                    f"{len(found)} in a pool of {self.images} images (seed {seed})"
+                )
+            chosen[found[: self.config.labels_per_class]] = True
+        inside, self.labelled = torch.cat([inside[chosen], inside[~chosen]]), int(chosen.sum())
+        self.pool, self.pool_labels = images[inside], labels[inside]
+        self.test, self.test_labels = images[outside], labels[outside]
+        draw = generator(seed, VIEWS)
+        self.pool_views = torch.cat([random_affine(self.pool, draw, self.config) for _ in range(self.views)])
+
+    def batches(self, learner: str, start: int, batch_size: int, rank: int, ranks: int) -> Iterator[Samples]:
+        for step in itertools.count(start):
+            samples = self.teachers(step, batch_size) if learner == "teacher" else self.students(step, batch_size)
+            size = round(batch_size * self.labelled_share) if learner == "alone" else batch_size
+            mine = slice(rank, size, ranks)
+            rows = None if samples.rows is None else samples.rows[mine]
+            yield Samples(samples.images[mine], samples.targets[mine], rows)
+
+    def students(self, step: int, batch_size: int) -> Samples:
+        """Labelled images, then unlabelled ones, each in one of its fixed views."""
+        draw, labelled = generator(self.seed, step, STUDENT), round(batch_size * self.labelled_share)
+        chosen = torch.cat([
+            torch.randint(self.labelled, (labelled,), generator=draw),
+            torch.randint(self.labelled, self.images, (batch_size - labelled,), generator=draw),
+        ])  # fmt: skip
+        rows = torch.randint(self.views, (batch_size,), generator=draw) * self.images + chosen
+        targets = smoothed(self.pool_labels[chosen], CLASSES, self.smoothing)
+        targets[labelled:] = 0
+        return Samples(self.pool_views[rows], targets, rows)
+
+    def teachers(self, step: int, batch_size: int) -> Samples:
+        """Images of the whole pool, all with labels, each in a new view."""
+        draw = generator(self.seed, step, TEACHER)
+        chosen = torch.randint(self.images, (batch_size,), generator=draw)
+        images = random_affine(self.pool[chosen], draw, self.config)
+        return Samples(images, smoothed(self.pool_labels[chosen], CLASSES, self.smoothing))
+
+    def every_view(self) -> Iterator[torch.Tensor]:
+        yield from self.pool_views.split(250)  # as much as a cache holds
+
+    def held_out(self, rank: int, ranks: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield self.test[rank::ranks], self.test_labels[rank::ranks]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.pool_views.numpy().tobytes()).hexdigest()
+
+
+def read_digits() -> tuple[torch.Tensor, torch.Tensor]:  # (1797, 1, 8, 8), normalised; (1797,)
+    from sklearn.datasets import load_digits  # here: only this function needs scikit-learn
+
+    raw = load_digits()
+    images = (torch.from_numpy(raw.images).float() / 16 - PIXEL_MEAN) / PIXEL_STD
+    return images.unsqueeze(1), torch.from_numpy(raw.target).long()
+
+
+def random_affine(images: torch.Tensor, draw: torch.Generator, limits: Any) -> torch.Tensor:  # (N, 1, H, W)
+    """Rotate, scale, shear and shift every image by its own random amount; what enters at the border is background.
+
+    `limits`: rotation in degrees, scaling, shift in half widths, shear; every value is drawn uniformly within +- these.
+    """
+
+    def drawn(limit: float) -> torch.Tensor:
+        return (torch.rand(len(images), generator=draw) * 2 - 1) * limit
+
+    angle, size = torch.deg2rad(drawn(limits.rotation)), 1 + drawn(limits.scaling)
+    cos, sin, slant = angle.cos() * size, angle.sin() * size, drawn(limits.shear)
+    first_row = torch.stack([cos, slant * cos - sin, drawn(limits.shift)], dim=1)
+    second_row = torch.stack([sin, slant * sin + cos, drawn(limits.shift)], dim=1)
+    grid = F.affine_grid(torch.stack([first_row, second_row], dim=1), list(images.shape), align_corners=False)
+    background = -PIXEL_MEAN / PIXEL_STD  # grid_sample pads with zeros: make zero mean background
+    return F.grid_sample(images - background, grid, align_corners=False) + background
