@@ -167,4 +167,5 @@ def train_teacher(config, seed, folder, context):
 
 def describe(config):
     size = sum(p.numel() for p in Net(config.student.width).parameters())
-    return {"student": f"{size} parameters", "features": [config.student.width, config.teacher.width]}
+    return {"student": f"{size} parameters", "features": [config.student.width, config.teacher.width],
+            "steps": config.optim.total_steps(config.data.rows)}  # fmt: skip

@@ -1,9 +1,10 @@
-"""The `vkd` command: `vkd distill TASK` trains one of the paper's tasks, `vkd info` says what is installed."""
+"""The `vkd` command: trains the paper's tasks, measures and exports what came out, and says what is installed."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from typing import Any
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         extra = getattr(arguments, "task", "") if getattr(arguments, "task", "") in EXTRAS else "recipes"
         print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[{extra}]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `vkd ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:  # between two trainings; files are never half written
         print("vkd: stopped; --resume continues", file=sys.stderr)
         return 130

@@ -70,6 +70,7 @@ def versions() -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s TASK [section.key=value ...] [options]"
     parser.add_argument("task", metavar="TASK", help=f"{', '.join(tasks.NAMES)}, or an importable module package.task")
     parser.add_argument("-h", "--help", action="store_true", help="this, and every value of the task's configuration")
     parser.add_argument("--recipe", metavar="NAME", help="a named configuration of the task (default: the bundled one)")

@@ -40,7 +40,7 @@ def option(
     default: Any, help: str, *, source: str = "", minimum: float | None = None, maximum: float | None = None,
     above: float | None = None, below: float | None = None, choices: Iterable[Any] | None = None,
 ) -> Any:  # fmt: skip
-    """A dataclass field. `source` says where its default comes from, e.g. "REFERENCE: DeiT" or "paper, section 4.1"."""
+    """A dataclass field. `source` says where its default comes from, e.g. "released code" or "paper, section 4.1"."""
     limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata = {"help": help, "source": source, "limits": limits, "choices": None if choices is None else (*choices,)}
     return dataclasses.field(default=default, metadata=metadata)

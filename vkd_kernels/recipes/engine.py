@@ -34,12 +34,12 @@ STOP_EVERY = 10  # steps between two times that ranks ask one another whether to
 class Optim:
     """How a student is optimised. Tasks choose other defaults with `section(Optim, lr=..., sources={"lr": "..."})`."""
 
-    lr: float = option(5e-4, "peak learning rate", source="REFERENCE: DeiT", above=0)
+    lr: float = option(5e-4, "peak learning rate", source="released code", above=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine", minimum=0)
     betas: tuple[float, ...] = option((0.9, 0.999), "AdamW's betas", source="PyTorch", minimum=0, below=1)
     eps: float = option(1e-8, "AdamW's eps", source="PyTorch", above=0)
     weight_decay: float = option(
-        0.05, "weight decay, except of 1-D parameters, tokens and the projection", source="REFERENCE: DeiT", minimum=0
+        0.05, "weight decay, except of 1-D parameters, tokens and the projection", source="released code", minimum=0
     )
     schedule: str = option("cosine", "learning rate after the warm-up, step by step", choices=("cosine", "constant"))
     warmup: float = option(0.0, "steps in which the learning rate rises; below 1: their share", minimum=0)
