@@ -88,10 +88,20 @@ TEACHER = tensors(*ROWS, T, shapes=[(), (0,), (5,), (0, 4, 5), (2, 4, 4), (2, 5,
 WEIGHT = tensors(T, S, shapes=[(), (5,), (3, 5), (5, 4), (6, 3), (1, 5, 3), (0, 3), (5, 0)], dtypes=DOUBLE)
 MATRIX = tensors(T, S, shapes=[(), (5,), (0, 3), (5, 0), (2, 0, 3)], dtypes=HALF, meta=False)
 FEATURES = tensors(*ROWS, S, shapes=CHANNELS, meta=False)
+DIAGNOSED = {
+    "student": tensors(*ROWS, S, shapes=[*CHANNELS, (2, 5, 3), (8, 3), (4, 2, 3)]),
+    "teacher": tensors(*ROWS, T, shapes=[(), (0,), (5,), (0, 4, 5), (2, 5, 5), (8, 5), (4, 2, 5)]),
+    "mask": MASK,
+}
 
 student, teacher = torch.randn(*ROWS, S), torch.randn(*ROWS, T)
 weight = vk.cayley(torch.randn(T, S))
 module, linear, whitening = vk.OrthoProjLoss(S, T), vk.OrthogonalLinear(S, T), vk.Whitening(S, momentum=0.1)
+distiller = vk.FeatureDistiller(
+    nn.Sequential(nn.Linear(S, S)), nn.Sequential(nn.Linear(S, T)),
+    [{"student": "0", "teacher": "0", "student_pool": "mean_tokens", "teacher_pool": "mean_tokens", "name": "x"}],
+    example_input=student,
+)  # fmt: skip
 
 
 def assign(weight):
@@ -202,10 +212,48 @@ CALLS = {
         {
             "student": things(but=("module",)), "teacher": things(but=("module",)),
             "pairs": things(strings=["0"], none=[None], typo=[{"studnet": "0", "pairs": "0"}]),
+            "example_teacher_input": things(but=OPTIONAL),
             "logit_weight": numbers(but=OPTIONAL), "temperature": numbers(zero=0, **NEGATIVE),
             "process_group": GROUP, "backend": ANY_BACKEND,
         },
     ),
+    "FeatureDistiller.forward": (
+        lambda masks=None, metrics=False: distiller(student, masks=masks, metrics=metrics),
+        {},
+        {
+            "masks": {
+                **things(but=("None", "dict")), "typo": {"y": None}, "two typos": {"x": None, 3: None},
+                **{f"of {kind}": {"x": value} for kind, value in things(but=("None", "tensor")).items()},
+                "three": {"x": [None] * 3}, "one thing": {"x": (None, 3)},
+            },
+            "metrics": things(but=("True",)),
+        },
+    ),
+    "FeatureDistiller.projection": (distiller.projection, {"name": "x"}, {"name": things(but=("str",), typo="y")}),
+    "diagnostics.orthogonality_error": (
+        vk.diagnostics.orthogonality_error,
+        {"weight": weight},
+        {"weight": tensors(T, S, shapes=[(), (5,), (0, 3), (5, 0), (2, 0, 3)], meta=False)},
+    ),
+    "diagnostics.effective_rank": (
+        vk.diagnostics.effective_rank,
+        {"features": student},
+        {"features": FEATURES, "mask": MASK, "process_group": GROUP},
+    ),
+    "diagnostics.cka": (
+        vk.diagnostics.cka,
+        {"student": student, "teacher": teacher},
+        {**DIAGNOSED, "debiased": things(but=("True",)), "process_group": GROUP},
+    ),
+    "diagnostics.metrics": (
+        vk.diagnostics.metrics,
+        {"student": student, "teacher": teacher, "weight": weight},
+        {
+            **DIAGNOSED, "process_group": GROUP,
+            "weight": tensors(T, S, shapes=[(), (5,), (3, 5), (5, 4), (6, 3), (1, 5, 3), (0, 3), (5, 0)], meta=False),
+        },
+    ),
+    "OrthoProjLoss.metrics": (module.metrics, {"student": student, "teacher": teacher}, DIAGNOSED),
 }  # fmt: skip
 
 

@@ -23,21 +23,21 @@ def rank_of(x):
     return torch.exp(-torch.sum(p * torch.log(p.clamp_min(1e-300))))
 
 
-def cka_of(x, y, debiased):
+def hsic_of(x, y, debiased):
     """By N x N matrices: Kornblith et al. with HKH; Song et al. with the diagonals left out."""
     n = len(x)
+    k, l = (z.double() @ z.double().T for z in (x, y))
+    if not debiased:
+        h = torch.eye(n, dtype=torch.float64) - 1 / n
+        return torch.trace(k @ h @ l @ h)
+    one = torch.ones(n, dtype=torch.float64)
+    k, l = k.fill_diagonal_(0), l.fill_diagonal_(0)
+    cross = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
+    return (torch.trace(k @ l) + cross) / (n * (n - 3))
 
-    def hsic(x, y):
-        k, l = (z.double() @ z.double().T for z in (x, y))
-        if not debiased:
-            h = torch.eye(n, dtype=torch.float64) - 1 / n
-            return torch.trace(k @ h @ l @ h)
-        one = torch.ones(n, dtype=torch.float64)
-        k, l = k.fill_diagonal_(0), l.fill_diagonal_(0)
-        cross = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)
-        return (torch.trace(k @ l) + cross) / (n * (n - 3))
 
-    return hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+def cka_of(x, y, debiased):
+    return hsic_of(x, y, debiased) / (hsic_of(x, x, debiased) * hsic_of(y, y, debiased)).sqrt()
 
 
 def features(shape, dtype=torch.float64):

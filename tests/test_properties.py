@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
+from test_diagnostics import cka_of, hsic_of, rank_of
 from test_ortho_proj_loss import literal
 from torch import nn
 
@@ -331,6 +332,96 @@ def test_module_equals_function(s, t, dtype, affine, scale, normalization, loss,
         x, y, p, scale=number if gain is None else number * gain, bias=bias, mask=mask, backend="torch", **options
     )
     torch.testing.assert_close(value, expected, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- FeatureDistiller, diagnostics
+
+
+def pooled(x, pool, skip, mask):
+    """(rows, their weights or None) of (n, positions, c), sample by sample; weights of samples (n,) or of positions."""
+    weights = torch.ones(x.shape[:2]) if mask is None else mask.double().reshape(len(x), -1).expand(x.shape[:2])
+    if pool == "class_token":
+        return x[:, 0], weights[:, 0]
+    x, weights = x[:, skip:], weights[:, skip:]
+    if pool == "tokens":
+        return x, weights
+    if mask is None or mask.dim() == 1:
+        return x.mean(1), weights[:, 0]
+    kept = weights.sum(1) > 0
+    means = [(a * w[:, None]).sum(0) / w.sum().clamp_min(1e-300) for a, w in zip(x, weights, strict=True)]
+    return torch.stack(means), kept.double()
+
+
+@examples(120)
+@given(
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), dims, dims, st.sampled_from(FULL),
+    st.sampled_from(["class_token", "mean_tokens", "tokens", "spatial_mean", "spatial"]), st.integers(0, 2),
+    st.integers(0, 2), st.sampled_from([None, "samples", "positions"]), st.sampled_from(["bool", "weights", "empty"]),
+    st.sampled_from(interface.NORMALIZATIONS), layouts, st.integers(0, 99),
+)  # fmt: skip
+def test_feature_distiller(n, h, w, s, t, dtype, pool, skip, other_skip, masked, kind, normalization, layout, seed):
+    """Models that return their inputs: what is left is pooling, masks and the loss."""
+    count("FeatureDistiller")
+    maps = pool.startswith("spatial")
+    skips = (0, 0) if maps or pool == "class_token" else (skip, other_skip)
+    features = [
+        laid_out(normal(n, skip + h * w, c, seed=seed + i).to(dtype), layout)
+        for i, (skip, c) in enumerate(zip(skips, (s, t), strict=True))
+    ]
+    masks = [None, None]
+    if masked:
+        shapes = [(n,) if masked == "samples" else x.shape[:2] for x in features]
+        masks = [mask_of(kind, shape, seed + i) for i, shape in enumerate(shapes)]
+    pair = {"student": "", "teacher": "", "dims": (s, t), "name": "x", "normalization": normalization, "eps": 0.1}
+    pair |= {"student_pool": pool, "teacher_pool": pool, "student_skip": skips[0], "teacher_skip": skips[1]}
+    distiller = vk.FeatureDistiller(nn.Identity(), nn.Identity(), [pair], dtype=dtype)
+    given_features, given_masks = features, masks
+    if maps:
+        given_features = [x.mT.unflatten(2, (h, w)) for x in features]
+        given_masks = [m if m is None or m.dim() == 1 else m.unflatten(1, (h, w)) for m in masks]
+    x, y = given_features
+    losses = distiller(x, teacher_input=y, masks={"x": tuple(given_masks)} if masked else None)[1]
+
+    hand = {"spatial": "tokens", "spatial_mean": "mean_tokens"}.get(pool, pool)
+    (x, x_weight), (y, y_weight) = (
+        pooled(z.double(), hand, skip, m) for z, skip, m in zip(features, skips, masks, strict=True)
+    )
+    weights = (x_weight * y_weight).to(dtype)
+    if normalization in ("whiten", "batch_norm") and int((weights > 0).sum()) < 3:
+        event("too few rows for statistics: finite is all there is to say")
+        assert losses["x"].isfinite()
+        return
+    expected = vk.functional.ortho_proj_loss(
+        x.to(dtype), y.to(dtype), distiller.projection("x"), mask=weights, normalization=normalization, eps=0.1,
+        backend="torch",
+    )  # fmt: skip
+    torch.testing.assert_close(losses["x"], expected, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-6)
+
+
+@examples(120)
+@given(row_shapes, dims, dims, dtypes, layouts, masks, st.booleans(), st.integers(-2, 2), st.integers(0, 99))
+def test_diagnostics(shape, s, t, dtype, layout, mask_kind, debiased, power, seed):
+    """By their definitions: singular values, N x N matrices."""
+    count("diagnostics")
+    x, rows = drawn_rows(shape, s, dtype, layout, power, seed)
+    y, other = drawn_rows(shape, t, dtype, layout, 0, seed + 2)
+    mask = mask_of(mask_kind, shape, seed)
+    kept = weights_of(mask, len(rows)) > 0
+    rows, other = rows[kept], other[kept]
+    rank, found = vk.diagnostics.effective_rank(x, mask=mask), vk.diagnostics.cka(x, y, mask=mask, debiased=debiased)
+    if kept.sum() < 2:
+        assert rank == 0 and found.isnan()
+        return
+    torch.testing.assert_close(rank, rank_of(rows) if (rows != rows[0]).any() else rank * 0, rtol=1e-5, atol=1e-5)
+    if debiased and kept.sum() < 4:
+        assert found.isnan()
+        return
+    for z in (rows, other):
+        if hsic_of(z, z, debiased) < 1e-6 * (z - z.mean(0)).square().sum() ** 2 / len(z) ** 2:
+            event("a difference of equal sums")
+            return
+    assert found <= 1 + 1e-9
+    torch.testing.assert_close(found, cka_of(rows, other, debiased), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- projections
