@@ -5,8 +5,10 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +28,8 @@ from vkd_kernels.recipes import classification, config, devices, engine, runs, t
 from vkd_kernels.recipes.classification import digits, images, losses, models, teachers
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
+
+ROOT = Path(__file__).parents[1]
 
 # Two seeds, three arms, in a second or two.
 TINY = ["optim.steps=24", "teacher.steps=12", "digits.views=2", "teacher.widths=8,16", "student.width=16"]
@@ -137,7 +141,7 @@ def test_students_are_stored_without_projection_and_evaluate_to_what_was_reporte
     values, _ = config.read_yaml(finished / "vkd" / "seed-01" / "config.yaml")
     known = {key.name for key in config.keys(classification.Config)}
     c = config.replace(classification.Config(), {name: v for name, v in values.items() if name in known})
-    training = classification.build(c, 1, tmp_path, context(tmp_path, c))
+    training = classification.build(c, 1, None, context(tmp_path, c))
     training.student.load_state_dict(tensors)
     result = json.loads((finished / "vkd" / "seed-01" / "result.json").read_text())
     assert training.evaluate(training.student.eval())["accuracy"] == result["accuracy"]
@@ -336,21 +340,21 @@ def test_a_folder_of_unreadable_images_is_an_error(folder):
 def test_missing_and_empty_folders(folder):
     for root in ("", folder / "nowhere"):
         with pytest.raises(OptionError, match=r"data\.root: there is no folder .*train"):
-            image_data(root)
+            len(image_data(root).train)
     (folder / "train" / "empty").mkdir()
     with pytest.raises(RunError, match="empty"):
-        image_data(folder)
+        len(image_data(folder).train)
     (folder / "bare" / "train").mkdir(parents=True)
     with pytest.raises(RunError, match="find any class folder"):
-        image_data(folder / "bare")
+        len(image_data(folder / "bare").train)
 
 
 def test_numbers_of_classes_must_agree(folder):
     with pytest.raises(RunError, match=r"data\.classes is 3, but .* has 2 classes"):
-        image_data(folder, data__classes=3)
+        len(image_data(folder, data__classes=3).train)
     picture(folder / "val" / "class-2" / "0.png", 0)
     with pytest.raises(RunError, match="2 classes to train and 3 to test on; only in one of them: class-2"):
-        image_data(folder)
+        len(image_data(folder).train)
 
 
 def test_batches_must_fit(folder):
@@ -374,11 +378,11 @@ def test_torchvision_by_name(tmp_path):
     ((pictures, labels),) = data.held_out(0, 1)
     assert pictures.shape == (3, 3, 32, 32) and labels.tolist() == [0, 1, 2]
     with pytest.raises(RunError, match=r"data\.root=.*nowhere data\.name=MNIST: .*data\.download=true fetches it"):
-        image_data(tmp_path / "nowhere", data__name="MNIST")
+        len(image_data(tmp_path / "nowhere", data__name="MNIST").train)
     with pytest.raises(OptionError, match=r"data\.name: 'CIFAR1000' is not .*nearest: CIFAR100, CIFAR10"):
-        image_data(tmp_path, data__name="CIFAR1000")
+        len(image_data(tmp_path, data__name="CIFAR1000").train)
     with pytest.raises(OptionError, match="not digits, folder, or a data set"):
-        image_data(tmp_path, data__name="ImageFolder")
+        len(image_data(tmp_path, data__name="ImageFolder").train)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -606,13 +610,6 @@ def test_tokens_are_compared_position_by_position():
         losses.same_positions(torch.zeros(1, 12, 4), torch.zeros(1, 4, 10))
 
 
-def test_a_linear_projection_has_no_scale_to_learn():
-    with pytest.raises(OptionError, match=r"distill\.scale: learned goes with distill\.projection=orthogonal"):
-        losses.make_feature_loss(configured(distill__scale="learned", distill__projection="linear").distill, 4, 8)
-    match = losses.make_feature_loss(configured(distill__scale="match", distill__projection="linear").distill, 4, 16)
-    assert match.options["scale"] == 2.0
-
-
 # ---- the teacher -----------------------------------------------------------------------------------------------------
 
 
@@ -757,6 +754,34 @@ def test_one_step_of_a_paper_recipe_at_full_size(name, student, regnet, tmp_path
     assert not same
     assert result["diagnostics"]["max |PᵀP - I|"] < 1e-5 and {"accuracy", "accuracy_top5"} <= result.keys()
     assert not any("feature_loss" in key for key in runs.load_safetensors(tmp_path / "student.safetensors"))
+
+
+# ---- export, docs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
+def test_export_of_a_paper_student_needs_neither_data_nor_teacher(kind, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.STUDENTS["vkd_deit_tiny"], "depth", 1)  # tracing takes its time
+    c = recipe("vkd-deit-ti-imagenet", data__size=32, data__classes=5)
+    torch.manual_seed(0)
+    student = models.make_student(c.student, TINY_SHAPE).eval()
+    runs.save_safetensors(tmp_path / "student.safetensors", student.state_dict())
+    (tmp_path / "config.yaml").write_text("task: classification\narm: vkd\nseed: 0\n" + config.to_yaml(c))
+    assert cli.main(["export", str(tmp_path), "--format", kind]) == 0
+    pictures = torch.randn(3, 3, 32, 32)
+    if kind == "safetensors":
+        tensors = safetensors.torch.load_file(tmp_path / "export.safetensors")
+        assert tensors.keys() == student.state_dict().keys()
+    else:
+        found = torch.export.load(tmp_path / "export.pt2").module()(pictures[:2])
+        torch.testing.assert_close(found, student(pictures[:2]))
+
+
+def test_the_documented_loop_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "classification.md").read_text(), re.DOTALL)
+    names = {"images": torch.randn(2, 3, 224, 224)}
+    exec(code.replace("pretrained=True", "pretrained=False"), names)
+    assert names["output"].shape == (2, 1000) and {"norm->layer4", "logits", "total"} == names["losses"].keys()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ DEFAULTS = Defaults(arms=tuple(ARMS), seeds=3, baseline="logits", focus=("vkd", 
 class Classification(Training):
     """One student of one seed, in one arm."""
 
-    def __init__(self, config: Config, data: Data, teacher: Teacher, context: Context) -> None:
+    def __init__(self, config: Config, data: Data, teacher: Teacher | None, context: Context) -> None:
         self.config, self.data, self.teacher, self.fabric = config, data, teacher, context.fabric
         distill, ranks = config.distill, context.fabric.world_size
         self.learner = "distilled" if distill.weight or distill.logit_weight else "alone"
@@ -55,14 +55,14 @@ class Classification(Training):
         width = models.teacher_width(config.teacher, models.shape_of(data)) if distill.weight else 0
         model = losses.DistilledStudent(student, distill, width, share, context.process_group)
         self.feature_loss = model.feature_loss
-        super().__init__(model, student, config.optim, config.optim.total_steps(data.images))
+        super().__init__(model, student, config.optim, config.optim.total_steps(data.images) if teacher else 0)
         if self.learner == "alone":
             self.images_per_step = round(config.optim.batch_size * data.labelled_share)
 
     def batches(self, start: int) -> Iterator[losses.Batch]:
         f, distill = self.fabric, self.config.distill
         for samples in self.data.batches(self.learner, start, self.optim.batch_size, f.global_rank, f.world_size):
-            logits, features = (None, None) if self.learner == "alone" else self.teacher(samples)
+            logits, features = self.teacher(samples) if self.learner == "distilled" and self.teacher else (None, None)
             images, targets = f.to_device((samples.images, samples.targets))
             yield losses.Batch(
                 images, targets, logits if distill.logit_weight else None, features if distill.weight else None
@@ -136,9 +136,11 @@ def train_teacher(config: Config, seed: int, folder: Path, context: Context) -> 
     return found
 
 
-def build(config: Config, seed: int, teacher_folder: Path, context: Context) -> Classification:
+def build(config: Config, seed: int, teacher_folder: Path | None, context: Context) -> Classification:
+    """One student to be trained; without a teacher's folder, to be evaluated or exported."""
     data = open_data(config, seed)
-    return Classification(config, data, Teacher(config, data, teacher_folder, context), context)
+    teacher = Teacher(config, data, teacher_folder, context) if teacher_folder else None
+    return Classification(config, data, teacher, context)
 
 
 def describe(config: Config) -> dict[str, Any]:

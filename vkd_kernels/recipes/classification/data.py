@@ -22,13 +22,18 @@ class Samples:
 class Data(Protocol):
     """A data set, split into training and held-out images. Batches depend on (seed, step, rank, ranks) alone."""
 
-    classes: int
     size: int
     channels: int
-    images: int  # training images of one epoch
     views: int  # fixed augmented views of every training image; 0: a fresh one at every step
     fresh: str  # which options make students see other images than `every_view()`; "": they don't
     labelled_share: float  # of a batch
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def images(self) -> int:
+        """Training images of one epoch."""
 
     def batches(self, learner: str, start: int, batch_size: int, rank: int, ranks: int) -> Iterator[Samples]:
         """This rank's share of the batches start, start + 1, ...; `learner` is one of LEARNERS."""

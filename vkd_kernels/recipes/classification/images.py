@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,31 @@ class ImageData:
     def __init__(self, config: Any, seed: int) -> None:
         self.data, self.augment, self.seed = config.data, config.augment, seed
         self.size, self.workers, self.smoothing = config.data.size, config.run.workers, config.distill.label_smoothing
-        self.train, self.test, self.classes = (open_folder if self.data.name == "folder" else open_named)(self.data)
-        self.images = len(self.train)
         self.views = self.augment.views if self.augment.enabled else 1
         fresh = {"augment.views": not self.views, **{f"augment.{n}": self.mixing(n) for n in ("mixup", "cutmix")}}
         self.fresh = " and ".join(f"{name}={getattr(self.augment, name[8:]):g}" for name, true in fresh.items() if true)
         self.broken: set[str] = set()  # what could not be read so far
+
+    @cached_property
+    def opened(self) -> tuple[Any, Any, int]:
+        """Training images, held-out images, number of classes: found when needed, since an export needs no images."""
+        return (open_folder if self.data.name == "folder" else open_named)(self.data)
+
+    @property
+    def train(self) -> Any:
+        return self.opened[0]
+
+    @property
+    def test(self) -> Any:
+        return self.opened[1]
+
+    @property
+    def images(self) -> int:
+        return len(self.train)
+
+    @property
+    def classes(self) -> int:
+        return self.data.classes or self.opened[2]
 
     def batches(self, learner: str, start: int, batch_size: int, rank: int, ranks: int) -> Iterator[Samples]:
         if batch_size > self.images:

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import vkd_kernels as vk
-
 from ..config import OptionError
+from ..projections import make_feature_loss
 from . import models
 
 
@@ -49,7 +48,11 @@ class DistilledStudent(nn.Module):
         self.student, self.distill, self.labelled_share = student, distill, labelled_share
         self.feature_loss: Any = None
         if distill.weight:
-            self.feature_loss = make_feature_loss(distill, student.num_features, teacher_dim, process_group)
+            self.feature_loss = make_feature_loss(
+                distill.projection, student.num_features, teacher_dim, scale=distill.scale, beta=distill.beta,
+                normalization=distill.normalization, process_group=process_group,
+                eps=distill.eps or (1e-3 if distill.normalization == "whiten" else 1e-5),
+            )  # fmt: skip
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         tokens, logits, distilled = models.run(self.student, batch.images)
@@ -100,45 +103,3 @@ def resampled(tokens: torch.Tensor, count: int) -> torch.Tensor:  # (N, P, C) ->
         )
     grid = tokens.float().transpose(1, 2).unflatten(2, (before, before))
     return F.interpolate(grid, (after, after), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
-
-
-# ---- the feature loss ------------------------------------------------------------------------------------------------
-
-
-def make_feature_loss(distill: Any, student_dim: int, teacher_dim: int, process_group: Any = None) -> nn.Module:
-    """The paper's, `OrthoProjLoss`, or the same loss through another projection, to compare it with."""
-    eps = distill.eps or (1e-3 if distill.normalization == "whiten" else 1e-5)
-    options = {"normalization": distill.normalization, "beta": distill.beta, "eps": eps}
-    if distill.projection == "orthogonal":
-        return vk.OrthoProjLoss.for_task(
-            "classification", student_dim, teacher_dim, scale=distill.scale, process_group=process_group, **options
-        )
-    if distill.scale == "learned":
-        raise OptionError("distill.scale: learned goes with distill.projection=orthogonal")
-    scale = math.sqrt(teacher_dim / student_dim) if distill.scale == "match" else distill.scale
-    other = LinearProjection if distill.projection == "linear" else NoProjection
-    return other(student_dim, teacher_dim, scale=scale, process_group=process_group, **options)
-
-
-class LinearProjection(nn.Module):
-    """The feature loss through any trained matrix."""
-
-    def __init__(self, student_dim: int, teacher_dim: int, **options: Any) -> None:
-        super().__init__()
-        self.projection: Any = nn.Linear(student_dim, teacher_dim, bias=False)
-        self.options = options
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters()}
-
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return vk.functional.ortho_proj_loss(student, teacher, self.projection.weight, **self.options)
-
-
-class NoProjection(LinearProjection):
-    """The feature loss with nothing trained: the student's channels are the teacher's first ones, the rest zero."""
-
-    def __init__(self, student_dim: int, teacher_dim: int, **options: Any) -> None:
-        super().__init__(student_dim, teacher_dim, **options)
-        self.projection = nn.Module()
-        self.projection.register_buffer("weight", torch.eye(teacher_dim, student_dim), persistent=False)

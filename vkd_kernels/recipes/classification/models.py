@@ -25,8 +25,8 @@ from ..runs import RunError
 
 STEM_WIDTH = 64
 STUDENTS = {
-    "vkd_deit_tiny": {"embed_dim": 192, "num_heads": 3},
-    "vkd_deit_small": {"embed_dim": 384, "num_heads": 6},
+    "vkd_deit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vkd_deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
 }
 DIGITS_STUDENT, DIGITS_TEACHER = "digits_vit", "digits_cnn"
 SHOWN = 4  # differences that an error lists
@@ -87,7 +87,7 @@ def paper_student(config: Any, shape: Shape) -> DistilledViT:
         raise OptionError(f"data.size: {config.name} takes patches of 16 pixels, got {shape.size}")
     return DistilledViT(
         img_size=shape.size, in_chans=shape.channels, num_classes=shape.classes, drop_path_rate=config.drop_path,
-        depth=12, **STUDENTS[config.name],
+        **STUDENTS[config.name],
     )  # fmt: skip
 
 
@@ -127,9 +127,9 @@ def digits_vit(config: Any, shape: Shape) -> Model:
     model: Model = VisionTransformer(
         img_size=shape.size, patch_size=config.patch, in_chans=shape.channels, num_classes=shape.classes,
         embed_dim=config.width, depth=config.depth, num_heads=config.heads, mlp_ratio=config.mlp_ratio, reg_tokens=1,
-        drop_path_rate=config.drop_path, global_pool="avg", fc_norm=False,
+        drop_path_rate=config.drop_path, global_pool="avg", fc_norm=False, weight_init="reset",
     )  # fmt: skip
-    # Not the usual 0.02: in a few hundred steps nothing smaller grows enough to tell the patches apart.
+    # PyTorch's initial weights, and positions of 0.5: in a few hundred steps timm's 0.02 for both doesn't grow enough.
     nn.init.normal_(model.pos_embed, std=0.5)
     return model
 
