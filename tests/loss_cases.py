@@ -98,6 +98,28 @@ class Case:
             assert error(gradient, truth[1][name]) <= slack * limit, name
 
 
+def poison_new_tensors(monkeypatch):
+    """Fills every torch.empty of the operators with NaN (12345 in integers), so that nothing unwritten can pass."""
+
+    def poison(allocate):
+        def allocator(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x if type(x) is not torch.Tensor else x.fill_(torch.nan if x.is_floating_point() else 12345)
+
+        return allocator
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def use_triton(monkeypatch):
+    """The interface takes the kernels, interpreted, for CPU tensors."""
+    from vkd_kernels.ortho_proj_loss import interface, triton_op
+
+    core = interface.Core(triton_op.fused_losses, triton_op.fused_orthonormal_mses, triton_op)
+    monkeypatch.setattr(interface, "_core", lambda *args: core)
+
+
 def error(value, truth):
     """Relative Frobenius error."""
     return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()

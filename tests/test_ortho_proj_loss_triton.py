@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from loss_cases import DTYPES, OPTIONS, SHAPES, Case, composition, error  # noqa: E402
+from loss_cases import (  # noqa: E402
+    DTYPES,
+    OPTIONS,
+    SHAPES,
+    Case,
+    composition,
+    error,
+    poison_new_tensors,
+    use_triton,
+)
 
 from vkd_kernels.ortho_proj_loss import interface, operators, schedule, triton_op  # noqa: E402
 from vkd_kernels.ortho_proj_loss import triton_kernels as kernels  # noqa: E402
@@ -40,15 +49,7 @@ def slack(dtype):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    def poison(allocate):
-        def allocator(*args, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x if type(x) is not torch.Tensor else x.fill_(torch.nan if x.is_floating_point() else 12345)
-
-        return allocator
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    poison_new_tensors(monkeypatch)
 
 
 def test_kernels_are_interpreted_without_a_gpu():
@@ -360,12 +361,6 @@ def test_compiles_without_a_break(form, dynamic, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- the interface
-
-
-def use_triton(monkeypatch):
-    """The interface takes the kernels for CPU tensors."""
-    core = interface.Core(triton_op.fused_losses, triton_op.fused_orthonormal_mses, triton_op)
-    monkeypatch.setattr(interface, "_core", lambda *args: core)
 
 
 @pytest.mark.parametrize("normalization", interface.NORMALIZATIONS)

@@ -219,22 +219,12 @@ class FeatureDistiller(nn.Module):
         for name in masks:
             _checks.check_choice("a key of masks", name, [*(pair.name for pair in self.pairs), "logits"])
         output, teacher_output, features = self._run(student_arguments, teacher_arguments, masks)
-        weights = {shape: stack().unbind(0) for shape, stack in self.projections.items()}
+        weights = {shape: stack() for shape, stack in self.projections.items()}
         losses, found, total = {}, {}, 0.0
-        for index, (pair, (x, y, mask)) in enumerate(zip(self.pairs, features, strict=True)):
-            shape, slot = self._slots[index]
-            if f"{y.shape[-1]}x{x.shape[-1]}" != shape:
-                raise ValueError(
-                    f"pair {pair.name!r}: its projection is {shape} (teacher x student channels); got student rows of "
-                    f"shape {tuple(x.shape)} and teacher rows of shape {tuple(y.shape)}"
-                )
-            scale = self.scales[str(index)].reshape(()) if str(index) in self.scales else self._fixed_scales[index]
-            losses[pair.name] = interface.projected_loss(
-                x, y, weights[shape][slot], scale=scale, bias=None, mask=mask,
-                normalization=pair.normalization, loss=pair.loss, beta=pair.beta, eps=pair.eps, reduction="mean",
-                process_group=self.process_group.group, backend=self.backend, orthonormal=y.shape[-1] >= x.shape[-1],
-            )  # fmt: skip
-            total = total + pair.weight * losses[pair.name]
+        compared = self._pair_losses(features, weights)
+        for pair, (shape, slot), (x, y, mask), loss in zip(self.pairs, self._slots, features, compared, strict=True):
+            losses[pair.name] = loss
+            total = total + pair.weight * loss
             if metrics:
                 pairs_own = diagnostics.metrics(
                     x, y, weights[shape][slot], mask=mask, process_group=self.process_group.group
@@ -247,6 +237,41 @@ class FeatureDistiller(nn.Module):
             by_pair = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
             return output, {**losses, "total": total}, {"loss": total.detach(), **by_pair, **found}
         return output, {**losses, "total": total}
+
+    def _pair_losses(self, features, weights):
+        """The losses of all pairs, those of equal shape and options together."""
+        groups: dict[tuple, list[int]] = {}
+        for index, (pair, (shape, _), (x, y, _)) in enumerate(zip(self.pairs, self._slots, features, strict=True)):
+            if f"{y.shape[-1]}x{x.shape[-1]}" != shape:
+                raise ValueError(
+                    f"pair {pair.name!r}: its projection is {shape} (teacher x student channels); got student rows of "
+                    f"shape {tuple(x.shape)} and teacher rows of shape {tuple(y.shape)}"
+                )
+            scale = "learned" if str(index) in self.scales else self._fixed_scales[index]
+            kind = shape, pair.normalization, pair.loss, pair.beta, pair.eps, scale, x.dtype, y.dtype, str(x.device)
+            groups.setdefault(kind, []).append(index)
+        losses = {}
+        for (shape, normalization, loss, beta, eps, scale, *_), members in groups.items():
+            xs, ys, masks = (list(values) for values in zip(*(features[i] for i in members), strict=True))
+            options = {
+                "bias": None, "normalization": normalization, "loss": loss, "beta": beta, "eps": eps,
+                "reduction": "mean", "process_group": self.process_group.group, "backend": self.backend,
+                "orthonormal": ys[0].shape[-1] >= xs[0].shape[-1],
+            }  # fmt: skip
+            if scale == "learned":
+                scale = torch.cat([self.scales[str(i)] for i in members])
+            if len(members) == 1:
+                if isinstance(scale, torch.Tensor):
+                    scale = scale.reshape(())
+                weight = weights[shape][self._slots[members[0]][1]]
+                found = [interface.projected_loss(xs[0], ys[0], weight, scale=scale, mask=masks[0], **options)]
+            else:
+                weight = weights[shape]
+                if len(members) < len(weight):
+                    weight = torch.stack([weight[self._slots[i][1]] for i in members])
+                found = interface.projected_losses(xs, ys, weight, scale=scale, masks=masks, **options).unbind(0)
+            losses |= dict(zip(members, found, strict=True))
+        return [losses[index] for index in range(len(self.pairs))]
 
     def _run(self, student_arguments, teacher_arguments, masks):
         """(student's output, teacher's output, (student's rows, teacher's rows, mask of the rows) for every pair)."""

@@ -118,13 +118,13 @@ def groups(rows: list[int], s: int, t: int, dtype: torch.dtype, workspace_bytes:
     """How many losses of equal S and T each launch takes, in their order: neighbours of few rows together, up to LEVELS
     of them whose G fits the workspace; one of many rows by itself."""
     sizes: list[int] = []
-    held = 0  # rows of the group that is open, 0 after a loss of many rows
+    held = None  # rows of the launch that is open to more; None: there is none
     for n in rows:
         pooled = choose(n, s, t, dtype, workspace_bytes).pooled
-        if pooled and held and sizes[-1] < LEVELS and (held + n) * t * dtype.itemsize <= workspace_bytes:
+        if pooled and held is not None and sizes[-1] < LEVELS and (held + n) * t * dtype.itemsize <= workspace_bytes:
             sizes[-1] += 1
             held += n
         else:
             sizes.append(1)
-            held = n if pooled else 0
+            held = n if pooled else None
     return sizes
