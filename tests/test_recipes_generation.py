@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("lightning_fabric", reason="needs the extra [recipes]: lightning-fabric")
@@ -147,36 +146,58 @@ def test_frechet_distance_agrees_with_the_matrix_square_root_of_scipy():
 def test_moments_are_those_of_all_images_however_they_are_cut():
     torch.manual_seed(2)
     classifier, images = models.Classifier((4, 6), DIGITS).eval(), torch.rand(23, 1, 8, 8)
-    judge = metrics.ClassifierDistance(images.split(7), cpu(), classifier)
+    judge = metrics.FrechetDistance(images.split(7), cpu(), metrics.features_of(classifier))
     features = classifier.features(images).double()
     torch.testing.assert_close(judge.real, (features.mean(0), torch.cov(features.T)), rtol=1e-6, atol=1e-9)
     assert judge(images.split(5)) < 1e-6 < judge((images + 0.3).split(5))
 
 
-class Pixels(nn.Module):
-    num_features = 12
-
-    def forward(self, images):  # (N, 3, H, W) uint8
-        return F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-
-
-def test_fid_is_this_distance_in_inceptions_features(monkeypatch):
-    """Inception replaced by pixels, since its weights are no part of any package."""
-    pytest.importorskip("torchmetrics", reason="needs the extra [generation]: torchmetrics")
-    monkeypatch.setattr(metrics, "INCEPTION_CHANNELS", Pixels())
-    real, fake = (torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=engine.generator(i)) for i in (0, 1))
-    fid = metrics.FID(real.split(20), cpu())
-    moments = [(v.mean(0), torch.cov(v.T)) for v in (Pixels()(x).double() for x in (real, fake))]
-    for _ in range(2):  # the real images stay, the generated ones don't add up
-        assert fid(fake.split(30)) == pytest.approx(metrics.frechet_distance(*moments).item(), rel=1e-4)
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Inception with random weights: the real ones are no part of any package."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs the extra [generation]")
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *arguments, **options: {})
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+    torch.save(network.state_dict(), path)
+    return path
 
 
-def test_fid_without_its_library_or_weights_says_what_to_do(monkeypatch, tmp_path):
+def test_fid_is_the_distance_in_the_features_of_torch_fidelitys_inception(inception_file):
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    whole = metrics.inception(str(inception_file), False, cpu())
+    seen = []
+
+    def some(images):
+        features = whole(images)[:, ::64]  # of the 2048, since a matrix of all of them takes long
+        seen.append(features)
+        return features * 1000
+
+    real, fake = (torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=engine.generator(i)) for i in (0, 1))
+    found = metrics.FrechetDistance([real], cpu(), some)([data.as_float(fake)])
+    assert seen[0].shape == (3, 32)
+    statistics = [fid_features_to_statistics(features.double() * 1000) for features in seen]
+    assert found == pytest.approx(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID], rel=1e-3)
+
+
+def test_inception_without_library_or_weights_says_what_to_do(monkeypatch, tmp_path):
+    pytest.importorskip("torch_fidelity", reason="needs the extra [generation]: torch-fidelity")
+    with pytest.raises(OptionError, match=r"metric\.weights: give .* or metric\.download=true"):
+        metrics.inception("", False, cpu())
     with pytest.raises(OptionError, match=r"metric\.weights: there is no file .*nowhere"):
-        metrics.FID([], cpu(), str(tmp_path / "nowhere"))
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(runs.RunError, match=r"needs torchmetrics and torch-fidelity.*\[generation\]"):
-        metrics.FID([], cpu())
+        metrics.inception(str(tmp_path / "nowhere"), False, cpu())
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"no tensors")
+    for name in ("other.pth", "damaged.pth"):
+        with pytest.raises(runs.RunError, match=rf"cannot read Inception's weights from .*{name}"):
+            metrics.inception(str(tmp_path / name), False, cpu())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(runs.RunError, match=r"needs torch-fidelity.*\[generation\]"):
+        metrics.inception(str(tmp_path / "other.pth"), False, cpu())
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------

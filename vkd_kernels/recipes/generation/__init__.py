@@ -149,7 +149,7 @@ class Generation(Training):
     # ---- what it is measured by --------------------------------------------------------------------------------------
 
     @cached_property
-    def judge(self) -> metrics.Judge:
+    def judge(self) -> metrics.FrechetDistance:
         return open_judge(self.config, self.images, self.folder, self.fabric)
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:
@@ -256,14 +256,15 @@ def open_teacher(config: Config, shape: models.Shape, folder: Path, fabric: Any)
     return fabric.to_device(teachers.make_encoder(config.teacher, shape, str(folder / "teacher.safetensors")))
 
 
-def open_judge(config: Config, images: data.Images, folder: Path, fabric: Any) -> metrics.Judge:
+def open_judge(config: Config, images: data.Images, folder: Path, fabric: Any) -> metrics.FrechetDistance:
     """Measures against the held-out images, of which every rank reads its share."""
     real = images.held_out[fabric.global_rank :: fabric.world_size].split(config.metric.batch_size)
     if config.metric.features == "inception":
-        return metrics.FID(real, fabric, config.metric.weights)
+        features = metrics.inception(config.metric.weights, config.metric.download, fabric)
+        return metrics.FrechetDistance(real, fabric, features)
     classifier = models.Classifier(config.teacher.widths, images.shape).requires_grad_(False).eval()
     runs.load_state(classifier, runs.load_safetensors(folder / JUDGE), str(folder / JUDGE))
-    return metrics.ClassifierDistance(real, fabric, fabric.to_device(classifier))
+    return metrics.FrechetDistance(real, fabric, metrics.features_of(fabric.to_device(classifier)))
 
 
 # ---- what the engine calls -------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ class Metric:
     features: str = option(
         "classifier", "classifier (trained on held-out images), or inception: FID", choices=("classifier", "inception")
     )
-    weights: str = option("", "file with Inception's weights; empty: where torch-fidelity keeps or fetches them")
+    weights: str = option("", "file with torch-fidelity's weights of Inception")
+    download: bool = option(False, "let torch-fidelity fetch them")
     samples: int = option(2000, "images to generate for it", source=TRIAL, minimum=2)
     batch_size: int = option(200, "of them at once", minimum=1)
 
