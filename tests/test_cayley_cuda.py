@@ -136,6 +136,21 @@ def test_a_request_overrules_the_choice(monkeypatch):
     assert _backend.choose("cayley", None, "cuda", torch.float32, "torch")[0] == "extension"
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80-real 90-real 100-real 100-virtual", (8, 6), True),  # binary code of its generation
+        ("80-real 90-real 100-real 100-virtual", (7, 5), False),
+        ("80-real 90-real 100-real 100-virtual", (12, 0), True),  # PTX
+        ("80-real 90-real", (12, 0), False),
+        ("90a-real", (9, 0), True),
+        ("89-real", (8, 6), False),
+    ],
+)
+def test_whether_a_build_has_code_for_a_gpu(architectures, capability, runs):
+    assert _backend.has_code_for(architectures, capability) is runs
+
+
 def extension_cayley(weight):
     return vk.cayley(weight, backend="extension")
 

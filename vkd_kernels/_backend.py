@@ -64,6 +64,16 @@ def why_no_triton() -> str | None:
     return None
 
 
+def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for "80-real 90-virtual" runs on a GPU: by code for its generation, or PTX for an older one."""
+    for entry in architectures.split():
+        number, kind = entry.split("-")
+        built = divmod(int(number.rstrip("af")), 10)
+        if built <= capability and (kind == "virtual" or built[0] == capability[0]):
+            return True
+    return False
+
+
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """The reason why ``backend`` can't serve ``op`` for tensors of this device and dtype, or None when it can."""
     if backend not in SERVES[op]:
@@ -81,6 +91,10 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
             return reason
         if device_type == "cuda" and module.build_info()["cuda"] is None:
             return "the extension was built without CUDA: " + (_build_record().get("reason") or "unknown reason")
+        if device_type == "cuda" and torch.cuda.is_available():
+            built, (major, minor) = module.build_info()["cuda_architectures"], torch.cuda.get_device_capability()
+            if not has_code_for(built, (major, minor)):
+                return f"the extension was built for the GPU architectures {built} and this GPU is {major}.{minor}"
         if device_type not in ("cpu", "cuda"):
             return f"the extension takes CPU and CUDA tensors; got a tensor on {device_type}"
     return None
