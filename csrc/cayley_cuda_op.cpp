@@ -19,9 +19,6 @@ namespace {
 using at::Tensor;
 namespace cayley = vkd::cayley;
 
-// (..., T, S) as (batch, T, S): a view where the strides allow it.
-Tensor as_batch(const Tensor& x) { return x.dim() == 2 ? x.unsqueeze(0) : x.flatten(0, -3); }
-
 cayley::MatrixBatch strided(const Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -31,15 +28,13 @@ Tensor empty_float64(at::IntArrayRef sizes, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
-  vkd::cayley::check_weight(weight);
+  cayley::check_weight(weight);
   const c10::cuda::CUDAGuard guard(weight.device());
-  const Tensor w = as_batch(weight);
+  const Tensor w = cayley::as_batch(weight);
   const int64_t batch = w.size(0);
   const int t = int(w.size(1)), s = int(w.size(2));
-  auto r_sizes = weight.sizes().vec();
-  r_sizes[r_sizes.size() - 2] = s;
   Tensor q = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
-  Tensor r = empty_float64(r_sizes, weight);
+  Tensor r = empty_float64(cayley::r_sizes(weight), weight);
   if (batch == 0) return {q, r};
   const Tensor workspace = empty_float64({cayley::forward_workspace_cuda(batch, t, s)}, weight);
   const auto run = [&](auto* q_data) {
@@ -53,20 +48,9 @@ std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
 }
 
 Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor& r) {
-  vkd::cayley::check_weight(weight);
-  auto r_sizes = weight.sizes().vec();
-  r_sizes[r_sizes.size() - 2] = weight.size(-1);
-  TORCH_CHECK_VALUE(grad_q.sizes() == weight.sizes(), "grad_q must have the weight's shape ", weight.sizes(), "; got ",
-                    grad_q.sizes());
-  TORCH_CHECK_VALUE(r.sizes() == at::IntArrayRef(r_sizes), "r must have the shape ", r_sizes, "; got ", r.sizes());
-  TORCH_CHECK_TYPE(grad_q.scalar_type() == weight.scalar_type(), "grad_q must be ", weight.scalar_type(),
-                   " as the weight is; got ", grad_q.scalar_type());
-  TORCH_CHECK_TYPE(r.scalar_type() == at::kDouble, "r must be float64; got ", r.scalar_type());
-  TORCH_CHECK_VALUE(grad_q.device() == weight.device() && r.device() == weight.device(),
-                    "grad_q and r must be on the weight's device ", weight.device(), "; got ", grad_q.device(), " and ",
-                    r.device());
+  cayley::check_gradient(grad_q, weight, r);
   const c10::cuda::CUDAGuard guard(weight.device());
-  const Tensor w = as_batch(weight), g = as_batch(grad_q), inverse = r.contiguous();
+  const Tensor w = cayley::as_batch(weight), g = cayley::as_batch(grad_q), inverse = r.contiguous();
   const int64_t batch = w.size(0);
   const int t = int(w.size(1)), s = int(w.size(2));
   Tensor grad = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));

@@ -1,5 +1,7 @@
 """The Cayley transform: invariants, parity with the literal formula, gradients, scales, contract with torch.library."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -63,9 +65,10 @@ def test_a_batch_equals_a_loop(shape, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_strided_weights_and_gradients(backend, dtype):
-    base = torch.randn(2, 9, 14, dtype=dtype)
-    weight = base.transpose(-1, -2)[:, ::2, ::2].requires_grad_()  # (2, 7, 5), no unit stride
+@pytest.mark.parametrize("shape", [(2, 9, 14), (3, 120, 1400)])
+def test_strided_weights_and_gradients(backend, dtype, shape):
+    base = torch.randn(shape, dtype=dtype) / shape[1] ** 0.5
+    weight = base.transpose(-1, -2)[:, ::2, ::2].requires_grad_()  # (2, 7, 5) and (3, 700, 60), no unit stride
     before = base.clone()
     q = vk.cayley(weight, backend=backend)
     grad = torch.autograd.grad(q, weight, torch.ones((), dtype=dtype).expand_as(q))[0]
@@ -74,6 +77,47 @@ def test_strided_weights_and_gradients(backend, dtype):
     torch.testing.assert_close(q, expected)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, copy, torch.ones_like(copy))[0])
     assert torch.equal(base, before)
+
+
+@pytest.fixture
+def threads():
+    """threads(n) sets the number of PyTorch's threads; what it was before comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def value_and_grad(weight, upstream, backend):
+    leaf = weight.detach().clone().requires_grad_()
+    q = vk.cayley(leaf, backend=backend)
+    return q.detach(), torch.autograd.grad(q, leaf, upstream)[0]
+
+
+# csrc/cayley_cpu.cpp chooses by these: tiny; a batch of one size of tile and of several; V in parts; LAPACK for one
+# large matrix when there are several threads, and each thread with a large one of its own.
+@pytest.mark.skipif(_backend.extension()[0] is None, reason="no extension here")
+@pytest.mark.parametrize(
+    "shape", [(5, 3), (9, 20, 7), (6, 32, 32), (7, 90, 80), (1300, 100), (3, 1200, 33), (1, 300, 257), (3, 300, 257)]
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_number_of_threads_against_float64(shape, count, threads):
+    threads(count)
+    for dtype, limits in ((torch.float32, (1e-7, 1e-6)), (torch.float64, (1e-13, 1e-13))):
+        weight, upstream = torch.randn(2, *shape, dtype=dtype) / shape[-1] ** 0.5
+        truth = value_and_grad(weight.double(), upstream.double(), "torch")
+        for got, expected, limit in zip(value_and_grad(weight, upstream, "extension"), truth, limits, strict=True):
+            assert (got - expected).norm() <= limit * expected.norm()
+
+
+def test_calls_from_two_threads_at_once(threads):
+    threads(2)
+    cases = [torch.randn(2, *shape) for shape in ((3, 70, 60), (300, 257), (5, 3))]
+    expected = [value_and_grad(*case, None) for case in cases]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda i: value_and_grad(*cases[i % 3], None), range(6)))
+    for i, got in enumerate(results):
+        for a, b in zip(got, expected[i % 3], strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,6 +160,20 @@ def test_float32_gradient_is_as_good_as_the_composition(backend, scale):
     error = (gradient(lambda w: vk.cayley(w, backend=backend), weight) - truth).norm() / truth.norm()
     allowed = (gradient(composition, weight) - truth).norm() / truth.norm()
     assert error <= 1.5 * allowed + 1e-7
+
+
+# What docs/method.md says of larger entries: float64 rounds VᵀV by 1e-16 of its norm, and where V is nearly of rank
+# one, that falls on directions in which R is of size one.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("rank", "largest", "limit"),
+    [(192, 1e5, 1e-6), (192, 1e6, 1e-4), (1, 1e3, 3e-6), (1, 1e4, 3e-4)],
+)
+def test_how_orthonormality_ends_with_growing_entries(rank, largest, limit, backend):
+    for t in (3024, 200):
+        weight = torch.randn(t, rank) @ torch.randn(rank, 192) if rank < 192 else torch.randn(t, 192)
+        weight *= largest / weight.abs().max()
+        assert orthogonality_error(vk.cayley(weight, backend=backend)) <= limit
 
 
 def test_zero_weight_gives_the_identity():
@@ -220,6 +278,23 @@ class TestExtensionOps:
             torch.ops.vkd_kernels.cayley_forward(torch.randn(3, 5))
         with pytest.raises(TypeError, match="float32 or float64"):
             torch.ops.vkd_kernels.cayley_forward(torch.randn(5, 3).half())
+        with pytest.raises(ValueError, match="at most 1073741824 rows"):
+            torch.ops.vkd_kernels.cayley_forward(torch.zeros(1, 1).expand(2**30 + 1, 1))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda q, r: (q[:4], r), ValueError, r"grad_q must have the weight's shape \[5, 3\]; got \[4, 3\]"),
+            (lambda q, r: (q, r[:2]), ValueError, r"r must have the shape \[3, 3\]; got \[2, 3\]"),
+            (lambda q, r: (q.double(), r), TypeError, "grad_q must be Float as the weight is; got Double"),
+            (lambda q, r: (q, r.float()), TypeError, "r must be float64; got Float"),
+        ],
+    )
+    def test_schema_checks_of_the_gradient(self, change, error, message):
+        weight = torch.randn(5, 3)
+        grad_q, r = change(*torch.ops.vkd_kernels.cayley_forward(weight))
+        with pytest.raises(error, match=message):
+            torch.ops.vkd_kernels.cayley_backward(grad_q, weight, r)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

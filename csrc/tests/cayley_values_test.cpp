@@ -189,6 +189,29 @@ void low_rank(int m, int s, double u, unsigned seed) {
   invariants<float>(what, w, t, s, 1e-2, 1e-6);
 }
 
+// Rows of very different scale, and entries far beyond those of a trained weight: docs/method.md has the figures.
+void large_entries(int t, int s) {
+  const auto largest = [](std::vector<float> w, double value) {
+    float most = 0;
+    for (float x : w) most = std::max(most, std::fabs(x));
+    for (float& x : w) x *= float(value / most);
+    return w;
+  };
+  auto rows = random_weight<float>(1, t, s, 1, 1, 1, 21);
+  for (int i = 0; i < t; ++i)
+    for (int j = 0; j < s; ++j) rows[size_t(i) * s + j] *= float(std::pow(10.0, i * 89 % t * 6.0 / t - 3));
+  invariants<float>("rows 1e-3..1e3", rows, t, s, 1e-6, 1e-6);
+  const auto random = random_weight<float>(1, t, s, 1, 1, 1, 22);
+  invariants<float>("entries to 1e5", largest(random, 1e5), t, s, 1, 1e-6);
+  invariants<float>("entries to 1e6", largest(random, 1e6), t, s, 1, 1e-4);
+  const auto left = random_weight<float>(1, t, 1, 1, 1, 1, 23), right = random_weight<float>(1, s, 1, 1, 1, 1, 24);
+  std::vector<float> outer(random.size());
+  for (int i = 0; i < t; ++i)
+    for (int j = 0; j < s; ++j) outer[size_t(i) * s + j] = left[i] * right[j];
+  invariants<float>("rank 1, entries to 1e3", largest(outer, 1e3), t, s, 1, 3e-6);
+  invariants<float>("rank 1, entries to 1e4", largest(outer, 1e4), t, s, 1, 3e-4);
+}
+
 int main() {
   const auto start = std::chrono::steady_clock::now();
   for (int s : {1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 32, 33, 47, 48, 63, 64, 65, 80, 95, 96, 97, 127, 128, 129, 150})
@@ -216,6 +239,7 @@ int main() {
     for (int m : {1, 3, 5, 50, 300})
       for (double u : {0.01, 1.0, 1e3}) low_rank(m, s, u, unsigned(100 * s + m));
   invariants<float>(3024, 192, 0.1, 0.1, 0.1, 1e-12, 1e-6);
+  for (int t : {200, 3024}) large_entries(t, 192);
   for (int s : {256, 333, 511, 768, 1000, 1024}) invariants<float>(s + 70, s, 0.05, 0.05, 0.05, 1e-12, 1e-6);
   invariants<double>(1024, 1024, 1, 1, 1, 1e-11, 1e-11);
 
