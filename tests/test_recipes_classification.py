@@ -747,7 +747,7 @@ def test_one_step_of_a_paper_recipe_at_full_size(name, student, regnet, tmp_path
     run = context(tmp_path, c)
     teacher = teachers.Teacher(c, RandomImages(), tmp_path, run)
     teacher.model = regnet.eval()
-    training = classification.Classification(c, RandomImages(), teacher, run)
+    training = classification.Classification(c, RandomImages(), teacher, 1, run)
     before = {key: value.detach().clone() for key, value in training.model.named_parameters()}
     result = engine.fit(training, c.run, run)
     same = [key for key, value in training.model.named_parameters() if torch.equal(value, before[key])]

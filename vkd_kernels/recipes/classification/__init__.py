@@ -33,7 +33,7 @@ PRIMARY = Metric("accuracy", "accuracy %")
 ARMS = {
     "alone": Arm("student alone", {"distill.logit_weight": 0.0, "distill.weight": 0.0}),
     "logits": Arm("logit distillation", {"distill.weight": 0.0}),
-    "logits-longer": Arm("logit distillation, equal time", {"distill.weight": 0.0}, longer=1.25),
+    "logits-longer": Arm("logit distillation, equal time", {"distill.weight": 0.0}, longer=1.15),
     "linear": Arm("logits + linear projection", {"distill.projection": "linear"}),
     "vkd": Arm("V_kD as published (scale 1)", {"distill.projection": "orthogonal", "distill.scale": 1.0}),
     "vkd-match": Arm('V_kD, scale="match"', {"distill.projection": "orthogonal", "distill.scale": "match"}),
@@ -44,25 +44,22 @@ DEFAULTS = Defaults(arms=tuple(ARMS), seeds=3, baseline="logits", focus=("vkd", 
 class Classification(Training):
     """One student of one seed, in one arm."""
 
-    def __init__(self, config: Config, data: Data, teacher: Teacher | None, context: Context) -> None:
+    def __init__(self, config: Config, data: Data, teacher: Teacher | None, steps: int, context: Context) -> None:
         self.config, self.data, self.teacher, self.fabric = config, data, teacher, context.fabric
-        distill, ranks = config.distill, context.fabric.world_size
-        self.learner = "distilled" if distill.weight or distill.logit_weight else "alone"
-        student = models.make_student(config.student, models.shape_of(data))
-        if ranks > 1 and self.fabric.device.type == "cuda":
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # as one device with the whole batch
-        share = data.labelled_share if self.learner == "distilled" else 1.0
-        width = models.teacher_width(config.teacher, models.shape_of(data)) if distill.weight else 0
+        distill, shape = config.distill, models.shape_of(data)
+        student = synchronised(models.make_student(config.student, shape), context)
+        share = data.labelled_share if needs_teacher(config) else 1.0
+        width = models.teacher_width(config.teacher, shape) if distill.weight else 0
         model = losses.DistilledStudent(student, distill, width, share, context.process_group)
         self.feature_loss = model.feature_loss
-        super().__init__(model, student, config.optim, config.optim.total_steps(data.images) if teacher else 0)
-        if self.learner == "alone":
+        super().__init__(model, student, config.optim, steps)
+        if not needs_teacher(config):
             self.images_per_step = round(config.optim.batch_size * data.labelled_share)
 
     def batches(self, start: int) -> Iterator[losses.Batch]:
-        f, distill = self.fabric, self.config.distill
-        for samples in self.data.batches(self.learner, start, self.optim.batch_size, f.global_rank, f.world_size):
-            logits, features = self.teacher(samples) if self.learner == "distilled" and self.teacher else (None, None)
+        f, distill, learner = self.fabric, self.config.distill, "distilled" if self.teacher else "alone"
+        for samples in self.data.batches(learner, start, self.optim.batch_size, f.global_rank, f.world_size):
+            logits, features = self.teacher(samples) if self.teacher else (None, None)
             images, targets = f.to_device((samples.images, samples.targets))
             yield losses.Batch(
                 images, targets, logits if distill.logit_weight else None, features if distill.weight else None
@@ -75,9 +72,8 @@ class Classification(Training):
         """max |PᵀP - I| of the projection, also of the linear one."""
         if self.feature_loss is None:
             return {}
-        return {
-            "max |PᵀP - I|": vk.diagnostics.orthogonality_error(self.feature_loss.projection.weight.detach()).item()
-        }
+        weight = self.feature_loss.projection.weight.detach()
+        return {"max |PᵀP - I|": vk.diagnostics.orthogonality_error(weight).item()}
 
     def example(self) -> tuple[torch.Tensor]:
         return (torch.zeros(2, self.data.channels, self.data.size, self.data.size),)
@@ -88,7 +84,7 @@ class TeacherTraining(Training):
 
     def __init__(self, config: Config, data: Data, context: Context) -> None:
         self.config, self.data, self.fabric, t = config, data, context.fabric, config.teacher
-        teacher = models.make_teacher(t, models.shape_of(data))
+        teacher = synchronised(models.make_teacher(t, models.shape_of(data)), context)
         optim = dataclasses.replace(
             config.optim, lr=t.lr, min_lr=0.0, steps=t.steps, epochs=0.0, batch_size=t.batch_size, accumulate=1, ema=0.0
         )
@@ -102,6 +98,16 @@ class TeacherTraining(Training):
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:
         return accuracy(student, self.data, self.fabric)
+
+
+def needs_teacher(config: Config) -> bool:
+    return bool(config.distill.weight or config.distill.logit_weight)
+
+
+def synchronised(model: nn.Module, context: Context) -> nn.Module:
+    """Batch norm with the statistics of all ranks' images, as on one device. PyTorch has it on GPUs alone."""
+    several = context.fabric.world_size > 1 and context.fabric.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
 
 def accuracy(model: nn.Module, data: Data, fabric: Any) -> dict[str, float]:
@@ -122,9 +128,11 @@ def accuracy(model: nn.Module, data: Data, fabric: Any) -> dict[str, float]:
 
 def train_teacher(config: Config, seed: int, folder: Path, context: Context) -> dict[str, Any]:
     """Train the seed's teacher or read its weights, measure it, and store its answers to fixed views."""
+    found: dict[str, Any] = {}
+    if not needs_teacher(config):
+        return found
     data = open_data(config, seed)
     teacher = Teacher(config, data, folder, context)
-    found: dict[str, Any] = {}
     if trained_here(config):
         result = fit(TeacherTraining(config, data, context), config.run, context, weights="teacher.safetensors")
         found = {name: result[name] for name in ("accuracy", "seconds", "cpu_seconds")}
@@ -139,8 +147,10 @@ def train_teacher(config: Config, seed: int, folder: Path, context: Context) -> 
 def build(config: Config, seed: int, teacher_folder: Path | None, context: Context) -> Classification:
     """One student to be trained; without a teacher's folder, to be evaluated or exported."""
     data = open_data(config, seed)
-    teacher = Teacher(config, data, teacher_folder, context) if teacher_folder else None
-    return Classification(config, data, teacher, context)
+    if teacher_folder is None:
+        return Classification(config, data, None, 0, context)
+    teacher = Teacher(config, data, teacher_folder, context) if needs_teacher(config) else None
+    return Classification(config, data, teacher, config.optim.total_steps(data.images), context)
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -148,9 +158,8 @@ def describe(config: Config) -> dict[str, Any]:
     shape = models.Shape(config.data.classes, config.data.size, 3)
     if config.data.name == "digits" or not config.data.classes:
         shape = models.shape_of(open_data(config, 0))
-    distilled = bool(config.distill.weight or config.distill.logit_weight)
     sides: dict[str, models.Model] = {"student": models.make_student(config.student, shape, empty=True)}
-    if distilled:
+    if needs_teacher(config):
         sides["teacher"] = models.make_teacher(config.teacher, shape, empty=True)
     optim, found = config.optim, dict[str, Any]()
     for side, model in sides.items():

@@ -36,7 +36,11 @@ class Data(Protocol):
         """Training images of one epoch."""
 
     def batches(self, learner: str, start: int, batch_size: int, rank: int, ranks: int) -> Iterator[Samples]:
-        """This rank's share of the batches start, start + 1, ...; `learner` is one of LEARNERS."""
+        """This rank's share of the batches start, start + 1, ...
+
+        `learner`: "distilled" (from labels where there are any, and from a teacher), "alone" (from the labelled images
+        of the same batches), or "teacher" (the teacher itself, with the labels of all images).
+        """
 
     def every_view(self) -> Iterator[torch.Tensor]:
         """All fixed views in the order of their rows, in batches: what a teacher's outputs are stored for."""
@@ -46,13 +50,6 @@ class Data(Protocol):
 
     def fingerprint(self) -> str:
         """Changes with anything that changes `every_view()`."""
-
-
-LEARNERS = (
-    "distilled",  # a student, from labels where there are any and from a teacher
-    "alone",  # a student, from labels: the labelled images of the same batches
-    "teacher",  # with the labels of all images
-)
 
 
 def open_data(config: Any, seed: int) -> Data:

@@ -50,9 +50,11 @@ class Digits:
         self.pool_views = torch.cat([random_affine(self.pool, draw, self.config) for _ in range(self.views)])
 
     def batches(self, learner: str, start: int, batch_size: int, rank: int, ranks: int) -> Iterator[Samples]:
+        size = round(batch_size * self.labelled_share) if learner == "alone" else batch_size
+        if size % ranks:
+            raise OptionError(f"digits.labelled_share: {size} labelled images are not equal parts for {ranks} ranks")
         for step in itertools.count(start):
             samples = self.teachers(step, batch_size) if learner == "teacher" else self.students(step, batch_size)
-            size = round(batch_size * self.labelled_share) if learner == "alone" else batch_size
             mine = slice(rank, size, ranks)
             rows = None if samples.rows is None else samples.rows[mine]
             yield Samples(samples.images[mine], samples.targets[mine], rows)

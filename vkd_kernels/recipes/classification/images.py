@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import signal
+import struct
 import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -30,7 +31,7 @@ from ..runs import RunError
 from .data import Samples, smoothed
 
 ORDER, FRESH, CHOICE, FIXED, MIX = range(5)  # what a draw is for, beside the seed and the numbers
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises for bad files
+BROKEN = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # what bad files make PIL raise
 BROKEN_IN_A_ROW = 20  # so many unreadable images one after the other are no accident
 UNREADABLE = -1  # the label of a held-out image that could not be read
 READ_AT_ONCE = 64  # images of a batch that nothing is learned from
@@ -138,7 +139,8 @@ class ImageData:
 
     def fingerprint(self) -> str:
         """Of the files' names, sizes and times, or of a data set's arrays, and of all that makes a view of them."""
-        digest = hashlib.sha256(repr((self.data, self.augment, self.seed)).encode())
+        how = (self.augment, self.seed) if self.augment.enabled else ()
+        digest = hashlib.sha256(repr((self.data, how)).encode())
         for path, label in getattr(self.train, "samples", ()):
             status = Path(path).stat()
             digest.update(f"{path} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
