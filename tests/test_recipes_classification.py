@@ -217,6 +217,8 @@ def test_digits_batches():
                 )
         if learner != "teacher":
             assert all(torch.equal(views[batch.rows], batch.images) for batch in whole)
+    with pytest.raises(OptionError, match=r"digits\.labelled_share: 4 labelled images are not equal parts for 8 ranks"):
+        take(data, "alone", 0, 1, 0, 8)
     distilled, alone = take(data, "distilled", 5, 1)[0], take(data, "alone", 5, 1)[0]
     assert torch.equal(alone.images, distilled.images[:4]) and torch.equal(alone.targets, distilled.targets[:4])
     torch.testing.assert_close(distilled.targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
@@ -679,6 +681,18 @@ def test_a_teacher_of_other_classes(folder):
     data = images.ImageData(c, 0)
     logits, features = teachers.Teacher(c, data, folder, context(folder / "run"))(take(data, "distilled", 0, 1)[0])
     assert logits.shape == (8, 7) and features.shape == (8, 368)
+
+
+def test_students_alone_need_no_teacher(folder):
+    c = configured(data__name="folder", data__root=str(folder), data__size=32, student__name="resnet10t",
+                   teacher__steps=0, distill__weight=0, distill__logit_weight=0, optim__batch_size=8)  # fmt: skip
+    run = context(folder / "run", c)
+    assert classification.train_teacher(c, 0, folder / "teacher", run) == {}
+    training = classification.build(c, 0, folder / "teacher", run)
+    batch = next(training.batches(0))
+    assert batch.teacher_logits is None and batch.teacher_features is None and training.model.feature_loss is None
+    with pytest.raises(OptionError, match=r"teacher\.weights: give a file"):
+        classification.train_teacher(configured(**{**config.flatten(c), "distill.weight": 1.0}), 0, folder, run)
 
 
 # ---- the paper's recipes ---------------------------------------------------------------------------------------------
