@@ -299,7 +299,13 @@ def test_resume_refuses_a_damaged_or_foreign_folder(tmp_path, capsys, content):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_are_stopped_resumed_and_give_what_one_process_gives(tmp_path):
     words = ["--arms", "vkd", "linear", "--seeds", 1, "student.dropout=0", "distill.normalization=batch_norm"]
-    words += ["optim.accumulate=2", "optim.clip_norm=0.5", "optim.steps=40", "data.slow=0.02"]
+    words += [
+        "student.batch_norm=true",
+        "optim.accumulate=2",
+        "optim.clip_norm=0.5",
+        "optim.steps=40",
+        "data.slow=0.02",
+    ]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *VKD)
     two, one = tmp_path / "two", tmp_path / "one"
     process = start(launcher, *words, "--output", two)
@@ -593,7 +599,7 @@ def test_dry_run_prints_configuration_models_and_steps_and_writes_nothing(tmp_pa
     monkeypatch.chdir(tmp_path)
     assert vkd("distill", "toy_task", "--dry-run", "student.width=7", "--arms", "longer", "vkd") == 0
     text = capsys.readouterr().out
-    assert "student: {width: 7, dropout: 0.1}" in text and "features: [7, 12]" in text
+    assert "student: {width: 7, dropout: 0.1, batch_norm: false}" in text and "features: [7, 12]" in text
     assert "steps: 45" in text and "student: 87 parameters" in text
     assert not list(tmp_path.iterdir())
 

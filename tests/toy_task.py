@@ -42,6 +42,7 @@ class Teacher:
 class Student:
     width: int = option(5, "channels", minimum=1)
     dropout: float = option(0.1, "share of channels dropped", minimum=0, below=1)
+    batch_norm: bool = option(False, "normalise the hidden channels over the batch")
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ class Config:
 
 
 class Net(nn.Module):
-    def __init__(self, width, dropout=0.0):
+    def __init__(self, width, dropout=0.0, batch_norm=False):
         super().__init__()
-        self.body, self.norm, self.head = nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 3)
-        self.dropout = nn.Dropout(dropout)
+        self.body = nn.Linear(6, width, bias=not batch_norm)  # which would have no gradient but rounding's
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+        self.dropout, self.standard = nn.Dropout(dropout), nn.BatchNorm1d(width) if batch_norm else nn.Identity()
 
     def features(self, x):
-        return self.norm(self.body(x).tanh())
+        return self.norm(self.standard(self.body(x)).tanh())
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
@@ -113,7 +115,7 @@ class Distiller(nn.Module):
 class Toy(Training):
     def __init__(self, config, seed, teacher_folder, context):
         self.config, self.seed, self.fabric = config, seed, context.fabric
-        student = Net(config.student.width, config.student.dropout)
+        student = Net(config.student.width, config.student.dropout, config.student.batch_norm)
         if teacher_folder is None:
             super().__init__(student, student, config.optim, config.optim.total_steps(config.data.rows))
         else:

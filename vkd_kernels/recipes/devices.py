@@ -9,6 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vkd_kernels.functional import standardize
 
 from .config import OptionError
 from .runs import RunError
@@ -74,3 +78,41 @@ def on_first_rank(fabric: Fabric | None, action: Callable[[], T]) -> T:
     if not good:
         raise RunError(value)
     return value
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Batch norms inside the model take their statistics from the batches of all ranks: as one device with all rows."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            module.__class__ = BatchNorm  # type: ignore[assignment]
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What SyncBatchNorm is on GPUs, on a CPU."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        rows = x.movedim(1, -1)
+        if self.track_running_stats:
+            self.update(rows.detach().flatten(0, -2))
+        out = standardize(rows, eps=self.eps, process_group=torch.distributed.group.WORLD)
+        return (out * self.weight + self.bias if self.affine else out).movedim(-1, 1)
+
+    def update(self, rows: Tensor) -> None:  # (N, C) of this rank
+        sums = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)]).double()
+        torch.distributed.all_reduce(sums)
+        count, total, squares = sums
+        mean = total / count
+        variance = (squares - count * mean.square()) / (count - 1)
+        self.num_batches_tracked.add_(1)
+        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), share)
+        self.running_var.lerp_(variance.to(self.running_var), share)

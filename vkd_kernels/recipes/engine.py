@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import runs
 from .config import OptionError, option
-from .devices import Fabric
+from .devices import Fabric, synchronise_batch_norm
 from .log import Log
 
 STOP_EVERY = 10  # steps between two times that ranks ask one another whether to stop
@@ -80,7 +80,7 @@ class Optim:
 class Run:
     """How a training is run. Nothing here changes what a training gives; `--resume` may change it."""
 
-    accelerator: str = option("auto", "device; auto: a GPU where there is one", choices=("auto", "cpu", "cuda", "mps"))
+    accelerator: str = option("auto", "device; auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     workers: int = option(0, "processes that load data, per rank", minimum=0)
     log_every: int = option(50, "steps between two lines of metrics", minimum=1)
     eval_every: int = option(0, "steps between two evaluations; 0: only at the end", minimum=0)
@@ -190,6 +190,8 @@ class Fit:
         self.training, self.options, self.context, self.fabric = training, run, context, context.fabric
         check_batch(training.optim, self.fabric)
         self.checkpoint = context.folder / "checkpoint.pt"
+        if self.fabric.world_size > 1:
+            synchronise_batch_norm(training.model, self.fabric.device)
         self.model: Any = self.fabric.setup_module(training.model)
         self.raw_optimizers = training.optimizers()
         self.optimizers: dict[str, Any] = {
@@ -198,7 +200,7 @@ class Fit:
         self.ema = Ema(training.student, training.optim.ema) if training.optim.ema else None
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # of the losses since the last line of the log
-        self.summed = 0
+        self.counts: dict[str, int] = {}
         self.seconds = 0.0  # wall time of the steps alone: no evaluation, no checkpoints
         self.cpu_seconds = 0.0  # the same in this process's processor time, which other programs do not stretch
         self.evaluations: list[dict[str, float]] = []
@@ -266,15 +268,15 @@ class Fit:
         for name, value in losses.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.summed += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def mean_losses(self) -> dict[str, float]:
         """The mean of every loss since the last time, over the ranks too; an error where one is NaN or infinite."""
-        if not self.summed:
+        if not self.sums:
             return {}
-        means: Any = torch.stack(list(self.sums.values())) / self.summed
-        means = self.fabric.all_reduce(means, reduce_op="mean")
-        losses = {f"train/{name}": mean for name, mean in zip(self.sums, means.tolist(), strict=True)}
+        sums: Any = self.fabric.all_reduce(torch.stack(list(self.sums.values())), reduce_op="mean")
+        self.sums = dict(zip(self.sums, sums.unbind(), strict=True))  # every rank's from here on: checkpoints hold one
+        losses = {f"train/{name}": s / self.counts[name] for name, s in zip(self.sums, sums.tolist(), strict=True)}
         if not all(map(math.isfinite, losses.values())):
             raise runs.RunError(
                 f"{self.context.folder}: a loss is not finite around step {self.step} ({losses}); the last checkpoint "
@@ -284,7 +286,7 @@ class Fit:
 
     def write_losses(self, log: Log | None) -> None:
         losses = self.mean_losses()
-        self.sums, self.summed = {}, 0
+        self.sums, self.counts = {}, {}
         rates = {
             "lr" if len(self.raw_optimizers) == 1 else f"lr/{name}": optimizer.param_groups[0]["lr"]
             for name, optimizer in self.raw_optimizers.items()
@@ -341,7 +343,7 @@ class Fit:
         parts |= {f"state/{name}": part for name, part in self.training.state.items()}
         return parts | ({"ema": self.ema.average} if self.ema else {})
 
-    COUNTERS = ("step", "sums", "summed", "seconds", "cpu_seconds", "evaluations")
+    COUNTERS = ("step", "sums", "counts", "seconds", "cpu_seconds", "evaluations")
 
     def save(self, log: Log | None) -> None:
         """Everything that must continue; nothing random is in it, because every step is seeded."""
