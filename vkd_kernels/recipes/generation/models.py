@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -44,6 +45,7 @@ class SmallGenerator(nn.Module):
             nn.Conv2d(second, third, 3, padding=1), BatchNorm(third), nn.ReLU(),
             nn.Conv2d(third, shape.channels, 3, padding=1), nn.Tanh(),
         )  # fmt: skip
+        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (N, latent), (N,) -> (N, C, H, W)
         return self.body(self.project(latents).unflatten(1, (-1, self.grid, self.grid)))

@@ -61,7 +61,7 @@ class Student:
 
     name: str = option("small", "small, or biggan: generator and discriminator", choices=("small", "biggan"))
     latent: int = option(32, "numbers an image is made from", minimum=1)
-    widths: tuple[int, ...] = option((64, 64, 32), "channels of small", source=TRIAL, minimum=1)
+    widths: tuple[int, ...] = option((64, 48, 24), "channels of small", minimum=1)
     width: int = option(256, "channels of biggan", source=BIGGAN, minimum=8)
     attention: int = option(0, "side of biggan's map with self-attention; 0: none", source=BIGGAN, minimum=0)
 
@@ -69,7 +69,7 @@ class Student:
 @dataclass(frozen=True)
 class Discriminator:
     widths: tuple[int, ...] = option(
-        (24, 48, 48), "channels of small; the last is the distilled feature's", source=TRIAL, minimum=1
+        (16, 32, 48), "channels of small; the last is the distilled feature's", source=TRIAL, minimum=1
     )
     width: int = option(256, "channels of biggan", source=BIGGAN, minimum=8)
     attention: int = option(0, "side of biggan's map with self-attention; 0: none", source=BIGGAN, minimum=0)
