@@ -23,13 +23,15 @@ LIMITS = {"output": 1e-6, "gradients": 1e-5, "orthogonality": 1e-4}
 OWN_PRODUCTS = "its own float32 matrix products"
 
 # (shape of the weight, whether PyTorch's maps run too)
-CPU_SHAPES = [((768, 64), True), ((3024, 192), False), ((6, 256, 256), False)]
+CPU_SHAPES = [
+    ((768, 64), True), ((3024, 192), False), ((6, 256, 256), False), ((12, 768, 384), False), ((64, 64, 64), False),
+]  # fmt: skip
 GPU_SHAPES = [((3024, 192), True), ((6, 256, 256), True), ((12, 768, 384), False), ((1024, 1024), False)]
 SCALING = {
     "cpu": {
         "t": [(t, 64) for t in (64, 256, 1024, 4096)],
-        "s": [(1024, s) for s in (32, 64, 128, 256)],
-        "batch": [(b, 64, 64) for b in (1, 4, 16, 64)],
+        "s": [(1024, s) for s in (32, 64, 128, 256, 512)],
+        "batch": [(b, 64, 64) for b in (1, 4, 16, 64, 256)],
     },
     "cuda": {
         "t": [(t, 192) for t in (192, 768, 3072, 12288)],
