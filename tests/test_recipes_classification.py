@@ -24,7 +24,7 @@ import safetensors.torch
 from PIL import Image
 
 from vkd_kernels import cli
-from vkd_kernels.recipes import classification, config, devices, engine, runs, tasks
+from vkd_kernels.recipes import classification, config, devices, engine, runs, tasks, workers
 from vkd_kernels.recipes.classification import digits, images, losses, models, teachers
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
@@ -49,7 +49,7 @@ def one_thread():
 @pytest.fixture
 def here(monkeypatch):
     """Trains in this process: worker processes and their signals are test_recipes_engine.py's."""
-    monkeypatch.setattr(runs, "perform", lambda tasks, *, jobs, quiet: runs.perform_here(tasks, quiet=quiet))
+    monkeypatch.setattr(workers, "perform", lambda tasks, *, jobs, quiet: workers.perform_here(tasks, quiet=quiet))
 
 
 def configured(**values):
@@ -88,7 +88,7 @@ def context(folder, config=None):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classification") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "perform", lambda tasks, *, jobs, quiet: runs.perform_here(tasks, quiet=quiet))
+        patch.setattr(workers, "perform", lambda tasks, *, jobs, quiet: workers.perform_here(tasks, quiet=quiet))
         assert cli.main(["distill", "classification", "--output", str(folder), *RUN, *TINY]) == 0
     return folder
 

@@ -95,7 +95,7 @@ class StopAt(runs.Worker):
     """Asks a training to stop before a step."""
 
     def __init__(self, step):
-        self.left, self.signal_number = step, signal.SIGTERM
+        self.left = step
 
     signal = signal.SIGTERM
 
@@ -182,8 +182,8 @@ def test_tensorboard(tmp_path):
 
 def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tmp_path):
     folder = tmp_path / "run"
-    process = start(VKD, *ARMS, "--output", folder, "--jobs", 2, "data.slow=0.02")
-    wait_for(process, lambda: list(folder.glob("*/*/metrics.jsonl")))
+    process = start(VKD, *ARMS, "--output", folder, "--jobs", 2, "run.slow=0.1")
+    wait_for(process, lambda: any(path.stat().st_size for path in folder.glob("*/*/metrics.jsonl")))
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
@@ -192,7 +192,7 @@ def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tm
     saved = [runs.load_tensors(path)["counters"]["step"] for path in folder.rglob("checkpoint.pt")]
     assert any(0 < step < 45 for step in saved), "the interruption missed every loop: nothing is tested"
 
-    assert distill(folder, "--resume") == 0  # data.slow is read from the folder
+    assert distill(folder, "--resume", "run.slow=0") == 0
     assert outcome(folder) == outcome(finished)
     assert distill(folder, "--resume", "--seeds", 1, "--arms", "vkd") == 0  # done already: reported anew
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 1
@@ -200,7 +200,7 @@ def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tm
 
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
-    process = start(VKD, *ARMS, "--output", folder, "--jobs", 0, "data.slow=0.02", "run.save_every=3")
+    process = start(VKD, *ARMS, "--output", folder, "--jobs", 0, "run.slow=0.05", "run.save_every=3")
     checkpoint = folder / "alone" / "seed-00" / "checkpoint.pt"
     wait_for(process, lambda: checkpoint.exists() and runs.load_tensors(checkpoint)["counters"]["step"] >= 6)
     process.kill()
@@ -216,7 +216,7 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(finished, tmp_pat
         patch.setattr(
             toy_task.Toy, "batches", lambda self, start, f=toy_task.Toy.batches: (seen.append(start), f(self, start))[1]
         )
-        assert distill(folder, "--resume") == 0
+        assert distill(folder, "--resume", "run.slow=0") == 0
     assert seen[0] == step and seen[1:] == [0] * 7
     assert outcome(folder) == outcome(finished)
     assert not list(folder.rglob("*.partial-*"))
@@ -299,16 +299,10 @@ def test_resume_refuses_a_damaged_or_foreign_folder(tmp_path, capsys, content):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_are_stopped_resumed_and_give_what_one_process_gives(tmp_path):
     words = ["--arms", "vkd", "linear", "--seeds", 1, "student.dropout=0", "distill.normalization=batch_norm"]
-    words += [
-        "student.batch_norm=true",
-        "optim.accumulate=2",
-        "optim.clip_norm=0.5",
-        "optim.steps=40",
-        "data.slow=0.02",
-    ]
+    words += ["student.batch_norm=true", "optim.accumulate=2", "optim.clip_norm=0.5", "optim.steps=40"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *VKD)
     two, one = tmp_path / "two", tmp_path / "one"
-    process = start(launcher, *words, "--output", two)
+    process = start(launcher, *words, "--output", two, "run.slow=0.1")
     wait_for(process, lambda: (two / "vkd/seed-00/metrics.jsonl").exists())
     process.terminate()
     _, errors = process.communicate(timeout=100)
@@ -317,11 +311,11 @@ def test_two_ranks_are_stopped_resumed_and_give_what_one_process_gives(tmp_path)
     step = runs.load_tensors(two / "vkd/seed-00/checkpoint.pt")["counters"]["step"]
     assert 0 <= step < 40 and step % engine.STOP_EVERY == 0
 
-    process = start(launcher, "--resume", "--output", two)
+    process = start(launcher, "--resume", "--output", two, "run.slow=0")
     printed, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert printed.count("test error") >= 1 and printed.count("running in") + printed.count("resuming in") == 1
-    assert distill(one, *words, "data.slow=0") == 0
+    assert distill(one, *words) == 0
     (found, _, _), (expected, _, _) = outcome(two), outcome(one)
     for a, b in zip(found, expected, strict=True):
         assert a["error"] == pytest.approx(b["error"], rel=1e-4)

@@ -30,7 +30,6 @@ ARMS = {
 class Data:
     rows: int = option(64, "training rows", minimum=1)
     missing: str = option("", "a folder that the training needs")
-    slow: float = option(0.0, "seconds that a step waits", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,18 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Slow(Run):
+    slow: float = option(0.0, "seconds that a step waits", minimum=0)
+
+
+@dataclass(frozen=True)
 class Config:
     data: Data = section(Data)
     teacher: Teacher = section(Teacher)
     student: Student = section(Student)
     distill: Distill = section(Distill)
     optim: Optim = section(Optim, steps=30, batch_size=8, lr=1e-2, warmup=0.1, ema=0.9, sources={"lr": "a guess"})
-    run: Run = section(Run, accelerator="cpu", log_every=7, eval_every=10, save_every=9, tensorboard=False)
+    run: Slow = section(Slow, accelerator="cpu", log_every=7, eval_every=10, save_every=9, tensorboard=False)
 
     def __post_init__(self):
         if self.teacher.width > 100:
@@ -131,8 +135,8 @@ class Toy(Training):
     def batches(self, start):
         step = start
         while True:
-            if self.config.data.slow:
-                time.sleep(self.config.data.slow)
+            if self.config.run.slow:
+                time.sleep(self.config.run.slow)
             rows = torch.randint(len(self.x), (self.optim.batch_size,), generator=generator(self.seed, step))
             mine = rows[self.fabric.global_rank :: self.fabric.world_size]
             yield self.x[mine], self.y[mine]

@@ -17,7 +17,7 @@ import torch
 import vkd_kernels
 
 from . import config as configs
-from . import devices, engine, report, runs, tasks
+from . import devices, engine, report, runs, tasks, workers
 from .config import OptionError
 from .tasks import Arm
 
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue the run in --output, by default the newest one (if there is none, begin one)",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, metavar="N", default=runs.cores(),
+        "--jobs", type=int, metavar="N", default=workers.cores(),
         help="worker processes of one thread, on a CPU; 0: in this process, with its threads (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print configuration, model sizes and steps; do nothing")
@@ -211,7 +211,7 @@ def train_arm(name: str, config: Any, arm: str, seed: int, root: Path, fabric: A
     engine.fit(training, config.run, context)
 
 
-def make_tasks(experiment: Experiment, root: Path, fabric: Any = None) -> list[runs.Task]:
+def make_tasks(experiment: Experiment, root: Path, fabric: Any = None) -> list[workers.Task]:
     e = experiment
     has_teacher = tasks.load(e.task).train_teacher is not None
     found = []
@@ -219,14 +219,14 @@ def make_tasks(experiment: Experiment, root: Path, fabric: Any = None) -> list[r
         teacher = f"teacher {seed}"
         if has_teacher:
             done = teacher_folder(root, seed) / "done.json"
-            found.append(runs.Task(teacher, done, 0, train_teacher, (e.task, e.config, seed, root, fabric)))
+            found.append(workers.Task(teacher, done, 0, train_teacher, (e.task, e.config, seed, root, fabric)))
         for name, arm in e.arms.items():
             config = arm.apply(e.config)
             result = arm_folder(root, name, seed) / "result.json"
             arguments = (e.task, config, name, seed, root, fabric)
             images = config.optim.steps * config.optim.batch_size
             after = teacher if has_teacher else None
-            found.append(runs.Task(f"{name} {seed}", result, images, train_arm, arguments, after))
+            found.append(workers.Task(f"{name} {seed}", result, images, train_arm, arguments, after))
     return found
 
 
@@ -254,6 +254,9 @@ def saved_experiment(design: Design, folder: Path, typed: Experiment, arguments:
     here, there = configs.flatten(typed.config), configs.flatten(saved.config)
     if missing := ", ".join(here.keys() - saved.typed):
         raise runs.RunError(f"--resume: {path} lacks {missing}: another version wrote it; leave --resume out")
+    begun = configs.read_yaml(path)[0].get("versions.torch")
+    if begun != str(torch.__version__):
+        print(f"warning: {folder} was begun with torch {begun}, this is {torch.__version__}", file=sys.stderr)
     differences = [
         f"{key} is {configs.show(there[key])} there and {configs.show(here[key])} here"
         for key in here
@@ -319,11 +322,11 @@ def run(experiment: Experiment, folder: Path, design: Design, *, jobs: int, quie
         devices.on_first_rank(fabric, begin)
         if fabric is not None:
             quiet = quiet or not fabric.is_global_zero
-            runs.perform_here(make_tasks(experiment, folder, fabric), quiet=quiet, insist=True)
+            workers.perform_here(make_tasks(experiment, folder, fabric), quiet=quiet, insist=True)
         elif jobs and devices.accelerator(config.run) == "cpu":
-            runs.perform(make_tasks(experiment, folder), jobs=jobs, quiet=quiet)
+            workers.perform(make_tasks(experiment, folder), jobs=jobs, quiet=quiet)
         else:
-            runs.perform_here(make_tasks(experiment, folder), quiet=quiet)
+            workers.perform_here(make_tasks(experiment, folder), quiet=quiet)
         return devices.on_first_rank(fabric, lambda: design.finish(folder, experiment))
 
 

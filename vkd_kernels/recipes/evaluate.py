@@ -21,16 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the numbers there, too")
 
 
-class Nobody(runs.Worker):
-    """Stands for the process that starts a training, where nothing is trained."""
-
-    def __init__(self) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        return False
-
-
 def students(folder: Path) -> list[Path]:
     """The folders of finished students in a run folder, or the folder itself."""
     if not folder.is_dir():
@@ -54,7 +44,7 @@ def rebuild(folder: Path, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
     config = configs.replace(task.Config(), {k: v for k, v in values.items() if k not in head} | typed)
     fabric = devices.make_fabric(config.run, config.optim)
     seed = int(head.get("seed", 0))
-    context = engine.Context(fabric, folder, seed, Nobody())
+    context = engine.Context(fabric, folder, seed, runs.Worker())
     engine.seed_all(seed)
     training = task.build(config, seed, None, context)
     path = folder / "student.safetensors"
