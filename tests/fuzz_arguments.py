@@ -104,6 +104,11 @@ distiller = vk.FeatureDistiller(
 )  # fmt: skip
 
 
+def inside(good, bad):
+    """Lists of two whose second is bad."""
+    return {f"second {kind}": [good, value] for kind, value in bad.items()}
+
+
 def assign(weight):
     linear.weight = weight
 
@@ -129,6 +134,19 @@ CALLS = {
             "student": STUDENT, "teacher": TEACHER, "weight": WEIGHT, "mask": MASK, **LOSS_OPTIONS,
             "scale": numbers(but=OPTIONAL, tensor=torch.ones(3), column=torch.ones(T, 1), ints=torch.ones(T).int()),
             "bias": tensors(T, shapes=[(), (3,), (6,), (1, 5), (5, 1), (0,)], but=OPTIONAL),
+        },
+    ),
+    "ortho_proj_losses": (
+        vk.functional.ortho_proj_losses,
+        {"students": [student] * 2, "teachers": [teacher] * 2, "weights": torch.stack([weight] * 2)},
+        {
+            "students": things(one=[student], of_one_kind=student, **inside(student, STUDENT)),
+            "teachers": things(one=[teacher], of_one_kind=teacher, **inside(teacher, TEACHER)),
+            "weights": tensors(2, T, S, shapes=[(), (5, 3), (2, 3, 5), (1, 5, 3), (3, 5, 3), (2, 0, 3)], dtypes=DOUBLE),
+            "masks": things(but=OPTIONAL, one=[None], three=[None] * 3, **inside(None, MASK)),
+            "scale": numbers(but=OPTIONAL, tensor=torch.ones(3), column=torch.ones(2, 1), ints=torch.ones(2).int()),
+            "bias": tensors(2, T, shapes=[(), (3,), (5,), (1, 5), (2, 1), (0,)], but=OPTIONAL),
+            **LOSS_OPTIONS,
         },
     ),
     "OrthoProjLoss": (

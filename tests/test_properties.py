@@ -306,6 +306,53 @@ def test_ortho_proj_loss(
         assert (ours - theirs).norm() <= 10 * tolerance * (theirs.norm() + truth.detach() * 0.1)
 
 
+@examples(120)
+@given(
+    st.lists(st.tuples(row_shapes, layouts, masks), min_size=1, max_size=3), dims, dims, st.sampled_from(FULL),
+    st.sampled_from(interface.NORMALIZATIONS), st.sampled_from(["mse", "smooth_l1"]), st.sampled_from(["mean", "sum"]),
+    st.sampled_from(["none", "number", "per level", "per channel"]), st.sampled_from([-1, math.inf]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_several_losses_are_each_its_own(
+    levels, s, t, dtype, normalization, loss, reduction, scale, chunked_from, seed
+):
+    count("ortho_proj_losses")
+    features = [
+        [laid_out(normal(*shape, c, seed=seed + i + c).to(dtype), layout).requires_grad_(c == s) for c in (s, t)]
+        for i, (shape, layout, _) in enumerate(levels)
+    ]
+    students, teachers = ([pair[side] for pair in features] for side in (0, 1))
+    teachers = [y.detach() for y in teachers]
+    found_masks = [mask_of(kind, shape, seed + i) for i, (shape, _, kind) in enumerate(levels)]
+    weights = normal(len(levels), t, s, seed=seed).to(dtype).requires_grad_()
+    scales = {"number": 0.7, "per level": normal(len(levels), seed=seed).to(dtype)}
+    scales["per channel"] = normal(len(levels), t, seed=seed).to(dtype)
+    scale = scales.get(scale)
+    options = {"normalization": normalization, "loss": loss, "reduction": reduction, "eps": 0.1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interface, "CHUNKED_FROM", chunked_from)
+        values = vk.functional.ortho_proj_losses(students, teachers, weights, scale=scale, masks=found_masks, **options)
+    apart = [
+        vk.functional.ortho_proj_loss(
+            x, y, w, scale=scale[i] if isinstance(scale, torch.Tensor) else scale, mask=m, backend="torch", **options
+        )
+        for i, (x, y, w, m) in enumerate(zip(students, teachers, weights, found_masks, strict=True))
+    ]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-10}
+    told = [
+        normalization in ("layer_norm", "none") or (weights_of(m, math.prod(shape)) > 0).sum() >= 3
+        for m, (shape, _, _) in zip(found_masks, levels, strict=True)
+    ]
+    if not all(told):
+        event("too few rows for statistics: finite is all there is to say")
+        assert values.isfinite().all()
+        return
+    torch.testing.assert_close(values, torch.stack(apart), **tolerance)
+    upstream = normal(len(levels), seed=seed).to(dtype)
+    ours, theirs = (torch.autograd.grad(v, [weights, *students], upstream) for v in (values, torch.stack(apart)))
+    torch.testing.assert_close(ours, theirs, **tolerance)
+
+
 @examples(100)
 @given(
     dims, dims, st.sampled_from(FULL), st.booleans(), st.sampled_from([1.0, 0.5, "match", "learned"]),
