@@ -20,8 +20,11 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $@
 
+TASK ?= classification
+
+# make demo TASK=detection, or generation. Interrupted, it continues.
 demo: setup
-	$(BIN)/vkd distill classification --resume
+	$(BIN)/vkd distill $(TASK) --output runs/demo-$(TASK) $(if $(wildcard runs/demo-$(TASK)/config.yaml),--resume)
 
 test: lint ctest docs
 	$(BIN)/python -m pytest

@@ -359,6 +359,28 @@ def test_mixed_precision_keeps_batches_and_the_projection_exact(tmp_path):
         train(tmp_path / "16", optim__precision="16-mixed")
 
 
+def test_float16_with_a_loss_scale_clips_and_continues_to_the_same_bits(tmp_path):
+    """What a GPU does with 16-mixed, on a CPU, whose accelerator the configuration refuses for it."""
+    config = configs.replace(toy_task.Config(), {"optim.precision": "16-mixed", "optim.clip_norm": 0.1})
+
+    def once(folder, worker):
+        fabric = devices.Fabric(accelerator="cpu", devices=1, plugins=[devices.Autocast("16-mixed", device="cpu")])
+        if not folder.exists():
+            compare.train_teacher("toy_task", config, 0, folder, fabric, worker)
+        compare.train_arm("toy_task", config, "vkd", 0, folder, fabric, worker)
+        return fabric.strategy.precision.scaler, (folder / "vkd/seed-00/student.safetensors").read_bytes()
+
+    scaler, weights = once(tmp_path / "a", runs.Worker())
+    with pytest.raises(runs.Interrupted):
+        once(tmp_path / "b", StopAt(20))
+    again, same = once(tmp_path / "b", runs.Worker())
+    assert same == weights and again.state_dict() == scaler.state_dict()
+    assert (
+        scaler.state_dict()["_growth_tracker"] > 0
+        and runs.load_json(tmp_path / "a/vkd/seed-00/result.json")["error"] < 1
+    )
+
+
 def test_a_loss_that_is_not_finite_ends_the_training_and_spares_the_checkpoint(tmp_path, monkeypatch):
     plain = toy_task.Distiller.forward
     calls = []
