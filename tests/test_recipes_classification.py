@@ -1,5 +1,6 @@
 """`vkd distill classification`: models, data, losses, the stored teacher, and the bundled run in seconds."""
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -449,6 +450,28 @@ def test_features_of_timms_models(name, positions, width):
         assert out.tokens.shape == (2, positions, width) and out.logits.shape == (2, 7) and model.num_features == width
 
 
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["vkd_deit_tiny", "regnety_002", "resnet10t"])
+def test_batch_norms_of_ranks_are_those_of_one_device(name, one_rank):
+    """timm's hold their activation: it must not get lost."""
+    model = student_of(name).train()
+    ranked = copy.deepcopy(model)
+    devices.synchronise_batch_norm(ranked, torch.device("cpu"))
+    assert any(isinstance(module, devices.BatchNorm) for module in ranked.modules())
+    pictures = torch.randn(4, 3, 32, 32)
+    for mode in (True, False):
+        ours, theirs = (models.run(m.train(mode), pictures) for m in (ranked, model))
+        torch.testing.assert_close(ours.tokens, theirs.tokens, atol=1e-3, rtol=1e-3)
+    for (key, ours), theirs in zip(ranked.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=key)
+
+
 def test_unknown_models_name_the_nearest():
     with pytest.raises(OptionError, match=r"student\.name: unknown 'vkd_deit_tini'; nearest: vkd_deit_tiny"):
         student_of("vkd_deit_tini")
@@ -829,8 +852,3 @@ def test_help_shows_every_value_with_its_source(capsys):
     for key in config.keys(classification.Config):
         assert f"{key.name}=" in text
     assert "teacher.widths=24,48,96,192" in text and "[released code]" in text and "vkd-deit-ti-imagenet" in text
-
-
-def test_info(capsys):
-    assert cli.main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ops"]

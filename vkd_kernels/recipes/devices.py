@@ -83,7 +83,9 @@ def on_first_rank(fabric: Fabric | None, action: Callable[[], T]) -> T:
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Batch norms inside the model take their statistics from the batches of all ranks: as one device with all rows."""
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # PyTorch's own drops the activations inside timm's batch norms
+
+        convert_sync_batchnorm(model)
         return
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
@@ -98,6 +100,12 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     num_batches_tracked: Tensor
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
+        x = self.normalised(x)
+        for name in ("drop", "act"):  # timm's BatchNormAct2d has them inside
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return x
+
+    def normalised(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         rows = x.movedim(1, -1)

@@ -47,7 +47,7 @@ class Classification(Training):
     def __init__(self, config: Config, data: Data, teacher: Teacher | None, steps: int, context: Context) -> None:
         self.config, self.data, self.teacher, self.fabric = config, data, teacher, context.fabric
         distill, shape = config.distill, models.shape_of(data)
-        student = synchronised(models.make_student(config.student, shape), context)
+        student = models.make_student(config.student, shape)
         share = data.labelled_share if needs_teacher(config) else 1.0
         width = models.teacher_width(config.teacher, shape) if distill.weight else 0
         model = losses.DistilledStudent(student, distill, width, share, context.process_group)
@@ -84,7 +84,7 @@ class TeacherTraining(Training):
 
     def __init__(self, config: Config, data: Data, context: Context) -> None:
         self.config, self.data, self.fabric, t = config, data, context.fabric, config.teacher
-        teacher = synchronised(models.make_teacher(t, models.shape_of(data)), context)
+        teacher = models.make_teacher(t, models.shape_of(data))
         optim = dataclasses.replace(
             config.optim, lr=t.lr, min_lr=0.0, steps=t.steps, epochs=0.0, batch_size=t.batch_size, accumulate=1, ema=0.0
         )
@@ -102,12 +102,6 @@ class TeacherTraining(Training):
 
 def needs_teacher(config: Config) -> bool:
     return bool(config.distill.weight or config.distill.logit_weight)
-
-
-def synchronised(model: nn.Module, context: Context) -> nn.Module:
-    """Batch norm with the statistics of all ranks' images, as on one device. PyTorch has it on GPUs alone."""
-    several = context.fabric.world_size > 1 and context.fabric.device.type == "cuda"
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
 
 def accuracy(model: nn.Module, data: Data, fabric: Any) -> dict[str, float]:
