@@ -161,9 +161,9 @@ def test_help_shows_every_value_with_its_limits_and_source():
     lines = " ".join(text.split())
     assert "outer.inner.rate=0.5 how fast; > 0; < 1 [found by trying]" in lines
     assert "outer.inner.steps=10 how often; >= 1 [a paper]" in lines
-    assert "other.steps=3 how often; >= 1 [this task's default]" in lines
+    assert "other.steps=3 how often; >= 1 [chosen for this task]" in lines
     assert "outer.widths=7 channels; >= 1; <= 64 [command line]" in lines
-    assert "outer.kind=a which; a | b" in lines
+    assert "outer.kind=a which; a | b [chosen here]" in lines
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -659,7 +659,7 @@ def test_evaluate_measures_the_stored_student_again(finished, tmp_path, capsys):
     assert vkd("evaluate", tmp_path / "nowhere") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert vkd("evaluate", tmp_path) == 2
-    assert "holds no finished training" in capsys.readouterr().err
+    assert "holds no student" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch-export"])

@@ -1,6 +1,7 @@
 """The generation task: augmentation, the distance, the networks, who gets which gradient, runs, ranks, data, errors."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.importorskip("sklearn", reason="needs the extra [recipes]: scikit-learn")
 from vkd_kernels.recipes import compare, devices, engine, evaluate, generation, runs, tasks
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.config import OptionError
-from vkd_kernels.recipes.generation import augment, biggan, data, layers, losses, metrics, models, teachers
+from vkd_kernels.recipes.generation import augment, biggan, data, losses, metrics, models, teachers
 from vkd_kernels.recipes.generation.options import Config
 
 DIGITS, RGB = models.Shape(1, 8, 10), models.Shape(3, 32, 10)
@@ -247,18 +248,17 @@ def test_spectral_norm_holds_every_layer_of_the_discriminator_at_1(name):
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
-def test_batch_norm_is_pytorchs_on_one_rank():
-    ours, theirs = layers.BatchNorm(5), nn.BatchNorm2d(5)
+def test_conditional_batch_norm_has_the_gain_and_bias_of_each_label():
+    norm, plain = biggan.ConditionalBatchNorm(5, 3), nn.BatchNorm2d(5, affine=False)
     with torch.no_grad():
-        for module in (ours, theirs):
-            module.bias.copy_(torch.arange(5.0).view(module.bias.shape))
-    for _ in range(3):
-        x = torch.randn(4, 5, 3, 3) * 2 + 1
-        torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(ours.running_var, theirs.running_var)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
-    with pytest.raises(ValueError, match="labels"):
-        layers.BatchNorm(5, classes=2)(x)
+        norm.gain.normal_()
+        norm.bias.normal_()
+    x, labels = torch.randn(4, 5, 3, 3) * 2 + 1, torch.tensor([2, 0, 2, 1])
+    expected = torch.stack([
+        image * norm.gain[label].view(-1, 1, 1) + norm.bias[label].view(-1, 1, 1)
+        for image, label in zip(plain(x), labels, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(norm(x, labels), expected)
 
 
 # ---- losses and gradients --------------------------------------------------------------------------------------------
@@ -638,3 +638,13 @@ def test_a_learned_scale_is_for_the_orthogonal_projection():
     fixed = generation.projection_of(configured(distill__projection="none", distill__scale="match"), 4, 16, None)
     assert not list(fixed.parameters()) and torch.equal(fixed.projection.weight, torch.eye(16, 4))
     assert fixed.options["scale"] == 2.0
+
+
+def test_loop_of_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    discriminator = biggan.BigDiscriminator(256, models.Shape(3, 16, 2))
+    names = {"training_features": torch.randn(600, 512), "discriminator": discriminator, "weight": 1.0}
+    names |= {"teacher": lambda images: images.mean((2, 3)).repeat(1, 171)[:, :512], "labels": torch.tensor([0, 1])}
+    exec(code + "\nloss.backward()", names | {"images": torch.randn(2, 3, 16, 16)})
+    assert len(gradients(discriminator)) > 5

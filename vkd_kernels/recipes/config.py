@@ -48,7 +48,7 @@ def option(
 
 def section(kind: Any, *, sources: Mapping[str, str] | None = None, **defaults: Any) -> Any:
     """A dataclass field that holds a section, with other defaults than its own; `sources` say where those come from."""
-    own = {name: (sources or {}).get(name, "this task's default") for name in defaults}
+    own = {name: (sources or {}).get(name, "chosen for this task") for name in defaults}
     return dataclasses.field(default_factory=lambda: kind(**defaults), metadata={"sources": own})
 
 
@@ -279,8 +279,8 @@ def help_text(config: Any, origins: Mapping[str, str], width: int = 100) -> str:
             if (number := key.limits[name]) is not None
         ]
         choices = [" | ".join(map(show, key.choices))] if key.choices else []
-        where = origins.get(key.name) or key.source
-        about = "; ".join([key.help, *limits, *choices]) + (f" [{where}]" if where else "")
+        where = origins.get(key.name) or key.source or "chosen here"
+        about = "; ".join([key.help, *limits, *choices]) + f" [{where}]"
         head = f"    {key.name}={show(values[key.name])}"
         lines += [head] if len(head) > 37 else []
         lines += textwrap.wrap(

@@ -180,16 +180,16 @@ class Context:
 def fit(training: Training, run: Run, context: Context, *, weights: str = "student.safetensors") -> dict[str, Any]:
     """Train, or continue, in `context.folder`; returns and leaves there result.json. Done already: only reads it."""
     result = context.folder / "result.json"
-    return runs.load_json(result) if result.exists() else Fit(training, run, context).run(weights)
+    return runs.load_json(result) if result.exists() else Fit(training, run, context, weights).run()
 
 
 class Fit:
     """The state of one training. Tasks' `step` sees `model` (wrapped), `optimizers` (wrapped), `fabric` and `step`."""
 
-    def __init__(self, training: Training, run: Run, context: Context) -> None:
+    def __init__(self, training: Training, run: Run, context: Context, weights: str) -> None:
         self.training, self.options, self.context, self.fabric = training, run, context, context.fabric
         check_batch(training.optim, self.fabric)
-        self.checkpoint = context.folder / "checkpoint.pt"
+        self.checkpoint, self.weights = context.folder / "checkpoint.pt", context.folder / weights
         if self.fabric.world_size > 1:
             synchronise_batch_norm(training.model, self.fabric.device)
         self.model: Any = self.fabric.setup_module(training.model)
@@ -210,7 +210,7 @@ class Fit:
         """What is evaluated and stored: the moving average where there is one."""
         return self.ema.average if self.ema else self.training.student
 
-    def run(self, weights: str) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         training, options, context = self.training, self.options, self.context
         if self.checkpoint.exists():
             self.load()
@@ -225,7 +225,9 @@ class Fit:
                 self.save(log)
                 raise runs.Interrupted(context.worker.signal)
             with self.clock():
-                batch = next(batches)
+                # Processes that read for it outlive a Ctrl-C until the checkpoint is there.
+                with runs.signals_blocked():
+                    batch = next(batches)
                 seed_all(context.seed, self.step, self.fabric.global_rank)  # dropout and the like
                 for optimizer in self.raw_optimizers.values():
                     for group in optimizer.param_groups:
@@ -245,7 +247,7 @@ class Fit:
                 self.draw()
             if self.step % options.save_every == 0 and not last:
                 self.save(log)
-        return self.finish(weights, log)
+        return self.finish(log)
 
     def apply(self, name: str) -> None:
         """Clip, step and clear the gradients of one optimiser."""
@@ -297,7 +299,7 @@ class Fit:
     def evaluate(self, log: Log | None) -> None:
         student = self.student
         student.eval()
-        with torch.no_grad(), self.fabric.autocast():
+        with torch.no_grad(), self.fabric.autocast(), runs.signals_blocked():
             metrics = self.training.evaluate(student)
         self.model.train()
         found = {f"eval/{name}": value for name, value in metrics.items()}
@@ -316,7 +318,7 @@ class Fit:
     def progress(self) -> dict[str, float]:
         return {"step": self.step, "images": self.step * self.training.images_per_step, "seconds": self.seconds}
 
-    def finish(self, weights: str, log: Log | None) -> dict[str, Any]:
+    def finish(self, log: Log | None) -> dict[str, Any]:
         """Weights first, the result last: a folder with a result.json is complete."""
         last = self.evaluations[-1]
         result = {
@@ -329,7 +331,7 @@ class Fit:
         }  # fmt: skip
         if log:
             log.close()
-            runs.save_safetensors(self.context.folder / weights, self.student.state_dict())
+            runs.save_safetensors(self.weights, self.student.state_dict())
             runs.save_json(self.context.folder / "result.json", result)
             self.checkpoint.unlink(missing_ok=True)
         self.fabric.barrier()
@@ -352,6 +354,7 @@ class Fit:
             log.flush()
             saved: dict[str, Any] = {name: part.state_dict() for name, part in self.parts().items()}
             runs.save_tensors(self.checkpoint, saved | {"counters": {n: getattr(self, n) for n in self.COUNTERS}})
+            runs.save_safetensors(self.weights, self.student.state_dict())  # for vkd evaluate in between
         self.fabric.barrier()
 
     def load(self) -> None:

@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def students(folder: Path) -> list[Path]:
-    """The folders of finished students in a run folder, or the folder itself."""
+    """The folders of stored students in a run folder, or the folder itself."""
     if not folder.is_dir():
         raise runs.RunError(f"there is no folder {folder}")
     found = sorted(
         path.parent for path in folder.rglob("student.safetensors") if (path.parent / "config.yaml").exists()
     )
     if not found:
-        raise runs.RunError(f"{folder} holds no finished training (no student.safetensors beside a config.yaml)")
+        raise runs.RunError(f"{folder} holds no student (no student.safetensors beside a config.yaml)")
     return found
 
 
@@ -63,7 +63,8 @@ def measure(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def command(arguments: argparse.Namespace) -> int:
     try:
         found = [measure(folder, arguments.values) for folder in students(arguments.run)]
-        recorded = [runs.load_json(Path(one["folder"]) / "result.json") for one in found]
+        results = [Path(one["folder"]) / "result.json" for one in found]
+        recorded = [runs.load_json(path) if path.exists() else {} for path in results]  # {}: not finished
         names = [name for name in found[0] if name not in ("folder", "arm", "seed")]
         rows = [["student", *(text for name in names for text in (name, "recorded"))]]
         for now, then in zip(found, recorded, strict=True):

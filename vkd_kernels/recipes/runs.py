@@ -47,6 +47,19 @@ class Worker:
         """So many images more; `expected`: of so many in all."""
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started inside inherit the mask: Ctrl-C reaches their parent alone, which then tells them to stop."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

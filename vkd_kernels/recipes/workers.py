@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .runs import Interrupted, RunError, Worker
+from .runs import Interrupted, RunError, Worker, signals_blocked
 
 # ---- inside a training -----------------------------------------------------------------------------------------------
 
@@ -101,19 +101,6 @@ def _perform(task: Task) -> None:
     task.work(*task.arguments, _worker)
 
 
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Worker processes inherit the mask: Ctrl-C reaches the parent alone, which then tells them to save and stop."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def perform(tasks: list[Task], *, jobs: int, quiet: bool = False) -> None:
     """Do what is not done yet, in up to `jobs` processes. SIGINT and SIGTERM end it with `Interrupted`, resumably."""
     done = {task.name for task in tasks if task.result.exists()}
@@ -135,7 +122,7 @@ def perform(tasks: list[Task], *, jobs: int, quiet: bool = False) -> None:
             ready = [t for t in waiting if t.after is None or t.after in done] if not stop.is_set() else []
             for task in ready[: jobs - len(running)]:  # no queue inside the pool: nothing to cancel when stopping
                 waiting.remove(task)
-                with _signals_blocked():
+                with signals_blocked():
                     running[pool.submit(_perform, task)] = task
             finished, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
             progress.read(reports)

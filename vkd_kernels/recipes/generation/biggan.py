@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .layers import BatchNorm
 from .models import Shape, Verdict
 
 INITIAL_STD = 0.02  # BigGAN's N02
@@ -47,12 +46,24 @@ class Attention(nn.Module):
         return x + self.gain * self.out(found.mT.unflatten(2, x.shape[2:]))
 
 
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm with a gain and a bias per class."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width, affine=False)
+        self.gain, self.bias = nn.Parameter(torch.ones(classes, width)), nn.Parameter(torch.zeros(classes, width))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # (N, C, H, W), (N,)
+        return self.norm(x) * self.gain[labels][:, :, None, None] + self.bias[labels][:, :, None, None]
+
+
 class UpBlock(nn.Module):
     """Twice the resolution: batch norm, ReLU, upsampling, convolution, batch norm, ReLU, convolution; 1x1 beside it."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = BatchNorm(width, classes), BatchNorm(width, classes)
+        self.norm1, self.norm2 = (ConditionalBatchNorm(width, classes) for _ in range(2))
         self.conv1, self.conv2 = convolution(width, width, 3), convolution(width, width, 3)
         self.shortcut = convolution(width, width, 1)
 
@@ -83,7 +94,7 @@ class BigGenerator(nn.Module):
         self.project = normed(nn.Linear(latent, width * GRID**2))
         self.blocks = nn.ModuleList(UpBlock(width, shape.classes) for _ in range(int(math.log2(shape.size // GRID))))
         self.attention = Attention(width) if attention else None
-        self.norm, self.out = BatchNorm(width), convolution(width, shape.channels, 3)
+        self.norm, self.out = nn.BatchNorm2d(width), convolution(width, shape.channels, 3)
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (N, latent), (N,) -> (N, C, H, W) from -1 to 1
         x = self.project(latents).unflatten(1, (-1, GRID, GRID))

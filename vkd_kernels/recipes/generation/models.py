@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..config import OptionError
-from .layers import BatchNorm
 
 SLOPE = 0.2  # of the leaky ReLUs
 
@@ -40,9 +39,9 @@ class SmallGenerator(nn.Module):
         self.latent, self.grid = latent, shape.size // 4
         self.project = nn.Linear(latent, first * self.grid**2)
         self.body = nn.Sequential(
-            BatchNorm(first), nn.ReLU(), nn.Upsample(scale_factor=2),
-            nn.Conv2d(first, second, 3, padding=1), BatchNorm(second), nn.ReLU(), nn.Upsample(scale_factor=2),
-            nn.Conv2d(second, third, 3, padding=1), BatchNorm(third), nn.ReLU(),
+            nn.BatchNorm2d(first), nn.ReLU(), nn.Upsample(scale_factor=2),
+            nn.Conv2d(first, second, 3, padding=1), nn.BatchNorm2d(second), nn.ReLU(), nn.Upsample(scale_factor=2),
+            nn.Conv2d(second, third, 3, padding=1), nn.BatchNorm2d(third), nn.ReLU(),
             nn.Conv2d(third, shape.channels, 3, padding=1), nn.Tanh(),
         )  # fmt: skip
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU
@@ -76,7 +75,7 @@ class Classifier(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for index, (before, width) in enumerate(zip((shape.channels, *widths[:-1]), widths, strict=True)):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU()]
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if index == 0 else []
         self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], shape.classes)
         self.num_features = widths[-1]
