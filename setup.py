@@ -132,6 +132,8 @@ class BuildPy(build_py):
     """Leaves the record of what was built, and why not more, beside the package's Python files."""
 
     def run(self):
+        if not self.editable_mode:  # an earlier build's modules would end in the wheel, renamed since or not
+            shutil.rmtree(Path(self.build_lib) / "vkd_kernels", ignore_errors=True)
         super().run()
         what, reason, _ = PLAN
         record = {"build": what, "reason": reason}
