@@ -61,6 +61,7 @@ FORMS = {
     "tokens-bf16-teacher-32": ((100352, 192, 3024), "bfloat16", "float32", {"teacher": "float32"}),
     "pooled-bf16-teacher-32": ((512, 192, 3024), "bfloat16", "float32", {"teacher": "float32"}),
 }
+PRODUCTS = {"loss_tile", "gradient_tiles", "orthonormal_mse_rows", "scatter_tiles", "moment_gradients"}
 # Registers per thread at most, on sm_90: the numbers of CTAs per SM that the tiles were chosen for.
 REGISTERS = {
     ("loss_tile", "tokens-bf16"): 128,  # two CTAs of 8 warps
@@ -112,8 +113,10 @@ def record(form, capability):
         elif form.startswith("statistics"):
             levels = [teacher] * options.get("levels", 1)
             weights = [row_weight] * len(levels) if everything else []
-            triton_op._column_sums(levels, weights)
-            triton_op._column_sums(levels, weights, empty(len(levels), t))
+            means = empty(len(levels), t)
+            triton_op._column_sums(levels, weights, None)
+            sums, scatters = triton_op._moments(levels, weights, means, means)
+            triton_op._moments_backward(sums, scatters, levels, weights, means)
         elif form.startswith("pooled"):
             _, gradient, sums = triton_op._pooled_forward(
                 student, teacher, weight, channel, row_weight, channel, channel, denominator, factors, rows,
@@ -200,7 +203,7 @@ def test_every_kernel_of_the_form(compiled, form, capability):
         "tokens": {"row_statistics", "loss_tile", "scale"},
         "pooled": {"row_statistics", "loss_tile", "gradient_tiles"},
         "orthonormal": {"orthonormal_mse_rows", "scale"},
-        "statistics": {"column_sums"},
+        "statistics": {"column_sums", "scatter_tiles", "moment_gradients"},
     }
     assert set(compiled[form, capability]) == kernels[form.split("-")[0]]
 
@@ -219,7 +222,7 @@ def test_fits_the_chip_without_spills(compiled, form, capability):
 @EACH
 def test_tensor_cores(compiled, form, capability):
     """Tensor-core instructions of the architecture for 16 bit and TF32; none for IEEE float32."""
-    for name in {"loss_tile", "gradient_tiles", "orthonormal_mse_rows"} & set(compiled[form, capability]):
+    for name in PRODUCTS & set(compiled[form, capability]):
         used = compiled[form, capability][name]
         if "fp32" in form:
             assert used["mma"] == used["wgmma"] == used["tcgen05"] == 0 < used["fma"], (name, used)

@@ -166,15 +166,21 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 1000)
 
 
+def student_moments(student, row_weight):
+    """(mean, covariance) of the rows, as batch_norm takes them."""
+    total = student.shape[0] if row_weight is None else row_weight.sum()
+    sums = moments.column_sums([student], [row_weight])
+    sums, scatters = moments.student_moments([student], [row_weight], sums, sums / total)
+    return sums[0] / total, scatters[0] / total
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_gradcheck(weighted, small_chunks):
+    """Also in the mean, whose part in the covariance's gradient is 0."""
     student = torch.randn(23, 5, dtype=torch.float64, requires_grad=True)
-    mean = torch.randn(5, dtype=torch.float64)
     row_weight = torch.rand(23, dtype=torch.float64) if weighted else None
-    assert torch.autograd.gradcheck(lambda x: moments.student_sum(x, row_weight), student)
-    assert torch.autograd.gradcheck(lambda x: moments.student_scatter(x, row_weight, mean), student)
-    total = row_weight.sum() if weighted else 23
-    assert torch.autograd.gradcheck(lambda x: moments.student_moments(x, row_weight, total), student)
+    assert torch.autograd.gradcheck(lambda x: student_moments(x, row_weight), student)
+    assert torch.autograd.gradcheck(lambda x: student_moments(x, row_weight)[1], student)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -186,7 +192,7 @@ def test_moments_are_those_of_the_projected_rows(dtype, small_chunks):
     student_with_garbage = student.clone()
     student_with_garbage[::5] = torch.nan
     weight = torch.randn(12, 8, dtype=torch.float64)
-    mean, covariance = moments.student_moments(student_with_garbage, row_weight, row_weight.sum())
+    mean, covariance = student_moments(student_with_garbage, row_weight)
     exact = torch.promote_types(dtype, torch.float32)
     assert mean.dtype == covariance.dtype == exact
     w = row_weight.double()[:, None] / row_weight.double().sum()
@@ -205,12 +211,10 @@ def test_16_bit_products_of_the_moments(dtype, weighted, monkeypatch):
     monkeypatch.setattr(chunked, "operand_dtype", lambda x: x.dtype)
     student = (torch.randn(4000, 8) + 50).to(dtype)
     row_weight = torch.rand(4000) if weighted else None
-    total = row_weight.sum() if weighted else 4000
     leaf = student.clone().requires_grad_()
-    _, covariance = moments.student_moments(leaf, row_weight, total)
+    _, covariance = student_moments(leaf, row_weight)
     exact_leaf = student.double().requires_grad_()
-    exact_weight = row_weight.double() if weighted else None
-    _, exact = moments.student_moments(exact_leaf, exact_weight, total.double() if weighted else 4000)
+    _, exact = student_moments(exact_leaf, row_weight.double() if weighted else None)
     assert covariance.dtype == torch.float32 and error(covariance, exact) <= 1e-5
     upstream = 16 * torch.randn(8, 8)  # a scaled loss: float16 gradients would underflow
     (gradient,) = torch.autograd.grad(covariance, leaf, upstream)
@@ -231,12 +235,12 @@ def test_column_statistics(dtype, weighted, small_chunks):
     teacher = (torch.randn(300, 7, dtype=torch.float64) + 20).to(dtype)
     row_weight = torch.rand(300, dtype=torch.promote_types(dtype, torch.float32)) if weighted else None
     w = torch.ones(300, 1, dtype=torch.float64) if row_weight is None else row_weight.double()[:, None]
-    mean = moments.column_sum(teacher, row_weight) / w.sum()
+    mean = moments.column_sums([teacher], [row_weight])[0] / w.sum()
     true_mean = (w * teacher.double()).sum(0) / w.sum()
     exact = torch.promote_types(dtype, torch.float32)
     limit = 1e-13 if dtype == torch.float64 else 1e-6
     assert mean.dtype == exact and error(mean, true_mean) <= limit
-    squares = moments.column_centred_square_sum(teacher, row_weight, true_mean.to(exact))
+    (squares,) = moments.column_centred_square_sums([teacher], [row_weight], true_mean.to(exact)[None])
     truth = (w * (teacher.double() - true_mean.to(exact).double()).square()).sum(0)
     assert squares.dtype == exact and error(squares, truth) <= limit
 
@@ -254,17 +258,16 @@ def test_scatter_is_ieee_and_leaves_the_setting():
 
 
 def test_statistics_opcheck():
-    x, w, mean = torch.randn(6, 4, requires_grad=True), torch.rand(6), torch.randn(4)
-    torch.library.opcheck(OPS.student_sum.default, (x, w))
-    torch.library.opcheck(OPS.student_scatter.default, (x, w, mean))
-    torch.library.opcheck(OPS.student_sum_backward.default, (torch.randn(4), w, 6, torch.bfloat16))
-    torch.library.opcheck(OPS.student_scatter_backward.default, (torch.randn(4, 4), x.detach(), w, mean))
-    torch.library.opcheck(OPS.column_centred_square_sum.default, (x.detach(), w, mean))
+    x, w, mean, sums = torch.randn(6, 4), torch.rand(6), torch.randn(4), torch.randn(4)
+    torch.library.opcheck(OPS.column_sum.default, (x, w))
+    torch.library.opcheck(OPS.column_centred_square_sum.default, (x, w, mean))
+    torch.library.opcheck(OPS.student_moments_backward.default, (torch.randn(4), torch.randn(4, 4), x, w, mean))
+    torch.library.opcheck(OPS.student_moments.default, (x.requires_grad_(), w, sums, mean))
 
 
 def test_second_order_of_the_statistics_is_refused():
     x = torch.randn(6, 4, requires_grad=True)
-    for value in (moments.student_sum(x, None), moments.student_scatter(x, None, torch.zeros(4))):
+    for value in student_moments(x, None):
         upstream = torch.ones_like(value, requires_grad=True)
         (gradient,) = torch.autograd.grad(value, x, upstream, create_graph=True)
         with pytest.raises(RuntimeError, match='backend="torch"'):

@@ -407,12 +407,22 @@ def test_statistics(weighted, monkeypatch, poisoned):
     rows = [37, 1, 300, 64, 5]
     xs = [torch.randn(n, 33, device=DEVICE) + 3 for n in rows]
     ws = [torch.rand(n, device=DEVICE) if weighted and i != 1 else None for i, n in enumerate(rows)]
-    sums = triton_op.student_sums(xs, ws)
-    means = torch.randn(5, 33, device=DEVICE)
-    squares = triton_op.column_centred_square_sums(xs, ws, means)
+    means, c = torch.randn(5, 33, device=DEVICE), torch.randn(5, 33, 33, device=DEVICE)
+
+    def statistics(xs, ws, means, c):
+        leaves = [x.detach().requires_grad_() for x in xs]
+        sums = triton_op.column_sums(xs, ws)
+        moments = triton_op.student_moments(leaves, ws, sums, means)
+        gradients = torch.autograd.grad(moments, leaves, (means, c))
+        return [sums, triton_op.column_centred_square_sums(xs, ws, means), *moments, gradients]
+
+    together = statistics(xs, ws, means, c)
     for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
-        assert torch.equal(triton_op.student_sums([x], [w])[0], sums[i])
-        assert torch.equal(triton_op.column_centred_square_sums([x], [w], means[i : i + 1])[0], squares[i])
+        alone = statistics([x], [w], means[i : i + 1], c[i : i + 1])
+        for ours, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[i], expected[0], rtol=1e-5, atol=1e-5)  # rows are split otherwise
+        for ours, expected in zip(together, statistics(xs, ws, means, c), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -340,10 +340,11 @@ def test_opcheck_backward(monkeypatch):
 
 def test_opcheck_statistics(monkeypatch):
     monkeypatch.undo()
-    xs = [torch.randn(n, 4, device=DEVICE) for n in (6, 3)]
-    ws = [torch.rand(n, device=DEVICE) for n in (6, 3)]
-    torch.library.opcheck(OPS.fused_centred_square_sums.default, (xs, ws, torch.randn(2, 4, device=DEVICE)))
-    torch.library.opcheck(OPS.fused_sums.default, ([x.requires_grad_() for x in xs], ws))
+    xs, ws = ([torch.rand(n, *size, device=DEVICE) for n in (6, 3)] for size in ((4,), ()))
+    sums, means, c = (torch.randn(2, *size, device=DEVICE) for size in ((4,), (4,), (4, 4)))
+    torch.library.opcheck(OPS.fused_column_sums.default, (xs, ws, means))
+    torch.library.opcheck(OPS.fused_moments_backward.default, (sums, c, xs, ws, means))
+    torch.library.opcheck(OPS.fused_moments.default, ([x.requires_grad_() for x in xs], ws, sums, means))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -394,6 +395,7 @@ def test_interface(rows, loss, normalization, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_statistics_over_rows(weighted, dtype, shape):
+    """Where |mean| is 20 times the deviation, and masked rows hold NaN."""
     x = (torch.randn(shape, device=DEVICE) + 20).to(dtype)
     row_weight = torch.rand(shape[0], device=DEVICE) if weighted else None
     garbage = x.clone()
@@ -401,20 +403,26 @@ def test_statistics_over_rows(weighted, dtype, shape):
         row_weight[1::3] = 0
         garbage[1::3] = torch.nan
     w = torch.ones(shape[0], 1, device=DEVICE).double() if row_weight is None else row_weight.double()[:, None]
-    truth = (w * x.double()).sum(0)
-    mean = (truth / w.sum()).float()
-    squares = (w * (x.double() - mean.double()).square()).sum(0)
+    true_sum = (w * x.double()).sum(0)
+    mean = (true_sum / w.sum()).float()
+    centred = x.double() - mean.double()
     leaf = garbage.requires_grad_()
-    (total,) = triton_op.student_sums([leaf], [row_weight])
-    assert total.dtype == torch.float32 and error(total, truth) <= 1e-6
-    assert torch.equal(triton_op.column_sums([garbage], [row_weight])[0], total)
-    assert error(triton_op.column_centred_square_sums([garbage], [row_weight], mean[None])[0], squares) <= 1e-6
-    upstream = torch.randn(shape[1], device=DEVICE)
-    (gradient,) = torch.autograd.grad(total, leaf, upstream)
-    assert (
-        error(gradient, w * upstream.double())
-        <= {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
-    )
+
+    total = triton_op.column_sums([leaf], [row_weight])
+    assert total.dtype == torch.float32 and error(total[0], true_sum) <= 1e-6
+    squares = triton_op.column_centred_square_sums([leaf], [row_weight], mean[None])
+    assert error(squares[0], (w * centred.square()).sum(0)) <= 1e-6
+    moments = triton_op.student_moments([leaf], [row_weight], total, mean[None])
+    assert torch.equal(moments[0], total)
+    scatter = (w * centred).T @ centred
+    halves = 2**-15 if INTERPRETED else 2**-17  # of 8 bits each, truncated or rounded
+    assert error(moments[1][0], scatter) <= (2e-6 if dtype == torch.float32 else halves)
+
+    s, c = 16 * torch.randn(1, shape[1], device=DEVICE), 16 * torch.randn(1, shape[1], shape[1], device=DEVICE)
+    (gradient,) = torch.autograd.grad(moments, leaf, (s, c))
+    truth = w * (centred @ (c[0] + c[0].T).double() + s.double())
+    limit = {torch.float32: 1e-6, torch.bfloat16: 6e-3 * (2 if INTERPRETED else 1), torch.float16: 1e-3}[dtype]
+    assert error(gradient, truth) <= limit
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule

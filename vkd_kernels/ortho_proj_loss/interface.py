@@ -195,13 +195,12 @@ def _losses(
         batch_norm = core is not None and normalization == "batch_norm"
         without_z = core is not None and orthonormal and loss == "mse" and not batch_norm
 
-        denominators, sums = [1.0] * len(students), []
+        local, sums, denominators = [], [], [1.0] * len(students)
         if reduction == "mean" or batch_norm:
-            sums = [_totals(students, row_weights, precise, process_group, batch_norm)]
+            local = [_totals(students, row_weights, precise, process_group, batch_norm)]
             if batch_norm:
-                sums.append(core.statistics.column_sums(teachers, row_weights))
-                sums.append(core.statistics.student_sums(students, row_weights))
-            sums = all_reduce_together(sums, process_group)
+                local += [core.statistics.column_sums(rows, row_weights) for rows in (teachers, students)]
+            sums = all_reduce_together(local, process_group)
         if reduction == "mean":
             denominators = _denominators(sums[0], t)
 
@@ -227,7 +226,7 @@ def _losses(
             bias, shift, inverse_std = None if bias is None else bias.to(precise), None, None
             if batch_norm:
                 weight, bias, shift, inverse_std = _standardised(
-                    core.statistics, students, teachers, weight, bias, row_weights, *sums, eps, process_group
+                    core.statistics, students, teachers, weight, bias, row_weights, sums, local[2], eps, process_group
                 )
             share = core.losses(
                 students, teachers, weight, bias, row_weights, shift, inverse_std,
@@ -256,22 +255,21 @@ def _referenced(students, teachers, weight, bias, row_weights, *, denominators, 
     ])  # fmt: skip
 
 
-def _standardised(
-    statistics, students, teachers, weight, bias, row_weights, total, teacher_sum, student_sum, eps, group
-):
+def _standardised(statistics, students, teachers, weight, bias, row_weights, sums, student_sum, eps, group):
     """(weight, bias, shift, 1 / std) with which a core that knows constant statistics of the teacher's channels, and
     no others, gives the loss of batch_norm.
 
     It needs no pass over Z: mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ, so standardising Z is another weight
-    and bias, whose gradients flow on through the student's moments.
+    and bias, whose gradients flow on through the student's moments. student_sum is that of this process, sums are of
+    all ranks: of weights, teachers, students.
     """
-
+    total = sums[0]
     divisor = torch.where(total > 0, total, 1.0)[:, None] if isinstance(total, torch.Tensor) else total[0]
-    shift, mean = teacher_sum / divisor, student_sum / divisor
-    squares, scatters = all_reduce_together(
-        [statistics.column_centred_square_sums(teachers, row_weights, shift),
-         statistics.student_scatters(students, row_weights, mean)], group,
-    )  # fmt: skip
+    shift, mean = (x / divisor for x in sums[1:])
+    squares = statistics.column_centred_square_sums(teachers, row_weights, shift)
+    moments = statistics.student_moments(students, row_weights, student_sum, mean)
+    squares, student_sum, scatters = all_reduce_together([squares, *moments], group)
+    mean = student_sum / divisor  # the same, with gradients
     p = weight.reshape(-1, *weight.shape[-2:]).to(mean.dtype)
     variance = ((p @ scatters) * p).sum(2).clamp_min(0) / divisor
     p = p * torch.rsqrt(variance + eps)[:, :, None]

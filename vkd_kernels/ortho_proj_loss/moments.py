@@ -10,45 +10,31 @@ from . import chunked
 from .operators import accumulator_dtype, define, differentiate, refuse_second_order
 
 
-def student_sum(student: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    """Σ_n w_n x_n: (N, S), (N,) or None -> (S,) in float32 (float64 for float64), differentiable in student."""
-    return torch.ops.vkd_kernels.student_sum.default(student, row_weight)
+def column_sums(xs, row_weights) -> torch.Tensor:
+    """Σ_n w_n x_n: G of (N, C), G of (N,) or None -> (G, C) in float32 (float64 for float64); no gradient."""
+    return _each(torch.ops.vkd_kernels.column_sum.default, [x.detach() for x in xs], row_weights)
 
 
-def student_scatter(student: torch.Tensor, row_weight: torch.Tensor | None, mean: torch.Tensor) -> torch.Tensor:
-    """Σ_n w_n (x_n - mean)(x_n - mean)ᵀ: (N, S), (N,) or None, (S,) -> (S, S) in float32 (float64 for float64).
+def column_centred_square_sums(xs, row_weights, means: torch.Tensor) -> torch.Tensor:
+    """Σ_n w_n (x_n - mean)²: as column_sums, about means (G, C) -> (G, C); no gradient."""
+    op = torch.ops.vkd_kernels.column_centred_square_sum.default
+    return _each(op, [x.detach() for x in xs], row_weights, means.detach())
 
-    Differentiable in student. In the mean the derivative is 0, where it is the mean of all rows (of all ranks), as it
-    must be. Centred before the product and never in TF32: sound when |mean| >> std.
+
+def student_moments(students, row_weights, sums: torch.Tensor, means: torch.Tensor):
+    """(sums, Σ_n w_n (x_n - mean)(x_n - mean)ᵀ): G of (N, S), G of (N,) or None, (G, S), (G, S) -> (G, S), (G, S, S).
+
+    Differentiable in students; sums are their column_sums, which this gives their gradient. In the means the derivative
+    is 0, where they are those of all rows (of all ranks), as they must be. Centred before the product and never in
+    TF32: sound when |mean| >> std.
     """
-    return torch.ops.vkd_kernels.student_scatter.default(student, row_weight, mean.detach())
+    op = torch.ops.vkd_kernels.student_moments.default
+    each = [op(*of_level) for of_level in zip(students, row_weights, sums.detach(), means.detach(), strict=True)]
+    return [torch.stack(values) for values in zip(*each, strict=True)]
 
 
-def student_moments(student, row_weight, total):
-    """(mean (S,), covariance (S, S)) of one process's rows; total: the sum of the weights, a number or 0-d tensor."""
-    mean = student_sum(student, row_weight) / total
-    return mean, student_scatter(student, row_weight, mean) / total
-
-
-def column_sum(teacher: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:
-    """Σ_n w_n y_n: (N, T) -> (T,) in float32 (float64 for float64); no gradient."""
-    return torch.ops.vkd_kernels.student_sum.default(teacher.detach(), row_weight)
-
-
-def column_centred_square_sum(teacher, row_weight, mean) -> torch.Tensor:
-    """Σ_n w_n (y_n - mean)²: (N, T), (N,) or None, (T,) -> (T,) in float32 (float64 for float64); no gradient."""
-    return torch.ops.vkd_kernels.column_centred_square_sum.default(teacher.detach(), row_weight, mean.detach())
-
-
-def _each(statistic):
-    """The statistic of each of G sets of rows, one after the other: lists of G tensors (or Nones) -> (G, ...)."""
-    return lambda *lists: torch.stack([statistic(*arguments) for arguments in zip(*lists, strict=True)])
-
-
-student_sums = _each(student_sum)
-student_scatters = _each(student_scatter)
-column_sums = _each(column_sum)
-column_centred_square_sums = _each(column_centred_square_sum)
+def _each(statistic, *lists):
+    return torch.stack([statistic(*of_level) for of_level in zip(*lists, strict=True)])
 
 
 def _chunks(x: torch.Tensor, row_weight, temporaries: int):
@@ -83,10 +69,11 @@ def _sum(x, row_weight):
     return total
 
 
-def _sum_backward(grad, row_weight, n, dtype):
-    if row_weight is None:
-        return grad.to(dtype).expand(n, -1).contiguous()
-    return torch.mul(row_weight[:, None], grad, out=grad.new_empty((n, grad.shape[0]), dtype=dtype))
+def _centred_square_sum(x, row_weight, mean):
+    total = torch.zeros_like(mean)
+    for rows, w in _chunks(x, row_weight, 2):
+        total += chunked.weighted_((x[rows].to(mean.dtype) - mean).square_(), w).sum(0)
+    return total
 
 
 def _centred(x, mean, w):
@@ -94,7 +81,7 @@ def _centred(x, mean, w):
     return chunked.without_rows(x.to(mean.dtype) - mean, w)
 
 
-def _scatter(x, row_weight, mean):
+def _moments(x, row_weight, sums, mean):
     operand = chunked.operand_dtype(x)
     s = x.shape[1]
     total = mean.new_zeros((s, s))
@@ -109,70 +96,56 @@ def _scatter(x, row_weight, mean):
                 high = d.to(operand)
                 both = torch.cat([high, (d - high).to(operand)], 1)
                 total += chunked.product(both.T, both).view(2, s, 2, s).sum((0, 2))
-    return total
+    return sums.clone(), total
 
 
-def _scatter_backward(grad, x, row_weight, mean):
-    """dX_n = w_n (C + Cᵀ)(x_n - m) for the incoming C."""
+def _moments_backward(grad_sum, grad_scatter, x, row_weight, mean):
+    """dX_n = w_n ((C + Cᵀ)(x_n - m) + s) for the incoming s and C."""
     # float16 would underflow: incoming gradients carry 1 / (N T).
     operand = chunked.operand_dtype(x) if x.dtype == torch.bfloat16 else accumulator_dtype(x.dtype)
-    symmetric = (grad + grad.T).to(operand)
+    symmetric = (grad_scatter + grad_scatter.T).to(operand)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     with _Ieee():
         for rows, w in _chunks(x, row_weight, 3):
-            dx[rows] = chunked.weighted_(chunked.product(_centred(x[rows], mean, w).to(operand), symmetric), w)
+            d = chunked.product(_centred(x[rows], mean, w).to(operand), symmetric)
+            dx[rows] = chunked.weighted_(d.add_(grad_sum), w)
     return dx
 
 
-def _centred_square_sum(x, row_weight, mean):
-    total = torch.zeros_like(mean)
-    for rows, w in _chunks(x, row_weight, 2):
-        total += chunked.weighted_((x[rows].to(mean.dtype) - mean).square_(), w).sum(0)
-    return total
+def _save_moments(ctx, inputs, output):
+    x, row_weight, _, mean = inputs
+    ctx.save_for_backward(x, row_weight, mean)
 
 
-def save_sum(ctx, inputs, output):
-    student, row_weight = inputs
-    ctx.save_for_backward(row_weight)
-    ctx.n, ctx.dtype = student.shape[0], student.dtype
+def _differentiate_moments(ctx, *grads):
+    saved = ctx.saved_tensors
+    grads = moment_gradients(grads, saved[2])
+    return torch.ops.vkd_kernels.student_moments_backward.default(*grads, *saved), None, None, None
 
 
-def differentiate_sum(ctx, grad):
-    return torch.ops.vkd_kernels.student_sum_backward.default(grad, *ctx.saved_tensors, ctx.n, ctx.dtype), None
-
-
-def _save_scatter(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_scatter(ctx, grad):
-    return torch.ops.vkd_kernels.student_scatter_backward.default(grad, *ctx.saved_tensors), None, None
+def moment_gradients(grads, mean):
+    """The incoming gradients of sums and scatters, zeros for those that there are not."""
+    shapes = mean.shape, (*mean.shape, mean.shape[-1])
+    return [mean.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes, strict=True)]
 
 
 define(
-    "student_sum", "(Tensor student, Tensor? row_weight) -> Tensor", _sum,
+    "column_sum", "(Tensor rows, Tensor? row_weight) -> Tensor", _sum,
     lambda x, w: x.new_empty(x.shape[1:], dtype=accumulator_dtype(x.dtype)),
 )  # fmt: skip
 define(
-    "student_sum_backward", "(Tensor grad, Tensor? row_weight, SymInt n, ScalarType dtype) -> Tensor", _sum_backward,
-    lambda grad, w, n, dtype: grad.new_empty((n, grad.shape[0]), dtype=dtype),
-)  # fmt: skip
-define(
-    "student_scatter", "(Tensor student, Tensor? row_weight, Tensor mean) -> Tensor", _scatter,
-    lambda x, w, mean: mean.new_empty((x.shape[1], x.shape[1])),
-)  # fmt: skip
-define(
-    "student_scatter_backward", "(Tensor grad, Tensor student, Tensor? row_weight, Tensor mean) -> Tensor",
-    _scatter_backward,
-    lambda grad, x, w, mean: torch.empty_like(x, memory_format=torch.contiguous_format),
-)  # fmt: skip
-define(
-    "column_centred_square_sum", "(Tensor teacher, Tensor? row_weight, Tensor mean) -> Tensor", _centred_square_sum,
+    "column_centred_square_sum", "(Tensor rows, Tensor? row_weight, Tensor mean) -> Tensor", _centred_square_sum,
     lambda x, w, mean: torch.empty_like(mean),
 )  # fmt: skip
-for _name, _differentiate, _save in (
-    ("student_sum", differentiate_sum, save_sum),
-    ("student_scatter", _differentiate_scatter, _save_scatter),
-):
-    differentiate(_name, _save, _differentiate)
-    refuse_second_order(f"{_name}_backward")
+define(
+    "student_moments", "(Tensor student, Tensor? row_weight, Tensor sums, Tensor mean) -> (Tensor, Tensor)", _moments,
+    lambda x, w, sums, mean: (torch.empty_like(sums), mean.new_empty((x.shape[1], x.shape[1]))),
+)  # fmt: skip
+define(
+    "student_moments_backward",
+    "(Tensor grad_sum, Tensor grad_scatter, Tensor student, Tensor? row_weight, Tensor mean) -> Tensor",
+    _moments_backward,
+    lambda s, c, x, w, mean: torch.empty_like(x, memory_format=torch.contiguous_format),
+)  # fmt: skip
+differentiate("student_moments", _save_moments, _differentiate_moments)
+refuse_second_order("student_moments_backward")

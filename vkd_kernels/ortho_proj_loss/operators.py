@@ -64,7 +64,7 @@ def differentiate(name: str, save, backward) -> None:
             ctx.set_materialize_grads(False)
             ctx.count = count
             save(ctx, inputs, output)
-            return output
+            return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
         def backward(ctx, *grads):

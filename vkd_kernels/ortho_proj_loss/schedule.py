@@ -53,6 +53,25 @@ class ColumnsTile(NamedTuple):
     warps: int
 
 
+class ScatterTile(NamedTuple):
+    """scatter_tiles: columns x columns of Xᵀ X, `rows` of X a step."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class MomentsTile(NamedTuple):
+    """moment_gradients: rows x columns of dX, `inner` of S a step."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
 # Tiles that compile without spills (tests/test_ortho_proj_loss_aot.py holds them to it), by kernel and operand bits,
 # for compute capabilities from the given one on. "descriptor" and "pointer": rows start on 16-byte boundaries;
 # "ragged": they do not.
@@ -69,11 +88,16 @@ TILES: dict[tuple[str, int], dict[int, Any]] = {
     ("gradients", 32): {80: GradientTiles(64, 64, 32, 64, 64, 32, 8, 3)},
     ("columns", 16): {80: ColumnsTile(32, 128, 4)},
     ("columns", 32): {80: ColumnsTile(32, 64, 4)},
+    ("scatter", 16): {80: ScatterTile(64, 64, 4, 3)},
+    ("scatter", 32): {80: ScatterTile(32, 64, 8, 3)},
+    ("moment gradients", 16): {80: MomentsTile(64, 64, 64, 4, 3)},
+    ("moment gradients", 32): {80: MomentsTile(64, 64, 32, 8, 3)},
     ("rows", 16): {80: RowsTile(64, 64, 2, 64, 8, 3), 90: RowsTile(64, 64, 4, 64, 8, 3)},
     ("rows", 32): {80: RowsTile(64, 32, 4, 32, 8, 3)},
     ("ragged rows", 16): {80: RowsTile(64, 32, 4, 32, 8, 3)},
 }
 COLUMN_PARTIALS = 512  # partial sums over rows, at most
+SCATTER_PROGRAMS = 1024  # of scatter_tiles, about: each keeps a tile of partial sums
 STATISTICS_ELEMENTS = 4096  # of a block of row_statistics, in 4 warps
 
 

@@ -545,3 +545,132 @@ def column_sums(
         total += value
     part = level * tl.num_programs(0) + row_block
     tl.store(partial + part.to(tl.int64) * T + column, tl.sum(total, 0), mask=column < T)
+
+
+@triton.jit
+def _centred(
+    x, stride, mean, row_weight, first_row, last_row, first_column, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """x - mean (ROWS, COLUMNS) in float32; 0 outside and, with row weights, in rows of weight 0."""
+    row = first_row + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = (row < last_row)[:, None] & (column < S)[None, :]
+    value = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    value -= tl.load(mean + column, mask=column < S, other=0.0)[None, :]
+    if row_weight is not None:
+        inside = inside & (tl.load(row_weight + row, mask=row < last_row, other=0.0) != 0)[:, None]
+    return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def _weights(row_weight, first_row, last_row, ROWS: tl.constexpr):
+    row = first_row + tl.arange(0, ROWS)
+    return tl.load(row_weight + row, mask=row < last_row, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["rows_per_program"])
+def scatter_tiles(
+    xs,
+    row_weights,
+    means,
+    partial,
+    levels,
+    strides,
+    S,
+    rows_per_program,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """One (COLUMNS, COLUMNS) tile of sum_n w_n (x_n - mean)(x_n - mean)ᵀ over rows_per_program rows of a level's X.
+
+    With HALVES, products are of 16 bits: √w (x - mean) = h + l, and C = hᵀ(h + 2 l), whose symmetric part is the sum
+    but for lᵀl, which is as small as h + l's own rounding. partial is (levels, row blocks, S, S).
+    """
+    level = tl.program_id(2)
+    x = _of(xs, level)
+    stride = _of(strides, level)
+    row_weight = None
+    if row_weights is not None:
+        row_weight = _of(row_weights, level)
+    mean = means + level * S
+    row_block = tl.program_id(1)
+    column_blocks = tl.cdiv(S, COLUMNS)
+    first_i = (tl.program_id(0) // column_blocks) * COLUMNS
+    first_j = (tl.program_id(0) % column_blocks) * COLUMNS
+    first_row = row_block.to(tl.int64) * rows_per_program
+    last_row = tl.minimum(first_row + rows_per_program, _of(levels, level) // 2)
+    total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
+    for start in tl.range(0, (last_row - first_row).to(tl.int32), ROWS, num_stages=STAGES):
+        row = first_row + start
+        a = _centred(x, stride, mean, row_weight, row, last_row, first_i, S, ROWS, COLUMNS)
+        b = _centred(x, stride, mean, row_weight, row, last_row, first_j, S, ROWS, COLUMNS)
+        if row_weight is not None:
+            root = tl.sqrt(_weights(row_weight, row, last_row, ROWS))
+            a *= root
+            b *= root
+        if HALVES:
+            high = b.to(tl.bfloat16)
+            low = (2.0 * (b - high.to(tl.float32))).to(tl.bfloat16)
+            a = tl.trans(a.to(tl.bfloat16))
+            total = _dot(a, low, _dot(a, high, total, "ieee"), "ieee")
+        else:
+            total = _dot(tl.trans(a), b, total, "ieee")
+    i = (first_i + tl.arange(0, COLUMNS))[:, None]
+    j = (first_j + tl.arange(0, COLUMNS))[None, :]
+    part = (level * tl.num_programs(1) + row_block).to(tl.int64)
+    tl.store(partial + (part * S + i) * S + j, total, mask=(i < S) & (j < S))
+
+
+@triton.jit
+def moment_gradients(
+    xs,
+    row_weights,
+    means,
+    grad_sums,
+    grad_scatters,
+    grad_xs,
+    levels,
+    strides,
+    S,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One (ROWS, COLUMNS) tile of a level's dX_n = w_n (C (x_n - mean) + s): s (levels, S), symmetric C (levels, S, S).
+
+    The product is in C's dtype.
+    """
+    level = tl.program_id(1)
+    x = _of(xs, level)
+    stride = _of(strides, level)
+    row_weight = None
+    if row_weights is not None:
+        row_weight = _of(row_weights, level)
+    mean = means + level * S
+    column_blocks = tl.cdiv(S, COLUMNS)
+    first_row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS
+    first_column = (tl.program_id(0) % column_blocks) * COLUMNS
+    last_row = _of(levels, level) // 2
+    column = first_column + tl.arange(0, COLUMNS)
+    dx = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, S, INNER, num_stages=STAGES):
+        d = _centred(x, stride, mean, row_weight, first_row, last_row, first, S, ROWS, INNER)
+        inner = first + tl.arange(0, INNER)
+        inside = (inner < S)[:, None] & (column < S)[None, :]
+        c = tl.load(grad_scatters + (level * S + inner[:, None]) * S + column[None, :], mask=inside, other=0.0)
+        dx = _dot(d.to(c.dtype), c, dx, PRECISION)
+    dx += tl.load(grad_sums + level * S + column, mask=column < S, other=0.0)[None, :]
+    if row_weight is not None:
+        w = _weights(row_weight, first_row, last_row, ROWS)
+        dx = tl.where(w == 0, 0.0, w * dx)
+    row = first_row + tl.arange(0, ROWS)
+    grad_x = _of(grad_xs, level)
+    tl.store(
+        grad_x + row[:, None] * S + column[None, :],
+        dx.to(grad_x.dtype.element_ty),
+        mask=(row < last_row)[:, None] & (column < S)[None, :],
+    )

@@ -512,24 +512,23 @@ operators.register_loss("fused_orthonormal_mse", operators.MSE_ARGUMENTS, _ortho
 # ------------------------------------------------------------------- statistics over the rows: the names of moments.py
 
 
-def student_sums(students, row_weights) -> torch.Tensor:
-    """moments.student_sums, all in one read and one launch."""
-    return torch.ops.vkd_kernels.fused_sums.default([unit_stride(x) for x in students], _weights(students, row_weights))
-
-
-def column_sums(teachers, row_weights) -> torch.Tensor:
+def column_sums(xs, row_weights) -> torch.Tensor:
     """moments.column_sums, all in one read and one launch."""
-    return student_sums([x.detach() for x in teachers], row_weights)
+    rows = [unit_stride(x.detach()) for x in xs]
+    return torch.ops.vkd_kernels.fused_column_sums.default(rows, _weights(xs, row_weights), None)
 
 
-def column_centred_square_sums(teachers, row_weights, means: torch.Tensor) -> torch.Tensor:
+def column_centred_square_sums(xs, row_weights, means: torch.Tensor) -> torch.Tensor:
     """moments.column_centred_square_sums, all in one read and one launch."""
-    return torch.ops.vkd_kernels.fused_centred_square_sums.default(
-        [unit_stride(x.detach()) for x in teachers], _weights(teachers, row_weights), means.detach()
-    )
+    rows = [unit_stride(x.detach()) for x in xs]
+    return torch.ops.vkd_kernels.fused_column_sums.default(rows, _weights(xs, row_weights), means.detach())
 
 
-student_scatters = moments.student_scatters  # library products
+def student_moments(students, row_weights, sums: torch.Tensor, means: torch.Tensor):
+    """moments.student_moments, all in one launch."""
+    rows = [unit_stride(x) for x in students]
+    op = torch.ops.vkd_kernels.fused_moments.default
+    return op(rows, _weights(students, row_weights), sums.detach(), means.detach())
 
 
 def _weights(rows, row_weights):
@@ -537,43 +536,96 @@ def _weights(rows, row_weights):
     return [w for w in _all_or_none(rows, row_weights) if w is not None]
 
 
-def _column_sums(xs, row_weights, means=None):
-    sums, t = [], xs[0].shape[1]
+def _by_launch(xs, row_weights, *others):
+    """What each launch over rows of xs takes: at most LEVELS of them, (xs, row_weights or None, levels, strides) as the
+    kernels take them, their most rows, and as many entries of others."""
     for first in range(0, len(xs), schedule.LEVELS):
         here = slice(first, first + schedule.LEVELS)
-        x = xs[here]
-        most = max(rows.shape[0] for rows in x)
-        tile = schedule.tile("columns", x[0].dtype)
+        rows, strides = zip(*((x.shape[0], x.stride(0)) for x in xs[here]), strict=True)
+        tables = tuple(xs[here]), tuple(row_weights[here]) or None, _levels_table(rows), strides
+        yield *tables, max(rows), *(None if x is None else x[here] for x in others)
+
+
+def _column_sums(xs, row_weights, means):
+    sums, t = [], xs[0].shape[1]
+    tile = schedule.tile("columns", xs[0].dtype)
+    for x, weights, levels, strides, most, centres in _by_launch(xs, row_weights, means):
         rows_per_program = max(_blocks(_blocks(most, schedule.COLUMN_PARTIALS), tile.rows), 1) * tile.rows
         partial = x[0].new_empty((len(x), max(_blocks(most, rows_per_program), 1), t), dtype=torch.float32)
         with _on(x[0].device):
             kernels.column_sums[(partial.shape[1], _blocks(t, tile.columns), len(x))](
-                tuple(x), tuple(row_weights[here]) or None, None if means is None else means[here], partial,
-                _levels_table(rows.shape[0] for rows in x), tuple(rows.stride(0) for rows in x), t, rows_per_program,
+                x, weights, centres, partial, levels, strides, t, rows_per_program,
                 ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **OPTIONS,
             )  # fmt: skip
         sums.append(partial.sum(1))
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
-def _save_sums(ctx, inputs, output):
-    rows, row_weights = inputs
-    ctx.save_for_backward(*row_weights)
-    ctx.rows, ctx.dtype = [x.shape[0] for x in rows], rows[0].dtype
+def _moments(xs, row_weights, sums, means):
+    scatters, s = [], xs[0].shape[1]
+    tile = schedule.tile("scatter", xs[0].dtype)
+    tiles = _blocks(s, tile.columns) ** 2
+    for x, weights, levels, strides, most, centres in _by_launch(xs, row_weights, means):
+        row_blocks = max(schedule.SCATTER_PROGRAMS // (tiles * len(x)), 1)
+        rows_per_program = max(_blocks(_blocks(most, row_blocks), tile.rows), 1) * tile.rows
+        partial = x[0].new_empty((len(x), max(_blocks(most, rows_per_program), 1), s, s), dtype=torch.float32)
+        with _on(x[0].device):
+            kernels.scatter_tiles[(tiles, partial.shape[1], len(x))](
+                x, weights, centres, partial, levels, strides, s, rows_per_program,
+                ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, HALVES=x[0].dtype != torch.float32,
+                num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+            )  # fmt: skip
+        scatter = partial.sum(1)
+        scatters.append((scatter + scatter.mT).mul_(0.5))
+    return sums.clone(), scatters[0] if len(scatters) == 1 else torch.cat(scatters)
 
 
-def _differentiate_sums(ctx, grad):
-    row_weights = ctx.saved_tensors or [None] * len(ctx.rows)
-    backward = torch.ops.vkd_kernels.student_sum_backward.default
-    return [backward(g, w, n, ctx.dtype) for g, w, n in zip(grad, row_weights, ctx.rows, strict=True)], None
+def _moments_backward(grad_sums, grad_scatters, xs, row_weights, means):
+    """dX_n = w_n ((C + Cᵀ)(x_n - m) + s) for the incoming s and C of each level."""
+    dtype, s = xs[0].dtype, xs[0].shape[1]
+    # float16 would underflow: incoming gradients carry 1 / (N T). TF32 has as many bits.
+    symmetric = (grad_scatters + grad_scatters.mT).to(dtype if dtype == torch.bfloat16 else torch.float32)
+    precision = "tf32" if dtype == torch.float16 else "ieee"
+    tile = schedule.tile("moment gradients", symmetric.dtype)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    launches = _by_launch(xs, row_weights, means, grad_sums.contiguous(), symmetric, grads)
+    for x, weights, levels, strides, most, *tensors, grad_xs in launches:
+        if most == 0:
+            continue
+        with _on(x[0].device):
+            kernels.moment_gradients[(_blocks(most, tile.rows) * _blocks(s, tile.columns), len(x))](
+                x, weights, *tensors, tuple(grad_xs), levels, strides, s,
+                ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, STAGES=tile.stages, PRECISION=precision,
+                num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+            )  # fmt: skip
+    return grads
+
+
+def _save_moments(ctx, inputs, output):
+    rows, row_weights, _, means = inputs
+    ctx.save_for_backward(*rows, *row_weights, means)
+
+
+def _differentiate_moments(ctx, *grads):
+    *saved, means = ctx.saved_tensors
+    backward = torch.ops.vkd_kernels.fused_moments_backward.default
+    grads = moments.moment_gradients(grads, means)
+    return backward(*grads, saved[: ctx.count], saved[ctx.count :], means), None, None, None
 
 
 operators.define(
-    "fused_sums", "(Tensor[] rows, Tensor[] row_weights) -> Tensor", _column_sums,
-    lambda xs, ws: xs[0].new_empty((len(xs), xs[0].shape[1]), dtype=torch.float32),
+    "fused_column_sums", "(Tensor[] rows, Tensor[] row_weights, Tensor? means) -> Tensor", _column_sums,
+    lambda xs, ws, means: xs[0].new_empty((len(xs), xs[0].shape[1]), dtype=torch.float32),
 )  # fmt: skip
-operators.differentiate("fused_sums", _save_sums, _differentiate_sums)
 operators.define(
-    "fused_centred_square_sums", "(Tensor[] rows, Tensor[] row_weights, Tensor means) -> Tensor", _column_sums,
-    lambda xs, ws, means: torch.empty_like(means),
+    "fused_moments", "(Tensor[] rows, Tensor[] row_weights, Tensor sums, Tensor means) -> (Tensor, Tensor)", _moments,
+    lambda xs, ws, sums, means: (torch.empty_like(sums), sums.new_empty((*sums.shape, sums.shape[1]))),
 )  # fmt: skip
+operators.define(
+    "fused_moments_backward",
+    "(Tensor grad_sums, Tensor grad_scatters, Tensor[] rows, Tensor[] row_weights, Tensor means) -> Tensor[]",
+    _moments_backward,
+    lambda s, c, xs, ws, means: [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs],
+)  # fmt: skip
+operators.differentiate("fused_moments", _save_moments, _differentiate_moments)
+operators.refuse_second_order("fused_moments_backward")
