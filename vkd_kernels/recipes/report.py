@@ -195,8 +195,8 @@ def in_words(
 
 def _compare(d: Mapping[str, Any], other: str, metric: Metric) -> str:
     where = "better than" if d["better"] else "NOT better than"
-    text = f"{where} {other}: {d['mean']:+.{metric.digits}f} {metric.unit}"
-    text += f", better for {d['seeds_better']} of {d['seeds']} seeds"
+    difference = f"{d['mean']:+.{metric.digits}f} {metric.unit}".rstrip()
+    text = f"{where} {other}: {difference}, better for {d['seeds_better']} of {d['seeds']} seeds"
     if d["p"] is None:
         return text
     ps = f"(p {show_p(d['p'])}, Holm {show_p(d['p_holm'])})"
