@@ -389,13 +389,16 @@ def main(benchmark: str, cases: Callable[[str], list[Case]], dtypes, arguments=N
         "--records", type=Path, default=records.RUNS, help="folder of the records (default: %(default)s)"
     )
     parser.add_argument("--tries", type=int, default=1, help="on a CPU: for each case, while other processes are busy")
+    parser.add_argument(
+        "--extend", action="store_true", help="keep the cases that this machine's record of this commit has"
+    )
     options = parser.parse_args(arguments)
     device = records.device_type()
-    rates = floors.ceilings(device, dtypes(device))
-    record, problems = records.Record(benchmark, options.records, rates), []
+    record = records.Record(benchmark, options.records, floors.ceilings(device, dtypes(device)), options.extend)
+    problems = []
     for case in cases(device):
         if options.k in case.name:
-            result = measure(case, device, rates, options.seconds, tries=options.tries)
+            result = measure(case, device, record.ceilings, options.seconds, tries=options.tries)
             record.add(without_samples(result))
             problems += failures(result)
             print(line(result), flush=True)

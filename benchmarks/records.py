@@ -75,16 +75,28 @@ def environment() -> dict:
 
 
 class Record:
-    """One benchmark's record, written anew after every case: a run that is cut short keeps what it has."""
+    """One benchmark's record, written anew after every case: a run that is cut short keeps what it has.
 
-    def __init__(self, benchmark: str, folder: Path, ceilings: dict):
+    extend: keep the cases, and the ceilings, of the record that is there, if it is of the same commit and machine; for
+    a run in pieces.
+    """
+
+    def __init__(self, benchmark: str, folder: Path, ceilings: dict, extend: bool = False):
         self.path = Path(folder) / device_folder() / f"{benchmark}.json"
-        self.content = {
-            "benchmark": benchmark, "environment": environment(), "ceilings": ceilings, "cases": [],
-        }  # fmt: skip
+        now = environment()
+        if extend and self.path.exists():
+            self.content = json.loads(self.path.read_text())
+            was = self.content["environment"]
+            differs = [key for key in was if key not in ("time", "load_average") and was[key] != now.get(key)]
+            if differs:
+                raise SystemExit(f"{self.path} is another machine's or version's: {', '.join(differs)}")
+        else:
+            self.content = {"benchmark": benchmark, "environment": now, "ceilings": ceilings, "cases": []}
+        self.ceilings = self.content["ceilings"]
 
     def add(self, case: dict) -> None:
-        self.content["cases"].append(case)
+        """A case, in place of an earlier one of its name."""
+        self.content["cases"] = [*(c for c in self.content["cases"] if c["case"] != case["case"]), case]
         write(self.path, self.content)
 
 

@@ -217,6 +217,21 @@ def test_records_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / folder).iterdir()] == ["cayley.json"]
 
 
+def test_a_record_in_pieces(tmp_path, monkeypatch):
+    """Of one commit and machine, with the ceilings of the first piece; a case that comes again replaces the first."""
+    records.Record("cayley", tmp_path, RATES).add({"case": "a", "rows": [1]})
+    second = records.Record("cayley", tmp_path, {}, extend=True)
+    second.add({"case": "b", "rows": []})
+    second.add({"case": "a", "rows": [2]})
+    content = records.read(tmp_path)[records.device_folder()]["cayley"]
+    assert second.ceilings == content["ceilings"] == RATES
+    assert content["cases"] == [{"case": "b", "rows": []}, {"case": "a", "rows": [2]}]
+    monkeypatch.setattr(records, "environment", lambda: content["environment"] | {"commit": "another", "time": "later"})
+    with pytest.raises(SystemExit, match="another machine's or version's: commit"):
+        records.Record("cayley", tmp_path, RATES, extend=True)
+    assert records.Record("cayley", tmp_path, RATES).content["cases"] == []
+
+
 @pytest.mark.parametrize(
     "name, folder",
     [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("NVIDIA GeForce RTX 4090", "rtx-4090")],
