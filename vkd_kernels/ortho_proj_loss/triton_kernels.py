@@ -8,14 +8,13 @@ Everywhere: student X (N, S), teacher Y (N, T), weight P (T, S), Z = X Pᵀ + b,
 Accumulation is in float32. Sums over programs go through buffers that one program reads in index order: the same
 inputs give the same bits. A row of weight 0 contributes nothing, whatever it holds; any other NaN or Inf goes through.
 
-Several losses of equal S and T, levels, run as one launch: program_id(1) is the level. Their rows lie one after the
-other, `levels` has each one's number of rows, weights and channels' values are (levels, T, ...).
+Several losses of equal S and T, levels, run as one launch, a dimension of whose grid is the level. `levels` has each
+one's number of rows. In the loss and its gradients their rows lie one after the other, and weights and channels' values
+are (levels, T, ...); the statistics over rows take a tuple of tensors.
 """
 
 import triton
 import triton.language as tl
-
-# fmt: off  (signatures in groups: tensors, sizes and strides, numbers, constants)
 
 # The interpreter multiplies bfloat16 operands of tl.dot as raw integers, so they are upcast there (and only there).
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -31,17 +30,9 @@ def _dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    source,
-    first_row,
-    first_column,
-    stride,
-    rows,
-    columns,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-):
+    source, first_row, first_column, stride, rows, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
     """source[first_row : + ROWS, first_column : + COLUMNS], 0 outside (rows, columns); EVEN: no column is outside."""
     if DESCRIPTOR:
         return source.load([first_row, first_column])
@@ -130,46 +121,14 @@ def row_statistics(teacher, mean, rstd, counter, N, T, stride_y, eps, ROWS: tl.c
 
 @triton.jit(do_not_specialize=["N", "first_program", "total_programs"])
 def loss_tile(
-    student,
-    weight,
-    teacher,
-    bias,
-    row_weight,
-    mean,
-    rstd,
-    channel_shift,
-    channel_scale,
-    gradient,
-    column_sums,
-    partial,
-    counter,
-    loss,
-    denominator,
-    levels,
-    N,
-    S,
-    T,
-    stride_x,
-    stride_w,
-    stride_y,
-    stride_g,
-    first_program,
-    total_programs,
-    beta,
-    inverse_beta,
-    factors,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN_S: tl.constexpr,
-    EVEN_T: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    SMOOTH_L1: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-    SUM_BLOCK: tl.constexpr,
-):
+    student, weight, teacher, bias, row_weight, mean, rstd, channel_shift, channel_scale,
+    gradient, column_sums, partial, counter, loss,
+    denominator, levels, N, S, T, stride_x, stride_w, stride_y, stride_g,
+    first_program, total_programs, beta, inverse_beta, factors,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr, DESCRIPTOR: tl.constexpr, SMOOTH_L1: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, SUM_BLOCK: tl.constexpr,
+):  # fmt: skip
     """One (ROWS, COLUMNS) tile of D: its G, column sums of G and share of the loss; the last program adds the shares.
 
     student, weight, teacher and gradient are pointers, or tensor descriptors with DESCRIPTOR. first_program: the
@@ -265,37 +224,13 @@ def loss_tile(
 
 @triton.jit(do_not_specialize=["N", "row_blocks"])
 def gradient_tiles(
-    gradient,
-    student,
-    weight,
-    row_weight,
-    column_sums,
-    grad_output,
-    denominator,
-    grad_student,
-    grad_weight,
-    grad_bias,
-    levels,
-    N,
-    S,
-    T,
-    row_blocks,
-    stride_grad_output,
-    stride_g,
-    stride_x,
-    stride_w,
-    factors,
-    X_ROWS: tl.constexpr,
-    X_COLUMNS: tl.constexpr,
-    X_INNER: tl.constexpr,
-    P_ROWS: tl.constexpr,
-    P_COLUMNS: tl.constexpr,
-    P_INNER: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN_S: tl.constexpr,
-    EVEN_T: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    gradient, student, weight, row_weight, column_sums, grad_output, denominator,
+    grad_student, grad_weight, grad_bias,
+    levels, N, S, T, row_blocks, stride_grad_output, stride_g, stride_x, stride_w, factors,
+    X_ROWS: tl.constexpr, X_COLUMNS: tl.constexpr, X_INNER: tl.constexpr,
+    P_ROWS: tl.constexpr, P_COLUMNS: tl.constexpr, P_INNER: tl.constexpr,
+    STAGES: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dX = alpha G P (N, S), dP = alpha Gᵀ X (T, S) and db = alpha (sum of column sums) (T,), in one launch.
 
     The first programs each make an (X_ROWS, X_COLUMNS) tile of dX (the longer loop starts first), the next a
@@ -324,6 +259,7 @@ def gradient_tiles(
     if grad_weight is not None:
         p_programs = tl.cdiv(T, P_ROWS) * p_columns
 
+    # dX = alpha G P
     if program < x_programs:
         if grad_student is not None:
             first_row = first_of_level + (program // x_columns) * X_ROWS
@@ -344,6 +280,7 @@ def gradient_tiles(
                 (alpha * dx).to(grad_student.dtype.element_ty),
                 mask=(row < last_of_level)[:, None] & (column < S)[None, :],
             )
+    # dP = alpha Gᵀ X
     elif program < x_programs + p_programs:
         if grad_weight is not None:
             first_row = ((program - x_programs) // p_columns) * P_ROWS
@@ -367,6 +304,7 @@ def gradient_tiles(
                 (alpha * dp).to(grad_weight.dtype.element_ty),
                 mask=(row < T)[:, None] & (column < S)[None, :],
             )
+    # db = alpha sum_n G_n
     else:
         if grad_bias is not None:
             column = (program - x_programs - p_programs) * P_ROWS + tl.arange(0, P_ROWS)
@@ -389,35 +327,12 @@ def scale(source, result, grad_output, denominator, size, factor, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["N", "first_row_block"])
 def orthonormal_mse_rows(
-    student,
-    teacher,
-    weight,
-    weight_sums,
-    scale,
-    row_weight,
-    grad_student,
-    scaled_student,
-    mean_sums,
-    partial,
-    scale_partial,
-    N,
-    S,
-    T,
-    first_row_block,
-    stride_x,
-    stride_w,
-    stride_y,
-    eps,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    INNER: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN_S: tl.constexpr,
-    EVEN_T: tl.constexpr,
-    LAYER_NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    student, teacher, weight, weight_sums, scale, row_weight,
+    grad_student, scaled_student, mean_sums, partial, scale_partial,
+    N, S, T, first_row_block, stride_x, stride_w, stride_y, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, LAYER_NORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """w |c x Pᵀ - t|² = w (c x · (c x - 2 t P) + |t|²) for ROWS rows and BLOCKS * COLUMNS of the S columns, PᵀP = I.
 
     One read of the teacher: with mean m and r = 1 / sqrt(var + eps), t = r (y - m) and t P = r (y P - m (1ᵀP)).
@@ -503,17 +418,9 @@ def orthonormal_mse_rows(
 
 @triton.jit(do_not_specialize=["rows_per_program"])
 def column_sums(
-    xs,
-    row_weights,
-    means,
-    partial,
-    levels,
-    strides,
-    T,
-    rows_per_program,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    xs, row_weights, means, partial, levels, strides, T, rows_per_program,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """sum_n w_n x_n, or with means sum_n w_n (x_n - mean)², over rows_per_program rows of a level's X (N, T).
 
     xs, row_weights and strides are tuples with an entry for each level; partial is (levels, row blocks, T).
@@ -549,8 +456,9 @@ def column_sums(
 
 @triton.jit
 def _centred(
-    x, stride, mean, row_weight, first_row, last_row, first_column, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x, stride, mean, row_weight, first_row, last_row, first_column, S,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """x - mean (ROWS, COLUMNS) in float32; 0 outside and, with row weights, in rows of weight 0."""
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
@@ -564,25 +472,16 @@ def _centred(
 
 @triton.jit
 def _weights(row_weight, first_row, last_row, ROWS: tl.constexpr):
+    """w (ROWS, 1), 0 outside."""
     row = first_row + tl.arange(0, ROWS)
     return tl.load(row_weight + row, mask=row < last_row, other=0.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows_per_program"])
 def scatter_tiles(
-    xs,
-    row_weights,
-    means,
-    partial,
-    levels,
-    strides,
-    S,
-    rows_per_program,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-    HALVES: tl.constexpr,
-):
+    xs, row_weights, means, partial, levels, strides, S, rows_per_program,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
     """One (COLUMNS, COLUMNS) tile of sum_n w_n (x_n - mean)(x_n - mean)ᵀ over rows_per_program rows of a level's X.
 
     With HALVES, products are of 16 bits: √w (x - mean) = h + l, and C = hᵀ(h + 2 l), whose symmetric part is the sum
@@ -601,6 +500,7 @@ def scatter_tiles(
     first_j = (tl.program_id(0) % column_blocks) * COLUMNS
     first_row = row_block.to(tl.int64) * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, _of(levels, level) // 2)
+    # C_ij += (√w (x_i - m_i)) (√w (x_j - m_j))
     total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
     for start in tl.range(0, (last_row - first_row).to(tl.int32), ROWS, num_stages=STAGES):
         row = first_row + start
@@ -625,21 +525,9 @@ def scatter_tiles(
 
 @triton.jit
 def moment_gradients(
-    xs,
-    row_weights,
-    means,
-    grad_sums,
-    grad_scatters,
-    grad_xs,
-    levels,
-    strides,
-    S,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    xs, row_weights, means, grad_sums, grad_scatters, grad_xs, levels, strides, S,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One (ROWS, COLUMNS) tile of a level's dX_n = w_n (C (x_n - mean) + s): s (levels, S), symmetric C (levels, S, S).
 
     The product is in C's dtype.
