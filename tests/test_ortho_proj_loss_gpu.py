@@ -11,6 +11,7 @@ import pytest
 import torch
 from loss_cases import GRADIENT_ERROR, LOSS_ERROR, OPTIONS, Case, composition, error
 
+import vkd_kernels as vk
 from vkd_kernels.ortho_proj_loss.chunked import chunked_loss
 
 pytestmark = pytest.mark.gpu
@@ -124,6 +125,45 @@ def test_graph_replay(shape, option, fused_loss):
             assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
 
 
+@pytest.mark.parametrize(
+    "rows", [[600] * 6, [34000, 8500, 2125, 544, 136, 40]], ids=["six of few rows", "a pyramid of many and few"]
+)
+def test_levels(rows):
+    """Detection's six projections in one call: accuracy, the same bits, no synchronisation, graph replay."""
+    students = [torch.randn(n, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in rows]
+    teachers = [2 * torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) + 1 for n in rows]
+    weights = torch.linalg.qr(torch.randn(6, 256, 256, device="cuda")).Q.requires_grad_()
+    masks = [torch.rand(n, device="cuda") > 0.2 for n in rows]
+    leaves, upstream = [*students, weights], torch.linspace(0.5, 2, 6, device="cuda")
+
+    def losses(students, teachers, weights, **options):
+        return vk.functional.ortho_proj_losses(
+            students, teachers, weights, masks=masks, normalization="batch_norm", **options
+        )
+
+    def step():
+        value = losses(students, teachers, weights)
+        return [value, *torch.autograd.grad(value, leaves, upstream)]
+
+    first = step()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = losses(exact[:-1], [y.double() for y in teachers], exact[-1], backend="torch")
+    assert error(first[0], truth) <= 1e-4
+    for got, expected in zip(first[1:], torch.autograd.grad(truth, exact, upstream.double()), strict=True):
+        assert error(got, expected) <= 1e-2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [step() for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run, strict=True))
+    graph, captured = capture(step)
+    for x in captured:
+        x.detach().fill_(torch.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+
+
 @pytest.mark.parametrize("option, most", [("layer_norm", 3), ("bias", 3), ("none", 3)])
 def test_pooled_launches(option, most, fused_loss):
     """Forward and backward: row statistics, loss, gradients."""
@@ -137,10 +177,10 @@ def test_pooled_launches(option, most, fused_loss):
     assert 0 < len(kernels) <= most, kernels
 
 
-@pytest.mark.parametrize("rows", [100352, 200704])
-def test_memory_beyond_inputs_and_gradients(rows, fused_loss):
+@pytest.mark.parametrize("rows, channels", [(100352, 192), (200704, 192), (100352, 768)])
+def test_memory_beyond_inputs_and_gradients(rows, channels, fused_loss):
     """At most the workspace, and in backward the unscaled dX (kept until then) beside the scaled one."""
-    case = case_of((rows, 192, 3024), torch.bfloat16, weight_dtype=torch.float32)
+    case = case_of((rows, channels, 3024), torch.bfloat16, weight_dtype=torch.float32)
     leaves = [x.requires_grad_() for x in leaves_of(case)]
     gradients = sum(x.numel() * x.element_size() for x in leaves)
     torch.cuda.synchronize()

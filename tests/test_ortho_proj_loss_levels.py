@@ -1,5 +1,6 @@
 """Several losses at once: each as it is alone, by PyTorch and by the fused kernels (interpreted without a GPU)."""
 
+from collections import Counter
 from datetime import timedelta
 
 import pytest
@@ -376,6 +377,44 @@ def test_interface(normalization, loss, masks, rows, monkeypatch):
         *arguments(rows, 20, 45, torch.float32, DEVICE), masks_of(masks, rows, DEVICE), **options
     )
     assert_equal(results, rtol=1e-4, atol=1e-6)
+
+
+ONCE = {"column_sums": 3, "scatter_tiles": 1, "moment_gradients": 1}  # batch_norm's statistics, of all levels
+
+
+@pytest.mark.parametrize(
+    "normalization, rows, expected",
+    [
+        ("layer_norm", [30] * 6, {"row_statistics": 1, "loss_tile": 1, "gradient_tiles": 1}),
+        ("layer_norm", [90] * 6, {"row_statistics": 6, "loss_tile": 6, "scale": 12}),  # of dX and dP of each
+        ("layer_norm", [90, 90, 20, 9, 5, 3], {"row_statistics": 3, "loss_tile": 3, "gradient_tiles": 1, "scale": 4}),
+        ("batch_norm", [30] * 6, ONCE | {"loss_tile": 1, "gradient_tiles": 1}),
+        ("batch_norm", [60, 30, 20, 9, 5, 3], ONCE | {"loss_tile": 1, "gradient_tiles": 1}),
+        ("batch_norm", [90] * 6, ONCE | {"loss_tile": 6, "scale": 18}),  # of dX, dP, db of each
+        ("batch_norm", [90, 90, 20, 9, 5, 3], ONCE | {"loss_tile": 3, "scale": 6, "gradient_tiles": 1}),
+    ],
+)
+def test_launches(normalization, rows, expected, monkeypatch):
+    """Of the kernels, forward and backward, for six levels of few (up to 80) and many rows: docs/kernels.md's count."""
+    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
+    if INTERPRETED:
+        use_triton(monkeypatch)
+    counter = LaunchCounter()
+    monkeypatch.setattr(triton_op, "kernels", counter)
+    students, teachers, weights, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
+    ortho_proj_losses(students, teachers, weights, normalization=normalization).sum().backward()
+    assert counter.launches == expected
+
+
+class LaunchCounter:
+    """Stands in for the kernels' module: counts the launches."""
+
+    def __init__(self):
+        self.launches = Counter()
+
+    def __getattr__(self, name):
+        self.launches[name] += 1
+        return getattr(kernels, name)
 
 
 @pytest.mark.parametrize("rows", [[30, 20], [30, 90]], ids=["few", "few and many"])
