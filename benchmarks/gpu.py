@@ -24,11 +24,13 @@ from benchmarks import records
 TOTAL_S = 470
 PREFIX = records.ROOT / "build" / "gpu-prefix"  # pip's own bookkeeping; the extension lands in vkd_kernels/
 # Small shapes that together launch every kernel: the sanitizer is some hundred times slower than the GPU.
+KERNEL_TESTS = [f"tests/test_ortho_proj_loss_{part}.py" for part in ("triton", "levels", "orthonormal")]
 SANITIZED = [
     "tests/test_cayley_cuda.py::TestOnTheGPU::test_every_kernel",
     "tests/test_ortho_proj_loss_triton.py::test_strided_inputs",
     "tests/test_ortho_proj_loss_triton.py::test_masked_rows_may_hold_anything",
     "tests/test_ortho_proj_loss_triton.py::test_chunks_equal_one_chunk",
+    "tests/test_ortho_proj_loss_levels.py::test_launches",
 ]
 
 
@@ -68,7 +70,7 @@ def steps(folder: Path) -> list[Step]:
             130,
         ),
         Step("tests that need a GPU", [*pytest, "-m", "gpu", "tests"], 120, no_pytest),
-        Step("tests of the kernels", [*pytest, "-m", "not gpu", "tests/test_ortho_proj_loss_triton.py"], 60, no_pytest),
+        Step("tests of the kernels", [*pytest, "-m", "not gpu", *KERNEL_TESTS], 90, no_pytest),
         *(
             Step(
                 f"compute-sanitizer {tool}",
@@ -77,6 +79,11 @@ def steps(folder: Path) -> list[Step]:
                 no_sanitizer or no_pytest,
             )
             for tool in ("memcheck", "racecheck", "synccheck")
+        ),
+        Step(  # last: it compiles two networks first
+            "benchmark of a training step",
+            [python, "-m", "benchmarks.bench_training_step", *to, "--seconds", "2"],
+            110,
         ),
         Step("report", [python, "-m", "benchmarks.report", str(folder)], 30),
     ]

@@ -201,6 +201,17 @@ def launches(function) -> int:
     return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in _trace(function))
 
 
+def host_seconds(function, calls: int = 20) -> float:
+    """The median time that the host takes to start one call's work on an idle GPU."""
+    samples = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
 def peak_bytes(function, device: str) -> int:
     """The most memory of PyTorch's allocator that one call takes beyond what was there before."""
     gc.collect()
@@ -357,6 +368,7 @@ def _memory_and_launches(candidate, runner, device) -> dict:
             facts["launches"] = launches(runner.replay) / len(runner.calls)
         else:
             facts["launches"] = launches(both)
+            facts["host_s"] = host_seconds(both)
     return facts
 
 

@@ -13,6 +13,7 @@ from benchmarks import harness, orthogonal_maps, records
 from benchmarks.bench_cayley import OWN_PRODUCTS
 
 Records = dict[str, dict]  # {benchmark: record} of one device
+MAPS, LOSS, CAYLEY, STEP = "orthogonal_maps", "ortho_proj_loss", "cayley", "training_step"
 OWED = "owed: no record from an NVIDIA GPU yet (`make gpu` there writes it)"
 
 # -------------------------------------------------------------------------------------------------------- looking up
@@ -37,6 +38,12 @@ def ratio(benchmark: str, case: str, slow: str, fast: str = "vkd_kernels") -> Ca
         return rows[0]["median_s"] / rows[1]["median_s"] if all(rows) else None
 
     return measure
+
+
+def added(case: str, candidate: str = "vkd_kernels") -> Callable[[Records], float | None]:
+    """What the feature loss adds to a training step, as a share of the step without it."""
+    times = ratio(STEP, case, candidate, "no feature loss")
+    return lambda device: None if (found := times(device)) is None else found - 1
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -65,7 +72,7 @@ class Target:
         return f"≥ {self.at_least:g} {self.unit}" if self.at_least is not None else f"≤ {self.at_most:g} {self.unit}"
 
 
-MAPS, LOSS, CAYLEY = "orthogonal_maps", "ortho_proj_loss", "cayley"
+CPU_TOKEN = "token 16384 x 192 -> 3024 float32"
 CPU_TARGETS = [
     *(Target(f"orthogonal map 3024 x 192: faster than {name}", ratio(MAPS, "3024 x 192", name), at_least=times)
       for name, times in orthogonal_maps.TARGETS.items()),
@@ -73,9 +80,13 @@ CPU_TARGETS = [
            ratio(MAPS, "3024 x 192", "vkd_kernels", OWN_PRODUCTS), at_most=orthogonal_maps.MOST_TIMES_OWN_PRODUCTS),
     Target("six 256 x 256 in one call: faster than six calls",
            ratio(CAYLEY, "6 x 256 x 256", "vkd_kernels, one call a matrix"), at_least=1.0),
+    Target(f"{CPU_TOKEN}: faster than eager", ratio(LOSS, CPU_TOKEN, "eager"), at_least=1.0),
+    Target(f"{CPU_TOKEN}: memory beyond inputs and gradients",
+           value(LOSS, CPU_TOKEN, "vkd_kernels", "peak_bytes_beyond_gradients"), at_most=128, unit="MiB", scale=2**-20),
 ]  # fmt: skip
 TOKEN = [f"token 100352 x {s} -> 3024 bfloat16" for s in (192, 384, 768)]
 POOLED = "pooled 512 x 192 -> 3024 bfloat16"
+DEIT_STEP = "pooled deit_tiny_patch16_224 from regnety_160, 512 images"
 GPU_TARGETS = [
     *(target for case in TOKEN for target in (
         Target(f"{case}: share of the floor", value(LOSS, case, "vkd_kernels", "share_of_floor"),
@@ -89,6 +100,7 @@ GPU_TARGETS = [
     Target(f"{POOLED}: launches under graph capture", value(LOSS, POOLED, "vkd_kernels, CUDA graph", "launches"),
            at_most=3, unit="launches"),
     Target(f"{POOLED}: faster than eager", ratio(LOSS, POOLED, "eager"), at_least=3),
+    Target(f"training step, {DEIT_STEP}: added by the loss", added(DEIT_STEP), at_most=2, unit="%", scale=100),
     *(target for case, limit in (("3024 x 192", 150), ("6 x 256 x 256", 200)) for target in (
         Target(f"Cayley {case}", value(CAYLEY, case, "vkd_kernels", "median_s"), at_most=limit, unit="µs", scale=1e6),
         Target(f"Cayley {case}: faster than the closed form on torch.linalg",
@@ -125,7 +137,7 @@ def case_rows(case: dict) -> list[list[str]]:
             (f"{k}: {rows[None][k]}" for k in ("skipped", "wrong", "failed") if k in rows.get(None, {})), None
         )
         both = rows.get("both", {})
-        peak, launched = both.get("peak_bytes_beyond_gradients"), both.get("launches")
+        peak, launched, host = (both.get(key) for key in ("peak_bytes_beyond_gradients", "launches", "host_s"))
         result.append(
             [
                 case["case"] if not result else "",
@@ -138,6 +150,7 @@ def case_rows(case: dict) -> list[list[str]]:
                 f"{both['share_of_floor']:.0%}" if both else "",
                 "" if peak is None else f"{peak / 2**20:.1f}",
                 "" if launched is None else f"{launched:g}",
+                "" if host is None else f"{host * 1e6:.0f}",
             ]
         )
     return result
@@ -145,6 +158,7 @@ def case_rows(case: dict) -> list[list[str]]:
 
 CASE_HEADER = [
     "case", "candidate", "forward, ms", "backward, ms", "both, ms", "of the floor", "extra memory, MiB", "launches",
+    "host, µs",
 ]  # fmt: skip
 
 
@@ -165,6 +179,16 @@ def environment_lines(record: dict) -> list[str]:
     return [" ".join(lines), ""]
 
 
+def added_lines(device: Records) -> list[str]:
+    """What the feature loss adds to each case's training step."""
+    lines = []
+    for case in device[STEP]["cases"]:
+        shares = {name: added(case["case"], name)(device) for name in ("vkd_kernels", "composition")}
+        found = ", ".join(f"{name} {share:+.1%}" for name, share in shares.items() if share is not None)
+        lines.append(f"Added by the feature loss, {case['case']}: {found or 'not in the record'}.")
+    return [*lines, ""]
+
+
 def steps_table(record: dict) -> list[str]:
     rows = [[s["name"], s["outcome"], f"{s['seconds']:.0f} of {s['limit_s']} s", s["summary"].replace("|", "/")]
             for s in record["steps"]]  # fmt: skip
@@ -177,7 +201,8 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
         "Written by `python -m benchmarks.report` from the JSON files beside it. Times are medians with the 10th and "
         "90th percentile; candidates of a case took turns in one run. The floor is the larger of flops over the "
         "measured matmul rate and bytes over the measured copy bandwidth; its share is of forward and backward "
-        "together. Extra memory is PyTorch's allocator's, beyond inputs and gradients.", "",
+        "together. Extra memory is PyTorch's allocator's, beyond inputs and gradients. Host is the time to start both "
+        "passes on a GPU.", "",
     ]  # fmt: skip
     for name, device in sorted(devices.items()):
         lines += [f"## {name}", "", *targets_table(CPU_TARGETS if name == "cpu" else GPU_TARGETS, device)]
@@ -188,6 +213,8 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
                 lines += steps_table(record)
             else:
                 lines += table(CASE_HEADER, [row for case in record["cases"] for row in case_rows(case)])
+            if benchmark == STEP:
+                lines += added_lines(device)
     if set(devices) <= {"cpu"}:
         lines += ["## GPU", "", *targets_table(GPU_TARGETS, None)]
     return "\n".join(lines).rstrip() + "\n"

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_cayley, bench_ortho_proj_loss, floors, gpu, harness, orthogonal_maps, records, report
+from benchmarks import (
+    bench_cayley,
+    bench_ortho_proj_loss,
+    bench_training_step,
+    floors,
+    gpu,
+    harness,
+    orthogonal_maps,
+    records,
+    report,
+)
 from benchmarks.harness import Calls, Candidate, Case
 
 RATES = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}}
@@ -242,6 +252,34 @@ def test_folder_of_a_gpu(name, folder, monkeypatch):
     assert records.device_folder() == folder
 
 
+TINY_STEP = bench_training_step.CPU_SIZE._replace(student_options=(("depth", 1),), image=32, batch=2)
+
+
+@pytest.mark.parametrize("kind, rows", [("pooled", 2), ("token", 8)])
+def test_training_step(kind, rows):
+    """Every candidate takes its step; with features it has the loss that the definition gives in float64."""
+    one = bench_training_step.step_case(TINY_STEP, kind, "cpu")
+    assert one.parameters["n"] == rows and one.cost.flops > 0
+    setting = one.inputs(0)
+    before = [p.detach().clone() for p in setting.student.parameters()]
+    truth = one.truth(setting)
+    assert truth["student alone"] < truth["no feature loss"] < truth["vkd_kernels"] == truth["composition"]
+    for candidate in one.candidates:
+        calls = candidate.build(setting)
+        for _ in range(2):
+            output = calls.forward()
+            assert all(p.grad is None for p in setting.student.parameters())
+            calls.backward(output)
+            harness.gate(candidate.check(truth, output, None), one.limits)
+    assert all(torch.equal(a, b) for a, b in zip(before, setting.student.parameters(), strict=True))
+
+
+def test_training_step_without_timm(monkeypatch):
+    monkeypatch.setattr(bench_training_step.importlib.util, "find_spec", lambda name: None)
+    result = harness.measure(bench_training_step.step_case(TINY_STEP, "token", "cpu"), "cpu", RATES, 0.01)
+    assert [row["skipped"] for row in result["rows"]] == ["timm is not installed"] * 4
+
+
 @pytest.fixture(scope="module")
 def tiny_records(tmp_path_factory):
     """Real records of tiny cases of every kind that the report knows."""
@@ -263,6 +301,10 @@ def tiny_records(tmp_path_factory):
         result = harness.measure(one, "cpu", RATES, 0.01)
         assert not harness.failures(result)
         loss.add(harness.without_samples(result))
+    step = records.Record("training_step", folder, RATES)
+    result = harness.measure(bench_training_step.step_case(TINY_STEP, "token", "cpu"), "cpu", RATES, 0.01)
+    assert not harness.failures(result)
+    step.add(harness.without_samples(result))
     return folder
 
 
@@ -277,6 +319,7 @@ def test_report_renders_records(tiny_records):
         "composition",
         "torch householder",
         "of the floor",
+        "Added by the feature loss, token deit_tiny_patch16_224 from regnety_002, 2 images: vkd_kernels ",
     ):
         assert words in text
     plots = {p.name for p in (tiny_records / folder).glob("*.png")}
@@ -312,7 +355,7 @@ def test_every_target_is_of_a_case_and_candidate_that_the_benchmarks_have():
     """A renamed case or candidate would leave its target silently unmeasured."""
     listed = {
         module: {c.name: [candidate.name for candidate in c.candidates] for c in module.cases("cuda")}
-        for module in (bench_cayley, bench_ortho_proj_loss)
+        for module in (bench_cayley, bench_ortho_proj_loss, bench_training_step)
     }
     device = {}
     for module, cases in listed.items():
@@ -329,11 +372,16 @@ def test_every_target_is_of_a_case_and_candidate_that_the_benchmarks_have():
     device = a_record("orthogonal_maps", {"3024 x 192": rows_of("3024 x 192", listed[bench_cayley])})
     six = {c.name: [candidate.name for candidate in c.candidates] for c in bench_cayley.cases("cpu")}
     device |= a_record("cayley", {"6 x 256 x 256": rows_of("6 x 256 x 256", six)})
+    tokens = {c.name: [candidate.name for candidate in c.candidates] for c in bench_ortho_proj_loss.cases("cpu")}
+    device |= a_record("ortho_proj_loss", {report.CPU_TOKEN: rows_of(report.CPU_TOKEN, tokens)})
     assert all(target.measure(device) is not None for target in report.CPU_TARGETS)
 
 
 def rows_of(name, cases):
-    return [{"candidate": candidate, "pass": "both", "median_s": 1.0} for candidate in cases[name]]
+    return [
+        {"candidate": candidate, "pass": "both", "median_s": 1.0, "peak_bytes_beyond_gradients": 1}
+        for candidate in cases[name]
+    ]
 
 
 def test_pytest_benchmark_tabulates_the_recorded_samples(tmp_path):
@@ -358,7 +406,8 @@ def test_pytest_benchmark_tabulates_the_recorded_samples(tmp_path):
 def test_dry_run_lists_the_steps():
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run"]
     text = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, check=True).stdout
-    for words in ("build", "bench_cayley", "bench_ortho_proj_loss", "-m gpu", "memcheck", "racecheck", "synccheck"):
+    benchmarks = ("bench_cayley", "bench_ortho_proj_loss", "bench_training_step")
+    for words in (*benchmarks, "build", "-m gpu", *gpu.KERNEL_TESTS, "memcheck", "racecheck", "synccheck"):
         assert words in text
     assert "at most 470 s" in text and str(records.ROOT) not in text.rpartition("\n")[0].partition("all together")[0]
 
