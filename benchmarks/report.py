@@ -274,13 +274,17 @@ def case_dtype(device: Records) -> str:
 
 def _cayley_scaling(variable: str):
     def draw(axes, device: Records) -> bool:
-        series = {}
+        series, fixed = {}, {}
         for case, rows in _timed(device.get(CAYLEY), lambda case: case["plot"].get("scaling") == variable):
+            fixed = case["parameters"]
             for candidate, row in rows.items():
-                series.setdefault(candidate, []).append((case["parameters"][variable], row["median_s"] * 1e3))
+                series.setdefault(candidate, {})[fixed[variable]] = row["median_s"] * 1e3
         for candidate, points in series.items():
-            axes.loglog(*zip(*sorted(points), strict=True), "o-", label=candidate)
-        axes.set_xlabel(variable)
+            sizes = sorted(points)
+            axes.loglog(sizes, [points[size] for size in sizes], "o-", label=candidate)
+            axes.set_xticks(sizes, map(str, sizes))
+        axes.minorticks_off()
+        axes.set_xlabel(f"{variable}  ({', '.join(f'{k} = {v}' for k, v in fixed.items() if k != variable)})")
         axes.set_ylabel("forward + backward, ms")
         return bool(series)
 
