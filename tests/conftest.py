@@ -1,10 +1,11 @@
-"""Shared by all tests: the skip of GPU tests with its reason, and a fixed seed."""
+"""Shared by all tests: the skip of GPU tests with its reason, a fixed seed, and no process left behind."""
 
 import os
 
 # Some virtual machines advertise AMX and stop a process that uses it: 16-bit products take the next best instructions.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
+import processes
 import pytest
 import torch
 
@@ -25,3 +26,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _processes_end():
+    yield
+    processes.end_started()

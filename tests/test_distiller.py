@@ -4,12 +4,11 @@ import collections
 import copy
 import io
 import pickle
-from datetime import timedelta
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -771,36 +770,24 @@ def sharded(module):
     return fully_shard(module)
 
 
-def worker(rank, store, failures):
-    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank)
-    torch.set_num_threads(1)
-    try:
-        whole, images = double()
-        mask = torch.tensor([True, True, False, True, True])
-        expected = whole(images, masks={"a": mask, "logits": mask})[1]
-        want = gradients(whole, expected["total"])
-        mine = slice(0, 2) if rank == 0 else slice(2, 5)
-        for wrap in (DistributedDataParallel, sharded):
-            module, _ = double(dist.group.WORLD)
-            ranks = wrap(module)  # kept, for it holds what reduces the gradients
-            losses = ranks(images[mine], masks={"a": mask[mine], "logits": mask[mine]})[1]
-            torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
-            got = gradients(module, losses["total"])
-            assert got.keys() == want.keys()
-            for name, gradient in want.items():
-                whole_gradient = got[name].full_tensor() if wrap is sharded else got[name]
-                torch.testing.assert_close(whole_gradient, gradient, rtol=1e-8, atol=1e-11)
-    except Exception as error:
-        failures.put(f"rank {rank}: {wrap.__name__}: {error!r}"[:2000])
-        raise
-    finally:
-        dist.destroy_process_group()
+def worker(rank):
+    whole, images = double()
+    mask = torch.tensor([True, True, False, True, True])
+    expected = whole(images, masks={"a": mask, "logits": mask})[1]
+    want = gradients(whole, expected["total"])
+    mine = slice(0, 2) if rank == 0 else slice(2, 5)
+    for wrap in (DistributedDataParallel, sharded):
+        module, _ = double(dist.group.WORLD)
+        ranks = wrap(module)  # kept, for it holds what reduces the gradients
+        losses = ranks(images[mine], masks={"a": mask[mine], "logits": mask[mine]})[1]
+        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+        got = gradients(module, losses["total"])
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
+            whole_gradient = got[name].full_tensor() if wrap is sharded else got[name]
+            torch.testing.assert_close(whole_gradient, gradient, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_equal_one_process(tmp_path):
-    failures = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(worker, args=(tmp_path / "store", failures), nprocs=2)
-    except mp.ProcessRaisedException:
-        pytest.fail(failures.get())
+    processes.run_ranks(worker, tmp_path)

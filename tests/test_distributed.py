@@ -1,12 +1,12 @@
 """Two gloo ranks give the loss and the gradients of one process that holds every row."""
 
 import copy
-from datetime import timedelta
+import itertools
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,28 +49,19 @@ def gradients(module, arguments):
     return value.detach(), [p.grad.clone() for p in module.parameters()]
 
 
-def worker(rank, store, failures):
-    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank)
-    torch.set_num_threads(1)
-    try:
-        for normalization in NORMALIZATIONS:
-            for backend in BACKENDS:
-                for split, first in SPLITS.items():
-                    whole = rows(split)
-                    mine = [x[:first] if rank == 0 else x[first:] for x in whole]
-                    module = Distiller(normalization, backend, dist.group.WORLD)
-                    assert copy.deepcopy(module).loss.process_group.group is dist.group.WORLD
-                    value, grads = gradients(DistributedDataParallel(module), mine)
-                    expected, wanted = gradients(Distiller(normalization, None), whole)
-                    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
-                    for got, want in zip(grads, wanted, strict=True):
-                        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
-        check_whitening(rank)
-    except Exception as error:
-        failures.put(f"rank {rank}: {normalization}, backend {backend}, {split}: {error!r}"[:2000])
-        raise
-    finally:
-        dist.destroy_process_group()
+def worker(rank):
+    for normalization, backend, (split, first) in itertools.product(NORMALIZATIONS, BACKENDS, SPLITS.items()):
+        whole = rows(split)
+        mine = [x[:first] if rank == 0 else x[first:] for x in whole]
+        module = Distiller(normalization, backend, dist.group.WORLD)
+        assert copy.deepcopy(module).loss.process_group.group is dist.group.WORLD
+        value, grads = gradients(DistributedDataParallel(module), mine)
+        expected, wanted = gradients(Distiller(normalization, None), whole)
+        case = lambda text, case=(normalization, backend, split): f"{case}: {text}"  # noqa: E731
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12, msg=case)
+        for got, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11, msg=case)
+    check_whitening(rank)
 
 
 def check_whitening(rank):
@@ -85,8 +76,4 @@ def check_whitening(rank):
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_equal_one_process(tmp_path):
-    failures = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(worker, args=(tmp_path / "store", failures), nprocs=2)
-    except mp.ProcessRaisedException:
-        pytest.fail(failures.get())
+    processes.run_ranks(worker, tmp_path)

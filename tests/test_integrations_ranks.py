@@ -5,12 +5,12 @@ Every check compares with one process that holds all rows. Gradients of single s
 
 import copy
 import re
-from datetime import timedelta
+import traceback
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -314,47 +314,30 @@ def fsdp_of_a_feature_distiller_from_the_meta_device():
 CHECKS = {name: f for name, f in vars().copy().items() if re.match("(ddp|fsdp)_", name)}
 
 
-def worker(rank, store, results):
-    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank)
-    torch.set_num_threads(1)
-    try:
-        for name, check in CHECKS.items():
-            try:
-                check()
-            except Exception as error:
-                results.put((name, f"rank {rank}: {type(error).__name__}: {error}"[:2000]))
-                raise
-            results.put((name, None))
-    finally:
-        dist.destroy_process_group()
+def worker(rank, folder):
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception:
+            (folder / f"{name}-{rank}").write_text(traceback.format_exc()[-3000:])
+            raise
+        (folder / f"{name}-{rank}").touch()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What both ranks say of every check; ranks stay together, so the first failure is the last result."""
+    """{check: what each rank says of it}; ranks stay together, so the first failure is the last result."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    queue = mp.get_context("spawn").Queue()
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    context = mp.spawn(worker, args=(store, queue), nprocs=2, join=False)
-    found = {name: [] for name in CHECKS}
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
     try:
-        while not context.join(timeout=1):
-            drain(queue, found)
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        found["crash"] = str(error)[-2000:]
-    drain(queue, found)
-    return found
-
-
-def drain(queue, found):
-    while not queue.empty():
-        name, failure = queue.get()
-        found[name].append(failure)
+        processes.run_ranks(worker, folder, folder)
+    except (AssertionError, TimeoutError) as error:
+        found["crash"] = str(error)
+    return found | {name: [path.read_text() for path in sorted(folder.glob(f"{name}-?"))] for name in CHECKS}
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_ranks(results, name):
-    failures = [failure for failure in results[name] if failure is not None]
-    assert not failures, failures
+    assert not any(results[name]), "\n".join(results[name])
     assert len(results[name]) == 2, f"not reached: {results.get('crash')}"

@@ -5,11 +5,11 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -44,12 +44,9 @@ def distill(folder, *words):
 
 
 def start(command, *words, **options):
-    """The command in a process group of its own, as a terminal starts it."""
-    return subprocess.Popen(
-        [sys.executable, *command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
-        **options,
-    )  # fmt: skip
+    """The command in a process group of its own, as a terminal starts it; it ends with its test."""
+    environment = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    return processes.popen([sys.executable, *command, *map(str, words)], env=environment, **options)
 
 
 VKD = ("-m", "vkd_kernels.cli", "distill", "toy_task")
