@@ -1,5 +1,6 @@
 """The docs hold: docstring examples run, README's training code runs, every public name has its page."""
 
+import ast
 import doctest
 import importlib
 import json
@@ -71,3 +72,29 @@ def test_every_public_name_is_in_the_api_page():
     names += [f"diagnostics.{n}" for n in vk.diagnostics.__all__]
     for name in set(names) - {"__version__", "functional", "diagnostics", "cayley"}:
         assert f"::: vkd_kernels.{name}\n" in page, name
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
+def test_every_test_and_file_that_a_page_names_exists(page):
+    """A cell of the table in integrations.md is a test: one that was renamed or removed shows here."""
+    defined = {
+        node.name
+        for path in (ROOT / "tests").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    text = (ROOT / "docs" / page).read_text()
+    named = set(re.findall(r"`((?:test|ddp|fsdp)_\w+)`", text))
+    assert named <= defined, f"no test of the name: {sorted(named - defined)}"
+    files = re.findall(r"`((?:tests|examples|csrc|benchmarks|vkd_kernels)/[\w/]+\.\w+)`", text)
+    assert not [name for name in files if not (ROOT / name).exists()]
+    if page == "integrations.md":
+        assert len(named) > 50
+
+
+def test_every_row_of_the_integrations_page_names_a_test():
+    tables = (ROOT / "docs" / "integrations.md").read_text().split("## Where to tap")[0]
+    for line in tables.splitlines():
+        if line.startswith("| ") and not line.startswith("| what"):
+            cell = line.split("|")[2].strip()
+            assert re.search(r"`(test|ddp|fsdp)_\w+`|`tests/\w+\.py`|^in the ", cell), f"no test: {line}"
