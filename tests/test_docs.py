@@ -13,7 +13,10 @@ import torch
 import vkd_kernels as vk
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["loss", "projection", "distiller", "diagnostics", "cayley.interface", "ortho_proj_loss.interface"]
+MODULES = [
+    "loss", "projection", "distiller", "diagnostics", "cayley.interface", "normalization.interface",
+    "ortho_proj_loss.interface",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)

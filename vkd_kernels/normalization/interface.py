@@ -41,6 +41,12 @@ def standardize(features: torch.Tensor, *, mask=None, eps: float = 1e-5, process
 
     Raises:
         TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> out = vk.functional.standardize(3 * torch.randn(2, 50, 8) + 1)
+        >>> bool(out.mean((0, 1)).abs().max() < 1e-5), bool((out.var((0, 1), correction=0) - 1).abs().max() < 1e-4)
+        (True, True)
     """
     rows, row_weight = _rows("features", features, mask, process_group)
     _checks.check_number("eps", eps, at_least=0)
@@ -72,6 +78,12 @@ def whiten(
 
     Raises:
         TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> out = vk.functional.whiten(torch.randn(500, 8) @ torch.randn(8, 8), eps=0.0)
+        >>> torch.allclose(torch.cov(out.T), torch.eye(8), atol=1e-3)
+        True
     """
     rows, row_weight = _rows("teacher", teacher, mask, process_group)
     _checks.check_choice("method", method, METHODS)
@@ -97,6 +109,12 @@ class Whitening(nn.Module):
 
     Shape:
         forward(features (..., C), mask (...) or None) -> (..., C), a constant (no gradient).
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> whitening = vk.Whitening(8, momentum=0.1)
+        >>> whitening(torch.randn(4, 8)).shape, int(whitening.batches_seen)
+        (torch.Size([4, 8]), 1)
     """
 
     running_mean: torch.Tensor  # (C,) float64, as the other statistics; there with momentum alone
