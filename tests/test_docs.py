@@ -15,7 +15,7 @@ import vkd_kernels as vk
 ROOT = Path(__file__).parents[1]
 MODULES = [
     "loss", "projection", "distiller", "diagnostics", "cayley.interface", "normalization.interface",
-    "ortho_proj_loss.interface",
+    "ortho_proj_loss.interface", "_info",
 ]  # fmt: skip
 
 
@@ -23,6 +23,12 @@ MODULES = [
 def test_docstring_examples(name):
     failed, tried = doctest.testmod(importlib.import_module(f"vkd_kernels.{name}"))
     assert failed == 0 and tried > 0
+
+
+def test_every_public_name_has_an_example():
+    for module in (vk, vk.functional, vk.diagnostics):
+        for name in set(module.__all__) - {"__version__", "functional", "diagnostics"}:
+            assert ">>>" in getattr(module, name).__doc__, name
 
 
 def test_readmes_training_code():

@@ -14,6 +14,11 @@ def info() -> dict:
     Keys: ``vkd_kernels``, ``python``, ``torch``, ``cuda`` (of PyTorch), ``triton`` (versions or None), ``devices``
     (names), ``extension`` (build facts, or ``{"missing": reason}``), and ``ops``: for every op and device type the
     backend that serves it in float32 and, for each other backend, the reason why it can't serve.
+
+    Example:
+        >>> import vkd_kernels as vk
+        >>> vk.info()["ops"]["cayley"]["cpu"]["served_by"] in ("extension", "torch")
+        True
     """
     try:
         from triton import __version__ as triton_version

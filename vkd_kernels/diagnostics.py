@@ -19,6 +19,11 @@ def orthogonality_error(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S) ->
 
     Raises:
         TypeError, ValueError: naming the argument, with what came.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> vk.diagnostics.orthogonality_error(2 * torch.eye(7, 3)).item()
+        3.0
     """
     _checks.check_tensor("weight", weight)
     if weight.dim() < 2 or weight.numel() == 0:
@@ -50,6 +55,12 @@ def effective_rank(features: torch.Tensor, *, mask=None, process_group=None) -> 
 
     Raises:
         TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> x = torch.randn(100, 1) @ torch.randn(1, 8)  # all on one line
+        >>> round(vk.diagnostics.effective_rank(x).item(), 3)
+        1.0
     """
     rows, kept = _rows("features", features, mask, process_group)
     scatter = _scatter(_centred(rows, kept, process_group), process_group)
@@ -101,6 +112,12 @@ def cka(
 
     Raises:
         TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> x = torch.randn(100, 8)
+        >>> round(vk.diagnostics.cka(x, x @ vk.cayley(torch.randn(12, 8)).T).item(), 3)
+        1.0
     """
     if not isinstance(debiased, bool):
         raise TypeError(f"debiased must be True or False; got {_checks.describe(debiased)}")

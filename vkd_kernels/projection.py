@@ -173,6 +173,12 @@ class OrthogonalLinear(nn.Module):
 
     Shape:
         ``(..., S) -> (..., T)``.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> layer, x = vk.OrthogonalLinear(192, 768), torch.randn(4, 192)
+        >>> torch.allclose(layer(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-4)
+        True
     """
 
     def __init__(
