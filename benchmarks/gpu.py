@@ -30,7 +30,8 @@ SANITIZED = [
     "tests/test_ortho_proj_loss_triton.py::test_strided_inputs",
     "tests/test_ortho_proj_loss_triton.py::test_masked_rows_may_hold_anything",
     "tests/test_ortho_proj_loss_triton.py::test_chunks_equal_one_chunk",
-    "tests/test_ortho_proj_loss_levels.py::test_launches",
+    "tests/test_ortho_proj_loss_levels.py::test_levels_of_many_rows_go_by_themselves",
+    "tests/test_ortho_proj_loss_levels.py::test_statistics",
 ]
 
 

@@ -273,8 +273,9 @@ def _standardised(statistics, students, teachers, weight, bias, row_weights, sum
     p = weight.reshape(-1, *weight.shape[-2:]).to(mean.dtype)
     variance = ((p @ scatters) * p).sum(2).clamp_min(0) / divisor
     p = p * torch.rsqrt(variance + eps)[:, :, None]
-    # The mean of what the product will see: its weight is rounded to the student's dtype. A bias cancels.
-    unbiased = -(p.to(students[0].dtype).to(mean.dtype) @ mean[:, :, None]).squeeze(2)
+    # The mean of what the product will see: its weight is rounded to the student's dtype. No product of matrices, which
+    # might be in TF32. A bias cancels.
+    unbiased = -(p.to(students[0].dtype).to(mean.dtype) * mean[:, None, :]).sum(2)
     bias = unbiased if bias is None else unbiased + 0.0 * bias
     folded = p, bias, shift, torch.rsqrt(squares / divisor + eps)
     return folded if weight.dim() == 3 else [x.squeeze(0) for x in folded]
