@@ -32,3 +32,7 @@ def _seed():
 def _processes_end():
     yield
     processes.end_started()
+
+
+def pytest_unconfigure():
+    processes.end_children()

@@ -6,7 +6,9 @@ popen, run                 commands; torchrun gives each rank a session of its o
 """
 
 import contextlib
+import multiprocessing
 import os
+import signal
 import subprocess
 import time
 import traceback
@@ -98,3 +100,14 @@ def end_started():
             if pipe is not None:
                 pipe.close()
     _started.clear()
+
+
+def end_children():
+    """Ends multiprocessing's children that are left at the end (conftest.py): at exit Python would wait for them, and
+    for ever where they block SIGTERM, as the recipes' loader processes do."""
+    left = multiprocessing.active_children()
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take their end for a failure
+    for child in left:
+        child.kill()
+        child.join()

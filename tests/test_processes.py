@@ -87,3 +87,24 @@ def test_a_command_past_its_limit_is_ended():
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run([sys.executable, "-c", "import time; time.sleep(1000)"], seconds=1)
     assert processes.run([sys.executable, "-c", "print(7)"], seconds=100).stdout == "7\n"
+
+
+BLOCKED = """
+import multiprocessing, signal, sys, time
+from multiprocessing import resource_tracker
+sys.path.insert(0, sys.argv[1])
+import processes
+if __name__ == "__main__":
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,), daemon=True)
+    child.start()
+    processes.end_children()
+"""
+
+
+def test_children_that_block_sigterm_are_ended(tmp_path):
+    script = tmp_path / "blocked.py"
+    script.write_text(BLOCKED)
+    result = processes.run([sys.executable, script, os.path.dirname(__file__)], seconds=300)
+    assert result.returncode == 0, result.stderr
