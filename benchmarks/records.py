@@ -96,7 +96,8 @@ class Record:
 
     def add(self, case: dict) -> None:
         """A case, in place of an earlier one of its name."""
-        self.content["cases"] = [*(c for c in self.content["cases"] if c["case"] != case["case"]), case]
+        by_name = {c["case"]: c for c in self.content["cases"]} | {case["case"]: case}
+        self.content["cases"] = list(by_name.values())
         write(self.path, self.content)
 
 

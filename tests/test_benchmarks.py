@@ -235,7 +235,7 @@ def test_a_record_in_pieces(tmp_path, monkeypatch):
     second.add({"case": "a", "rows": [2]})
     content = records.read(tmp_path)[records.device_folder()]["cayley"]
     assert second.ceilings == content["ceilings"] == RATES
-    assert content["cases"] == [{"case": "b", "rows": []}, {"case": "a", "rows": [2]}]
+    assert content["cases"] == [{"case": "a", "rows": [2]}, {"case": "b", "rows": []}]
     monkeypatch.setattr(records, "environment", lambda: content["environment"] | {"commit": "another", "time": "later"})
     with pytest.raises(SystemExit, match="another machine's or version's: commit"):
         records.Record("cayley", tmp_path, RATES, extend=True)
