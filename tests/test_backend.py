@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -56,6 +58,43 @@ def test_a_stale_extension_is_diagnosed_and_not_loaded(monkeypatch):
     module, reason = _backend.extension.__wrapped__()
     assert module is None
     assert reason == f"the extension was built with PyTorch 2.0.1 and this is {torch.__version__}: reinstall it"
+
+
+def test_an_extension_that_does_not_load_is_diagnosed(monkeypatch):
+    def fails(name):
+        raise OSError("undefined symbol: a")
+
+    monkeypatch.setattr(_backend, "_build_record", dict)
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(_backend.importlib, "import_module", fails)
+    assert _backend.extension.__wrapped__() == (None, "the extension can't be loaded: OSError: undefined symbol: a")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "op", "backend", "device", "dtype", "reason"),
+    [
+        (None, "cayley", "triton", "cpu", torch.float32, "cayley has no 'triton' backend; it has 'extension', 'torch'"),
+        (None, "ortho_proj_loss", "triton", "cuda", torch.float64, r"the Triton kernels take .*; got float64"),
+        (None, "cayley", "extension", "cuda", torch.float32, "built without CUDA: no nvcc"),
+        ("13.0", "cayley", "extension", "cuda", torch.float32, "for the GPU architectures 80-real and this GPU is 7.5"),
+        ("13.0", "cayley", "extension", "xpu", torch.float32, "takes CPU and CUDA tensors; got a tensor on xpu"),
+        ("13.0", "cayley", "extension", "cpu", torch.float64, None),
+    ],
+)
+def test_reasons(monkeypatch, cuda, op, backend, device, dtype, reason):
+    built = types.SimpleNamespace(build_info=lambda: {"cuda": cuda, "cuda_architectures": "80-real"})
+    monkeypatch.setattr(_backend, "extension", lambda: (built, None))
+    monkeypatch.setattr(_backend, "_build_record", lambda: {"reason": "no nvcc"})
+    monkeypatch.setattr(_backend, "why_no_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    found = _backend.why_not(op, backend, device, dtype)
+    assert found is None if reason is None else re.search(reason, found)
+
+
+def test_an_old_triton_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.2.0"))
+    assert _backend.why_no_triton.__wrapped__() == "Triton 3.2.0 is older than 3.6"
 
 
 def test_info_tells_versions_and_reasons():

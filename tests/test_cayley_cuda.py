@@ -182,6 +182,18 @@ def test_vmap_over_the_backward():
     torch.testing.assert_close(*jacobians)
 
 
+@needs_extension
+@pytest.mark.parametrize("in_dims", [(0, None, None), (1, 2, 0)])
+def test_vmap_of_the_backward_op(in_dims):
+    """Of several gradients at one weight, and of a batch along any dimension."""
+    weight, upstream = torch.randn(2, 4, 7, 3, dtype=torch.float64)
+    weight = weight if in_dims[1] is not None else weight[:1].expand(4, 7, 3)
+    r = torch.ops.vkd_kernels.cayley_forward(weight)[1]
+    expected = torch.ops.vkd_kernels.cayley_backward(upstream, weight, r)
+    given = [x[0] if dim is None else x.movedim(0, dim) for x, dim in zip((upstream, weight, r), in_dims, strict=True)]
+    torch.testing.assert_close(torch.func.vmap(torch.ops.vkd_kernels.cayley_backward, in_dims)(*given), expected)
+
+
 def value_and_grad(weight, upstream, backend="extension"):
     leaf = weight.detach().requires_grad_()
     q = vk.cayley(leaf, backend=backend)
