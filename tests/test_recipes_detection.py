@@ -1,19 +1,16 @@
 """`vkd distill detection`: COCO data, the composed scenes, losses against formulas, AP, both detectors, the run."""
 
 import csv
-import dataclasses
 import json
 import os
+import re
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 pytest.importorskip("sklearn", reason="needs the extra [recipes]: scikit-learn")
@@ -22,6 +19,7 @@ pytest.importorskip("pycocotools", reason="needs the extra [detection]: pycocoto
 pytest.importorskip("torchvision", reason="needs the extra [detection]: torchvision")
 pytest.importorskip("transformers", reason="needs the extra [detection]: transformers")
 
+import processes
 import safetensors.torch
 from PIL import Image
 from pycocotools.coco import COCO
@@ -150,7 +148,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def opened(folder, part="train", **changes):
+def opened(folder, part="train"):
     return coco.open_coco(str(folder / part / "images"), str(folder / part / "annotations.json"), "data.train", "error")
 
 
@@ -243,11 +241,18 @@ def test_boxes_are_cut_off_at_the_border():
         (annotated(**box(40.5, 2, 0.4, 5)), "is outside its image"),  # within the slack, and nothing of it inside
         (annotated(**box(1, 2, 3)), "is not four numbers"),
         (annotated(**box(1, 2, 3, float("nan"))), "is not four numbers"),
+        (annotated(annotations=[]), "some.json: has no box"),
+        (annotated(**box(1, 2, 3, 4, iscrowd=1)), "some.json: has no box"),
     ],
 )
 def test_bad_annotations_are_named(content, message):
     with pytest.raises(RunError, match=message):
         checked(content)
+
+
+def test_categories_without_a_box_are_named(capsys):
+    checked(annotated())
+    assert "warning: some.json: no box of two; 1 of 2 categories" in capsys.readouterr().err
 
 
 def test_bad_boxes_can_be_left_out(capsys):
@@ -547,53 +552,6 @@ def test_features_must_match():
         loss(student, batch)
 
 
-def ranks_model(group=None):
-    torch.manual_seed(0)
-    student = fcos.FCOS((4, 6), 8, classes=3, image_channels=1).eval()  # batch norm as it is: ranks don't share it
-    return losses.DistilledDetector(student, DistillConfig(), {"map": 12}, group)
-
-
-def ranks_batch(rows=slice(None)):
-    torch.manual_seed(1)
-    whole = batch_of([(0, 8, 4, 20, 13), (2, 3, 3, 40, 30)], [], [(1, 1, 1, 30, 30)], [])
-    whole.teacher = {"map": torch.randn(4, 8, 12, 12)}
-    parts = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
-    parts = {n: v[rows] if isinstance(v, torch.Tensor) else v for n, v in parts.items()}
-    return coco.Batch(**parts | {"teacher": {"map": whole.teacher["map"][rows]}})
-
-
-def ranks_worker(rank, store, failures):
-    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank)
-    torch.set_num_threads(1)
-    try:
-        model, alone = ranks_model(dist.group.WORLD), ranks_model()
-        found = model(ranks_batch(slice(rank, None, 2)))["total"]
-        found.backward()
-        whole = alone(ranks_batch())["total"]
-        whole.backward()
-        mean = found.detach().clone()
-        dist.all_reduce(mean)
-        torch.testing.assert_close(mean / 2, whole.detach(), rtol=1e-5, atol=1e-6)
-        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
-            dist.all_reduce(ours.grad)  # as DDP averages
-            torch.testing.assert_close(ours.grad / 2, theirs.grad, rtol=1e-3, atol=1e-5)
-    except Exception as error:
-        failures.put(f"rank {rank}: {error!r}"[:2000])
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_two_ranks_equal_one_process(tmp_path):
-    """All objects are on the first rank: the denominators and the features' statistics are those of both."""
-    failures = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(ranks_worker, args=(tmp_path / "store", failures), nprocs=2)
-    except mp.ProcessRaisedException:
-        pytest.fail(failures.get())
-
-
 # ---- average precision -----------------------------------------------------------------------------------------------
 
 
@@ -786,6 +744,26 @@ def test_detr_detections(detr):
         assert found.boxes[:, 2].max() <= (40 if n else 64) and found.boxes.min() >= 0
 
 
+def test_a_run_of_the_recipe_on_small_images(tmp_path):
+    """Colour images of several sizes, augmented, in two parts a batch; teacher and student trained; AP and pictures."""
+    coco_folder(tmp_path, [(64, 48), (40, 64), (72, 64)] * 3)
+    words = ["distill", "detection", "--recipe", "vkd-deformable-detr-coco", "--jobs", "0", "--quiet", "--output"]
+    words += [str(tmp_path / "run"), "data.classes=3", "optim.epochs=0", "optim.steps=2", "optim.batch_size=4"]
+    words += ["optim.accumulate=2", "teacher.steps=1", "teacher.batch_size=4", "teacher.backbone=swin-nano"]
+    words += [f"data.{part}={tmp_path / 'images'}" for part in ("train", "val")]
+    words += [f"data.{part}_annotations={tmp_path / 'annotations.json'}" for part in ("train", "val")]
+    words += [f"{side}.{name}={value}" for side in ("teacher", "student") for name, value in SMALL_DETR.items()]
+    words += ["augment.short_sides=32,48,64", "augment.crop_short_sides=40,56", "augment.crop_sizes=32,48"]
+    words += ["augment.val_short_side=64", "augment.longest=96", "teacher.dim=96", "teacher.heads=3"]
+    words += ["run.tensorboard=false", "run.workers=0"]
+    assert cli.main(words) == 0
+    run = tmp_path / "run" / "vkd" / "seed-00"
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {f"train/features/{name}" for name in (*(f"map{i}" for i in range(4)), "queries", "decoder")} < logged.keys()
+    assert (run / "figures" / "detections.png").exists() and json.loads((run / "result.json").read_text())["AP"] >= 0
+    assert cli.main(["export", str(run), "--format", "torch-export"]) == 0
+
+
 def test_backbones_of_timm(capsys):
     model = small_detr(backbone="resnet10t")
     assert [*model.dims] == ["map0", "map1", "map2", "map3", "queries", "decoder"]
@@ -867,7 +845,7 @@ def test_run_writes_its_files(finished):
         assert [float(row["AP75"]) for row in csv.DictReader(file)] == [r["AP75"] for r in found["runs"]]
     for arm in (*ARMS, "teacher"):
         with Image.open(finished / arm / "seed-00" / "figures" / "detections.png") as picture:
-            assert picture.size == (4 * 256 + 5 * 6, 4 * 256 + 5 * 6)
+            assert picture.size == (4 * 320 + 5 * 6, 4 * 320 + 5 * 6)
     assert not [path for pattern in ("checkpoint*", "*.partial-*") for path in finished.rglob(pattern)]
     lines = (finished / "vkd" / "seed-00" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
@@ -922,7 +900,120 @@ def test_evaluate_and_export(finished, capsys):
     reported = json.loads((run / "result.json").read_text())
     line = capsys.readouterr().out.splitlines()[2].split()
     assert float(line[3]) == pytest.approx(reported["AP"], rel=1e-3) and line[3] == line[4]
-    assert cli.main(["export", str(run), "--format", "torch-export"]) == 0
+    for kind in ("safetensors", "torch-export"):
+        assert cli.main(["export", str(run), "--format", kind]) == 0
+        assert float(capsys.readouterr().out.split()[-1]) < 1e-5
+    assert cli.main(["evaluate", str(run), "student.channels=9"]) == 2
+    assert "student.safetensors is of another architecture" in capsys.readouterr().err
+    assert cli.main(["inspect", str(finished)]) == 0
+    shown = {tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()}
+    assert {("eval/AP", arm) for arm in ("alone", "linear", "vkd", "teacher")} <= shown
+
+
+def test_dry_run_tells_the_sizes(capsys, tmp_path):
+    assert cli.main(["distill", "detection", "--dry-run", "--output", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "parameters: 38050" in text and "map: [96, 32]" in text and "steps: 1020" in text  # of the longer arm
+    assert not (tmp_path / "run").exists()
+
+
+def test_ablation(tmp_path):
+    few = [
+        "optim.steps=2",
+        "teacher.steps=2",
+        "run.eval_every=0",
+        "run.tensorboard=false",
+        "--seeds",
+        "1",
+        "--jobs",
+        "0",
+        "--quiet",
+    ]
+    assert cli.main(["ablate", "detection", "--output", str(tmp_path / "run"), *TINY, *few]) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(found["runs"]) == 12 and found["baseline"] == "orthogonal-batch_norm"
+    features = {}
+    for arm in found["arms"]:
+        lines = (tmp_path / "run" / arm / "seed-00" / "metrics.jsonl").read_text().splitlines()
+        features[arm] = json.loads(lines[0])["train/features"]
+    assert len(set(features.values())) == 12  # each arm compares other features
+
+
+EMPTY = [
+    "run.tensorboard=false",
+    "optim.batch_size=4",
+    "optim.steps=30",
+    "run.eval_every=0",
+    "teacher.steps=4",
+    "data.labelled=16",
+    "--arms",
+    "vkd",
+    "--seeds",
+    "1",
+]
+
+
+def test_two_ranks_give_the_result_of_one(folder, tmp_path):
+    """By torchrun, two images a rank, most of them without an object: some rank has none at some steps."""
+    content = json.loads((folder / "train" / "annotations.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] % 3 == 1]
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    values = {f"data.{part}": folder / part / "images" for part in ("train", "val")}
+    values |= {"data.train_annotations": tmp_path / "few.json"}
+    values |= {"data.val_annotations": folder / "val" / "annotations.json"}
+    words = ["distill", "detection", *TINY, *EMPTY, *(f"{name}={value}" for name, value in values.items()), "--output"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = processes.run([*launcher, "vkd_kernels.cli", *words, str(two)], seconds=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert cli.main([*words, str(one), "--jobs", "0", "--quiet"]) == 0
+    logged = [
+        [json.loads(line) for line in (f / "vkd/seed-00/metrics.jsonl").read_text().splitlines()] for f in (one, two)
+    ]
+    for ours, theirs in zip(*logged, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {"train/classes", "train/boxes", "train/features", "train/total"}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3)
+    assert ours["eval/AP50"] > 0.5 and theirs["eval/AP50"] == pytest.approx(ours["eval/AP50"], abs=0.1)
+    ours, theirs = (safetensors.torch.load_file(f / "vkd/seed-00/student.safetensors") for f in (one, two))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-2, atol=1e-3)
+
+
+def code_of_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "detection.md").read_text()
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_detector_of_the_documentation(tmp_path, monkeypatch):
+    """A student of one's own, by its name on the command line, taught by the bundled teacher."""
+    (tmp_path / "my_detectors.py").write_text(code_of_the_documentation()[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["distill", "detection", *TINY, "student.name=my_detectors:OnTimm", "student.backbone=resnet10t"]
+    command += ["--arms", "vkd", "--seeds", "1", "--jobs", "0", "--quiet", "--output", str(tmp_path / "run")]
+    assert cli.main([*command, "optim.steps=2", "run.eval_every=0", "optim.precision=bf16-mixed"]) == 0
+    stored = safetensors.torch.load_file(tmp_path / "run" / "vkd" / "seed-00" / "student.safetensors")
+    assert stored["body.neck.0.weight"].shape == (8, 64, 3, 3)
+    with pytest.raises(OptionError, match="name: cannot import my_detectors:Missing"):
+        models.make_detector(configured(student__name="my_detectors:Missing").student, 3, 1)
+    with pytest.raises(OptionError, match=r"timm:create_model must give a detection\.models\.Detector"):
+        monkeypatch.setattr("timm.create_model", lambda *_: torch.nn.Identity())
+        models.make_detector(configured(student__name="timm:create_model").student, 3, 1)
+
+
+def test_loop_of_the_documentation():
+    maps = torch.nn.ModuleDict({"stride8": torch.nn.Conv2d(3, 96, 8, 8), "stride16": torch.nn.Conv2d(3, 192, 16, 16)})
+    wide = torch.nn.ModuleDict({name: torch.nn.Conv2d(3, 256, m.stride, m.stride) for name, m in maps.items()})
+    names = {
+        "detector": lambda images, _: (images.mean(), {n: m(images).permute(0, 2, 3, 1) for n, m in maps.items()}),
+        "teacher": lambda images: {n: m(images).permute(0, 2, 3, 1) for n, m in wide.items()},
+        "images": torch.randn(2, 3, 32, 48), "boxes": None,
+        "inside": {"stride8": torch.rand(2, 4, 6) > 0.5, "stride16": torch.rand(2, 2, 3) > 0.5},
+    }  # fmt: skip
+    exec(code_of_the_documentation()[1] + "\nloss.backward()", names)
+    assert all(m.weight.grad is not None for m in maps.values()) and wide["stride8"].weight.grad is None
+    assert names["distill"]["stride8"].projection.weight.shape == (256, 96)
 
 
 def test_pictures_show_boxes(tmp_path):
@@ -932,11 +1023,11 @@ def test_pictures_show_boxes(tmp_path):
                        torch.tensor([0, 1]))  # fmt: skip
     metrics.save_pictures(tmp_path / "picture.png", [(image, truth, found)], ["a", "b"])
     pixels = numpy.asarray(Image.open(tmp_path / "picture.png")).astype(int)
-    left, right = pixels[6:262, 6:262], pixels[6:262, 268:524]
+    left, right = pixels[6:326, 6:326], pixels[6:326, 332:652]
     green = (left[..., 1] - left[..., 0]) > 50
-    assert green[80 + 30, 40] and green[80, 40 + 40] and not green[4:70].any()
+    assert green[100 + 40, 50] and green[100, 50 + 50] and not green[4:90].any()
     red = (right[..., 0] - right[..., 1]) > 50
-    assert red[160 + 40, 160] and not red[:36, :36].any()  # the uncertain one is not drawn
+    assert red[200 + 50, 200] and not red[:45, :45].any()  # the uncertain one is not drawn
 
 
 def test_stored_teacher_features_are_those_of_the_batch(tmp_path):
@@ -977,6 +1068,8 @@ def test_a_teacher_from_a_file(finished, tmp_path):
     with pytest.raises(RunError, match="teacher.weights: .* is of another architecture"):
         detection.train_teacher(wrong, 0, tmp_path, context(tmp_path, wrong))
     nothing = config.replace(c, {"teacher.weights": "", "teacher.steps": 0})
+    needless = config.replace(nothing, {"distill.weight": 0.0})
+    assert detection.train_teacher(needless, 0, tmp_path, context(tmp_path, needless)) == {}
     with pytest.raises(OptionError, match="teacher.weights: give a file, or teacher.steps > 0"):
         detection.train_teacher(nothing, 0, tmp_path, context(tmp_path, nothing))
 

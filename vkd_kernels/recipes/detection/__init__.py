@@ -26,8 +26,8 @@ from ..tasks import Arm, Defaults, Metric
 from . import metrics, scenes
 from .coco import Batch, Loader, open_coco
 from .losses import DistilledDetector
-from .models import Detections, Detector, load_weights, make_detector
-from .options import DEFORMABLE, FCOS, Config, DetectorConfig
+from .models import Detections, Detector, has_weights, load_weights, make_detector
+from .options import Config, DetectorConfig
 
 TITLE = (__doc__ or "").splitlines()[0]
 PRIMARY = Metric("AP", "AP")
@@ -167,7 +167,7 @@ class Teacher:
 
 def trained_here(config: Config) -> bool:
     t = config.teacher
-    return t.steps > 0 and not t.weights and t.name in (FCOS, DEFORMABLE)
+    return t.steps > 0 and not t.weights and not has_weights(t.name)
 
 
 def new_teacher(config: Config, data: Data) -> Detector:
@@ -177,13 +177,15 @@ def new_teacher(config: Config, data: Data) -> Detector:
     teacher = make_detector(t, classes, data.channels)
     if t.weights:
         load_weights(teacher, Path(t.weights), classes, "teacher.weights")
-    elif not trained_here(config) and t.name in (FCOS, DEFORMABLE):
+    elif not trained_here(config) and not has_weights(t.name):
         raise OptionError("teacher.weights: give a file, or teacher.steps > 0 to train the teacher here")
     return teacher
 
 
 def train_teacher(config: Config, seed: int, folder: Path, context: Context) -> dict[str, Any]:
     """Train the seed's teacher on all training images, or check that its weights fit."""
+    if not config.distill.weight:
+        return {}
     data, t = Data(config, seed), config.teacher
     teacher = new_teacher(config, data)
     if not trained_here(config):

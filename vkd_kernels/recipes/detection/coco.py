@@ -86,6 +86,13 @@ class CocoImages:
         self.categories = sorted(self.names)  # the category of a label
         place, label = ({id: n for n, id in enumerate(ids)} for ids in (self.ids, self.categories))
         self.annotations = self._checked(content["annotations"], place, bad_boxes)
+        seen = {a["category_id"] for a in self.annotations if not a["iscrowd"]}
+        empty = [name for id, name in self.names.items() if id not in seen]
+        if len(empty) == len(self.names):
+            raise RunError(f"{where}: has no box")
+        if empty:
+            names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+            print(f"warning: {where}: no box of {names}; {len(empty)} of {len(self.names)} categories", file=sys.stderr)
 
         objects: list[list[tuple[list[float], int]]] = [[] for _ in self.ids]
         for a in self.annotations:

@@ -98,10 +98,6 @@ def captured(modules: Any) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
-
-
 # ---- building --------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from .models import Detections
 
 Row = list[float]  # image id, x, y, width, height, score, category id
 GREEN, RED = "#30c030", "#f04040"
-SHOWN_SCORE, SHOWN_SIDE = 0.3, 256
+SHOWN_SCORE, SHOWN_SIDE, LETTERS = 0.5, 320, 15
 
 
 def coco_rows(data: CocoImages, index: int, found: Detections, size: tuple[int, int]) -> list[Row]:
@@ -47,7 +47,7 @@ def average_precision(data: CocoImages, indices: list[int], found: list[Row]) ->
             "categories": [{"id": id, "name": name} for id, name in data.names.items()],
         }
         truth.createIndex()
-        if not found or not truth.dataset["annotations"]:
+        if not found:
             return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}  # which loadRes refuses
         evaluation = COCOeval(truth, truth.loadRes(numpy.array(found)), "bbox")
         evaluation.params.imgIds = sorted(data.ids[index] for index in indices)
@@ -77,6 +77,8 @@ def save_pictures(path: Path, pairs: list[tuple[Tensor, Detections, Detections]]
 
 def drawn(image: Tensor, objects: Detections, names: list[str], colour: str) -> Tensor:
     """An image (C, H, W) enlarged or reduced to be looked at, with boxes, classes and scores."""
+    import matplotlib
+
     scale = SHOWN_SIDE / max(image.shape[-2:])
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
     nearest: Any = transforms.InterpolationMode.NEAREST
@@ -86,4 +88,5 @@ def drawn(image: Tensor, objects: Detections, names: list[str], colour: str) -> 
     texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)] if scores else texts
     if not texts:
         return image
-    return draw_bounding_boxes(image, objects.boxes * scale, texts, colors=colour, width=2)
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    return draw_bounding_boxes(image, objects.boxes * scale, texts, colour, width=2, font=font, font_size=LETTERS)

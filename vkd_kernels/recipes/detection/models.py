@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import OptionError
 from ..runs import RunError, load_safetensors, load_state
-from .options import FCOS, DetectorConfig
+from .options import DEFORMABLE, FCOS, DetectorConfig
 
 LOGIT = math.log(0.01 / 0.99)  # of any class at the start: nearly everything is background
 
@@ -71,11 +72,36 @@ def make_detector(config: DetectorConfig, classes: int, image_channels: int, *, 
 
         with torch.device("meta") if empty else contextlib.nullcontext():
             return Bundled(config.widths, config.channels, classes, image_channels)
+    if is_own(config.name):
+        with torch.device("meta") if empty else contextlib.nullcontext():
+            return own_detector(config, classes, image_channels)
     from .deformable import make_deformable  # needs transformers
 
     if image_channels != 3:
         raise OptionError(f"data.channels: {config.name} takes colour images, 3; got {image_channels}")
     return make_deformable(config, classes, empty=empty)
+
+
+def is_own(name: str) -> bool:
+    """Is it the name of a user's class or function, package.module:Name?"""
+    return ":" in name and not Path(name).exists()
+
+
+def has_weights(name: str) -> bool:
+    """Does a detector of that name come with trained weights, as those of transformers do?"""
+    return name not in (FCOS, DEFORMABLE) and not is_own(name)
+
+
+def own_detector(config: DetectorConfig, classes: int, image_channels: int) -> Detector:
+    module, _, name = config.name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"name: cannot import {config.name}: {error}") from error
+    found = make(config, classes, image_channels)
+    if not isinstance(found, Detector):
+        raise OptionError(f"name: {config.name} must give a detection.models.Detector, got {type(found).__name__}")
+    return found
 
 
 def load_weights(detector: Detector, path: Path, classes: int, what: str) -> None:

@@ -70,7 +70,9 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DetectorConfig:
     name: str = option(
-        FCOS, f"{FCOS} (bundled), {DEFORMABLE}, or a folder or hub name of a Deformable DETR of transformers"
+        FCOS,
+        f"{FCOS} (bundled), {DEFORMABLE}, a folder or hub name of a Deformable DETR of transformers, or your own: "
+        "package.module:Class",
     )
     weights: str = option("", "weights to begin with: student.safetensors of a run, or another state dict")
     widths: tuple[int, ...] = option((12, 24, 32), f"{FCOS}: channels before the map", source=TRIED, minimum=1)
