@@ -16,7 +16,7 @@ from .operators import by_level, together
 NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
 LOSSES = ("smooth_l1", "mse")
 REDUCTIONS = ("mean", "sum")
-CHUNKED_FROM = 2**24  # elements of N x T (64 MiB in float32) from which PyTorch goes by chunks of rows
+CHUNKED_FROM = 2**23  # elements of N x T (32 MiB in float32) from which PyTorch goes by chunks of rows
 
 
 def ortho_proj_loss(
