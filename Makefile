@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 CTEST_BUILD := build/ctest
 
-.PHONY: setup demo test lint ctest docs wheels clean
+.PHONY: setup demo test coverage lint ctest docs wheels gpu clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,13 @@ demo: setup
 
 test: lint ctest docs
 	$(BIN)/python -m pytest
+
+# tests/ once more, with coverage of the package's Python: worker processes, ranks and commands included.
+coverage: setup
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --show-missing
 
 lint: setup
 	$(BIN)/ruff check .

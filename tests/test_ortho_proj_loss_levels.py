@@ -1,12 +1,11 @@
 """Several losses at once: each as it is alone, by PyTorch and by the fused kernels (interpreted without a GPU)."""
 
 from collections import Counter
-from datetime import timedelta
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytest.importorskip("triton")
 
@@ -480,50 +479,38 @@ def test_groups(dtype):
 # ----------------------------------------------------------------------------------------------------- across two ranks
 
 
-def rank(number, store, failures):
-    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=number)
-    torch.set_num_threads(1)
+def rank(number):
     group, collectives = dist.group.WORLD, []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: collectives.append(1) or all_reduce(*args, **kwargs)
-    try:
-        for normalization in interface.NORMALIZATIONS:
-            for masks in ("no masks", "weights"):
-                torch.manual_seed(0)
-                students, teachers, weights, scale, bias = arguments()
-                masks = masks_of(masks)
-                options = {"normalization": normalization, "eps": 1e-2, "scale": scale, "bias": bias}
-                expected = ortho_proj_losses(students, teachers, weights, masks=masks, **options)
-                truth = torch.autograd.grad(expected.sum(), [*students, weights, scale, bias])
-                here = [slice(0, 20), slice(0, 0), slice(5, None), slice(0, None, 2)]
-                there = [slice(20, None), slice(0, 1), slice(0, 5), slice(1, None, 2)]
-                mine = (here, there)[number]
-                shares = [x[rows].detach().requires_grad_() for x, rows in zip(students, mine, strict=True)]
-                collectives.clear()
-                losses = ortho_proj_losses(
-                    shares, [y[rows] for y, rows in zip(teachers, mine, strict=True)], weights, process_group=group,
-                    masks=None if masks is None else [m[rows] for m, rows in zip(masks, mine, strict=True)], **options,
-                )  # fmt: skip
-                # Σw (with the sums), second moments, loss; whiten: Σw, sums, second moments, loss.
-                assert len(collectives) == {"batch_norm": 3, "whiten": 4}.get(normalization, 2), collectives
-                torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
-                got = torch.autograd.grad(losses.sum(), [*shares, weights, scale, bias])
-                for gradient, rows, whole in zip(got[:4], mine, truth[:4], strict=True):
-                    torch.testing.assert_close(gradient / 2, whole[rows], rtol=1e-8, atol=1e-11)
-                for gradient, whole in zip(got[4:], truth[4:], strict=True):
-                    all_reduce(gradient)  # the average that data parallelism takes
-                    torch.testing.assert_close(gradient / 2, whole, rtol=1e-8, atol=1e-11)
-    except Exception as error:
-        failures.put(f"rank {number}: {normalization}: {error!r}"[:2000])
-        raise
-    finally:
-        dist.destroy_process_group()
+    for normalization in interface.NORMALIZATIONS:
+        for masks in ("no masks", "weights"):
+            torch.manual_seed(0)
+            students, teachers, weights, scale, bias = arguments()
+            masks = masks_of(masks)
+            options = {"normalization": normalization, "eps": 1e-2, "scale": scale, "bias": bias}
+            expected = ortho_proj_losses(students, teachers, weights, masks=masks, **options)
+            truth = torch.autograd.grad(expected.sum(), [*students, weights, scale, bias])
+            here = [slice(0, 20), slice(0, 0), slice(5, None), slice(0, None, 2)]
+            there = [slice(20, None), slice(0, 1), slice(0, 5), slice(1, None, 2)]
+            mine = (here, there)[number]
+            shares = [x[rows].detach().requires_grad_() for x, rows in zip(students, mine, strict=True)]
+            collectives.clear()
+            losses = ortho_proj_losses(
+                shares, [y[rows] for y, rows in zip(teachers, mine, strict=True)], weights, process_group=group,
+                masks=None if masks is None else [m[rows] for m, rows in zip(masks, mine, strict=True)], **options,
+            )  # fmt: skip
+            # Σw (with the sums), second moments, loss; whiten: Σw, sums, second moments, loss.
+            assert len(collectives) == {"batch_norm": 3, "whiten": 4}.get(normalization, 2), collectives
+            torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+            got = torch.autograd.grad(losses.sum(), [*shares, weights, scale, bias])
+            for gradient, rows, whole in zip(got[:4], mine, truth[:4], strict=True):
+                torch.testing.assert_close(gradient / 2, whole[rows], rtol=1e-8, atol=1e-11)
+            for gradient, whole in zip(got[4:], truth[4:], strict=True):
+                all_reduce(gradient)  # the average that data parallelism takes
+                torch.testing.assert_close(gradient / 2, whole, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_equal_one_process_and_share_their_collectives(tmp_path):
-    failures = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(rank, args=(tmp_path / "store", failures), nprocs=2)
-    except mp.ProcessRaisedException:
-        pytest.fail(failures.get())
+    processes.run_ranks(rank, tmp_path)

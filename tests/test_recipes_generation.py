@@ -1,12 +1,11 @@
 """The generation task: augmentation, the distance, the networks, who gets which gradient, runs, ranks, data, errors."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from torch import nn
@@ -466,19 +465,10 @@ def test_two_ranks_give_the_result_of_one(finished, tmp_path):
     """The same run by torchrun: batch norm over both ranks' images, both networks' gradients reduced."""
     values = [f"{key}={configs.show(value)}" for key, value in TINY.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += [
-        "vkd_kernels.cli",
-        "distill",
-        "generation",
-        "--arms",
-        "vkd",
-        "--seeds",
-        "1",
-        "--output",
-        str(tmp_path / "run"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.run(command + values, env=environment, capture_output=True, text=True, timeout=300)
+    command += ["vkd_kernels.cli", "distill", "generation", "--arms", "vkd", "--seeds", "1"]
+    command += ["--output", str(tmp_path / "run"), *values]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = processes.run(command, env=environment, seconds=300)
     assert process.returncode == 0, process.stderr
     two, one = (runs.load_json(f / "result.json") for f in (tmp_path / "run" / "vkd" / "seed-00", finished))
     assert two["frechet"] == pytest.approx(one["frechet"], rel=1e-3)

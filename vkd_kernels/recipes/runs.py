@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
+import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,11 +57,27 @@ def signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    _prepare_for_blocked_children()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@functools.cache
+def _prepare_for_blocked_children() -> None:
+    resource_tracker.ensure_running()  # its start, with the first process, would unblock both signals
+    # At exit multiprocessing ends daemons, such as a loader's, by SIGTERM and waits for them: these would never end.
+    multiprocessing.util.Finalize(None, _kill_daemons, exitpriority=1)
+
+
+def _kill_daemons() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take their end for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+            child.join()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
