@@ -1,5 +1,6 @@
 """Choice of backend, its errors, info(), and imports where the extension or Triton are missing."""
 
+import importlib
 import json
 import os
 import re
@@ -114,6 +115,11 @@ def test_info_as_a_command(flag):
     assert torch.__version__ in result.stdout and not result.stderr
     if flag:
         assert json.loads(result.stdout) == json.loads(json.dumps(vk.info()))
+
+
+def test_info_stays_the_function_where_its_module_is_imported():
+    importlib.import_module("vkd_kernels.info")
+    assert vk.info()["vkd_kernels"] == vk.__version__
 
 
 def test_environment_asks_for_a_backend(monkeypatch):

@@ -1,5 +1,7 @@
 """``vkd_kernels.info()``: versions, devices, and which backend serves which op, with the reasons why not the others."""
 
+import argparse
+import json
 import platform
 
 import torch
@@ -45,3 +47,25 @@ def info() -> dict:
         "extension": module.build_info() if module else {"missing": reason},
         "ops": ops,
     }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """What `info` says, as text or JSON: ``python -m vkd_kernels.info`` and ``vkd info``."""
+    parser = argparse.ArgumentParser("python -m vkd_kernels.info", description="What this installation is and can do.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    facts = info()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(facts, indent=2))
+        return
+    ops = facts.pop("ops")
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(value)
+        print(f"{name:12} {value}")
+    for op, devices in ops.items():
+        for device, row in devices.items():
+            print(f"{op} on {device}: {row['served_by']}")
+            for backend, reason in row["not"].items():
+                print(f"    not {backend}: {reason}")

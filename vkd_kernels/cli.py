@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show_info(arguments: argparse.Namespace) -> int:
-    from vkd_kernels.info import main as info
+    from vkd_kernels._info import main
 
-    info(["--json"] if arguments.json else [])
+    main(["--json"] if arguments.json else [])
     return 0
 
 
