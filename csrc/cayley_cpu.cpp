@@ -1,4 +1,4 @@
-// The Cayley transform on the CPU, on PyTorch's matrix products (vkd_kernels/cayley/reference.py is the definition).
+// The Cayley transform on the CPU, on PyTorch's matrix products (vkd_kernels/ops/cayley/reference.py is the definition).
 //
 //   forward    M = I + U - U^T + V^T V,  R = M^-1,  Q = [2R - I; -2 V R]          all in float64
 //   backward   dR = 2 (G1 - V^T G2),     dM = -R^T dR R^T                          S x S, float64

@@ -5,9 +5,10 @@ import os
 # Some virtual machines advertise AMX and stop a process that uses it: 16-bit products take the next best instructions.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
-import processes
 import pytest
 import torch
+
+from tests.helpers import processes
 
 if not torch.cuda.is_available():
     # Triton's decorators read it when kernels and Triton itself are imported: before any test module does.

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vkd_kernels as vk
-from vkd_kernels import _backend
+from vkd_kernels.ops import implementations
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +60,7 @@ def wheels(tmp_path_factory):
     stale.parent.mkdir(parents=True, exist_ok=True)
     stale.touch()
     found = {"torch": build_wheel(tmp_path_factory.mktemp("pure"), VKD_KERNELS_BUILD="0")}
-    if _backend.extension()[0] is not None:
+    if implementations.extension()[0] is not None:
         found["extension"] = build_wheel(tmp_path_factory.mktemp("compiled"), VKD_KERNELS_BUILD="auto")
     return found
 

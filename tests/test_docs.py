@@ -14,8 +14,8 @@ import vkd_kernels as vk
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
-    "loss", "projection", "distiller", "diagnostics", "cayley.interface", "normalization.interface",
-    "ortho_proj_loss.interface", "_info",
+    "loss", "projection", "distiller", "diagnostics", "ops.cayley.api", "ops.normalization.api",
+    "ops.ortho_proj_loss.api", "_info",
 ]  # fmt: skip
 
 

@@ -3,10 +3,10 @@
 from . import diagnostics, functional
 from ._info import info
 from ._version import __version__
-from .cayley import cayley
 from .distiller import FeatureDistiller
 from .loss import OrthoProjLoss
-from .normalization import Whitening
+from .ops.cayley import cayley
+from .ops.normalization import Whitening
 from .projection import OrthogonalLinear, orthogonal
 
 __all__ = [

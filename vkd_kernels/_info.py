@@ -6,8 +6,8 @@ import platform
 
 import torch
 
-from . import _backend
 from ._version import __version__
+from .ops import implementations
 
 
 def info() -> dict:
@@ -26,11 +26,11 @@ def info() -> dict:
         from triton import __version__ as triton_version
     except ImportError:
         triton_version = None
-    module, reason = _backend.extension()
+    module, reason = implementations.extension()
     ops: dict[str, dict] = {}
-    for op, backends in _backend.SERVES.items():
+    for op, backends in implementations.SERVES.items():
         for device in ("cpu", "cuda"):
-            reasons = {b: _backend.why_not(op, b, device, torch.float32) for b in backends}
+            reasons = {b: implementations.why_not(op, b, device, torch.float32) for b in backends}
             served_by = next(b for b, why in reasons.items() if why is None)
             ops.setdefault(op, {})[device] = {
                 "served_by": served_by,

@@ -5,9 +5,9 @@ Everything is float64 inside, without gradients, and costs a few covariances: no
 
 import torch
 
-from . import _checks
-from .normalization.reference import mean, sum_of_weights, without_masked_rows
-from .normalization.synchronised import all_reduce, check_group
+from .ops import checks
+from .ops.normalization.all_reduce import all_reduce, check_group
+from .ops.normalization.reference import mean, sum_of_weights, without_masked_rows
 
 __all__ = ["cka", "effective_rank", "metrics", "orthogonality_error"]
 MOST_ROWS = 4096  # of a batch that ``metrics`` looks at: enough for features, and a cap on its memory and time
@@ -25,7 +25,7 @@ def orthogonality_error(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S) ->
         >>> vk.diagnostics.orthogonality_error(2 * torch.eye(7, 3)).item()
         3.0
     """
-    _checks.check_tensor("weight", weight)
+    checks.check_tensor("weight", weight)
     if weight.dim() < 2 or weight.numel() == 0:
         raise ValueError(f"weight must have the shape (..., T, S) and not be empty; got {tuple(weight.shape)}")
     tall = (weight if weight.shape[-2] >= weight.shape[-1] else weight.mT).double()
@@ -120,7 +120,7 @@ def cka(
         1.0
     """
     if not isinstance(debiased, bool):
-        raise TypeError(f"debiased must be True or False; got {_checks.describe(debiased)}")
+        raise TypeError(f"debiased must be True or False; got {checks.describe(debiased)}")
     x, y, kept = _pair(student, teacher, mask, process_group)
     x, y = _centred(x, kept, process_group), _centred(y, kept, process_group)
     n = sum_of_weights(x[:, :0], kept, process_group)
@@ -165,7 +165,7 @@ def metrics(
         True
     """
     x, y, kept = _pair(student, teacher, mask, process_group)
-    _checks.check_tensor("weight", weight)
+    checks.check_tensor("weight", weight)
     if tuple(weight.shape) != (y.shape[1], x.shape[1]):
         raise ValueError(f"weight must have the shape (T, S) = {(y.shape[1], x.shape[1])}; got {tuple(weight.shape)}")
     if x.shape[0] > MOST_ROWS:
@@ -181,7 +181,7 @@ def metrics(
 
 def _rows(name: str, features, mask, group):  # (..., C), (...) or None -> (N, C), (N,) or None
     """Features as 2-D rows in their own dtype; which of them count, as 1 and 0."""
-    _checks.check_tensor(name, features)
+    checks.check_tensor(name, features)
     check_group(group)
     if features.dim() < 2 or features.shape[-1] < 1:
         raise ValueError(
@@ -189,7 +189,7 @@ def _rows(name: str, features, mask, group):  # (..., C), (...) or None -> (N, C
         )
     if features.numel() == 0 and group is None:
         raise ValueError(f"{name} has no rows: its shape is {tuple(features.shape)}")
-    weight = _checks.row_weights("mask", mask, features.shape[:-1], features, torch.float64)
+    weight = checks.row_weights("mask", mask, features.shape[:-1], features, torch.float64)
     return features.reshape(-1, features.shape[-1]), None if weight is None else (weight > 0).double()
 
 
@@ -202,7 +202,7 @@ def _pair(student, teacher, mask, group):
             "student and teacher must have the same rows; got student of shape "
             f"{tuple(student.shape)} and teacher of shape {tuple(teacher.shape)}"
         )
-    _checks.check_same_device("teacher", teacher, "student", student)
+    checks.check_same_device("teacher", teacher, "student", student)
     return x, y, kept
 
 

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import _backend, _checks, diagnostics
-from ._taps import SIDES, Pair, Tap, as_arguments, cast, entry, find_module, rows
+from . import diagnostics
 from .loss import starting_scale
-from .normalization.reference import sum_of_weights, without_masked_rows
-from .normalization.synchronised import GroupHandle, global_loss
-from .ortho_proj_loss import interface
+from .ops import checks, implementations
+from .ops.normalization.all_reduce import GroupHandle, global_loss
+from .ops.normalization.reference import sum_of_weights, without_masked_rows
+from .ops.ortho_proj_loss import api
 from .projection import at_least_float32, make_map, sharded_as, whole_as
+from .taps import SIDES, Pair, Tap, as_arguments, cast, entry, find_module, rows
 
 
 class FeatureDistiller(nn.Module):
@@ -106,19 +107,19 @@ class FeatureDistiller(nn.Module):
         super().__init__()
         for name, model in zip(SIDES, (student, teacher), strict=True):
             if not isinstance(model, nn.Module):
-                raise TypeError(f"{name} must be a torch.nn.Module; got {_checks.describe(model)}")
+                raise TypeError(f"{name} must be a torch.nn.Module; got {checks.describe(model)}")
         if not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
             raise ValueError("teacher must share no parameter with student: freezing it would freeze both; copy it")
         if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (Mapping, Pair)) for pair in pairs):
-            raise TypeError(f"pairs must be a list of dicts with the fields of Pair; got {_checks.describe(pairs)}")
+            raise TypeError(f"pairs must be a list of dicts with the fields of Pair; got {checks.describe(pairs)}")
         self.pairs = [pair if isinstance(pair, Pair) else Pair(**pair) for pair in pairs]
         names = [pair.name for pair in self.pairs] + ["logits", "total"]
         if len(set(names)) < len(names) or (not self.pairs and logit_weight is None):
             raise ValueError(f"pairs must have names of their own, and there must be a loss; got {names}")
         if logit_weight is not None:
-            _checks.check_number("logit_weight", logit_weight)
-        _checks.check_number("temperature", temperature, above=0)
-        _backend.requested("ortho_proj_loss", backend)
+            checks.check_number("logit_weight", logit_weight)
+        checks.check_number("temperature", temperature, above=0)
+        implementations.requested("ortho_proj_loss", backend)
         self.logit_weight, self.temperature = logit_weight, temperature
         self.student_logits, self.teacher_logits = student_logits, teacher_logits
         self.process_group, self.backend = GroupHandle(process_group), backend
@@ -151,7 +152,7 @@ class FeatureDistiller(nn.Module):
     def projection(self, name: str) -> torch.Tensor:
         """P ``(T, S)`` of the pair of that name."""
         names = [pair.name for pair in self.pairs]
-        _checks.check_choice("name", name, names)
+        checks.check_choice("name", name, names)
         shape, slot = self._slots[names.index(name)]
         return self.projections[shape]()[slot]
 
@@ -213,11 +214,11 @@ class FeatureDistiller(nn.Module):
 
     def _losses(self, student_arguments, teacher_arguments, masks, metrics):
         if not isinstance(masks, Mapping):
-            raise TypeError(f"masks must map pairs' names to masks; got {_checks.describe(masks)}")
+            raise TypeError(f"masks must map pairs' names to masks; got {checks.describe(masks)}")
         if not isinstance(metrics, bool):
-            raise TypeError(f"metrics must be True or False; got {_checks.describe(metrics)}")
+            raise TypeError(f"metrics must be True or False; got {checks.describe(metrics)}")
         for name in masks:
-            _checks.check_choice("a key of masks", name, [*(pair.name for pair in self.pairs), "logits"])
+            checks.check_choice("a key of masks", name, [*(pair.name for pair in self.pairs), "logits"])
         output, teacher_output, features = self._run(student_arguments, teacher_arguments, masks)
         weights = {shape: stack() for shape, stack in self.projections.items()}
         losses, found, total = {}, {}, 0.0
@@ -264,12 +265,12 @@ class FeatureDistiller(nn.Module):
                 if isinstance(scale, torch.Tensor):
                     scale = scale.reshape(())
                 weight = weights[shape][self._slots[members[0]][1]]
-                found = [interface.projected_loss(xs[0], ys[0], weight, scale=scale, mask=masks[0], **options)]
+                found = [api.projected_loss(xs[0], ys[0], weight, scale=scale, mask=masks[0], **options)]
             else:
                 weight = weights[shape]
                 if len(members) < len(weight):
                     weight = torch.stack([weight[self._slots[i][1]] for i in members])
-                found = interface.projected_losses(xs, ys, weight, scale=scale, masks=masks, **options).unbind(0)
+                found = api.projected_losses(xs, ys, weight, scale=scale, masks=masks, **options).unbind(0)
             losses |= dict(zip(members, found, strict=True))
         return [losses[index] for index in range(len(self.pairs))]
 
@@ -302,7 +303,7 @@ class FeatureDistiller(nn.Module):
                 f"{tuple(student.shape)} and {tuple(teacher.shape)}"
             )
         precise = torch.promote_types(student.dtype, torch.float32)
-        row_weight = _checks.row_weights('masks["logits"]', mask, student.shape[:-1], student, precise)
+        row_weight = checks.row_weights('masks["logits"]', mask, student.shape[:-1], student, precise)
         student, teacher = (
             F.log_softmax(without_masked_rows(x.flatten(0, -2).to(precise), row_weight) / self.temperature, dim=-1)
             for x in (student, teacher)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _backend, _checks, diagnostics
-from .normalization.synchronised import GroupHandle
-from .ortho_proj_loss import interface
+from . import diagnostics
+from .ops import checks, implementations
+from .ops.normalization.all_reduce import GroupHandle
+from .ops.ortho_proj_loss import api
 from .projection import OrthogonalLinear
 
 TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
@@ -21,9 +22,9 @@ TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of it
 def starting_scale(scale, student_dim: int, teacher_dim: int, device=None, dtype=None) -> float | nn.Parameter:
     """What the option ``scale`` stands for: the number, √(T / S), or the parameter that starts there."""
     if not isinstance(scale, str):
-        _checks.check_number("scale", scale)
+        checks.check_number("scale", scale)
         return scale
-    _checks.check_choice("scale", scale, ("match", "learned"))
+    checks.check_choice("scale", scale, ("match", "learned"))
     matched = math.sqrt(teacher_dim / student_dim)
     # One element rather than a 0-d tensor, which fully_shard refuses.
     return matched if scale == "match" else nn.Parameter(torch.full((1,), matched, device=device, dtype=dtype))
@@ -88,10 +89,10 @@ class OrthoProjLoss(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _checks.check_dim("student_dim", student_dim)
-        _checks.check_dim("teacher_dim", teacher_dim)
-        interface.check_options(normalization, loss, beta, eps, reduction)
-        _backend.requested("ortho_proj_loss", backend)
+        checks.check_dim("student_dim", student_dim)
+        checks.check_dim("teacher_dim", teacher_dim)
+        api.check_options(normalization, loss, beta, eps, reduction)
+        implementations.requested("ortho_proj_loss", backend)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
@@ -110,7 +111,7 @@ class OrthoProjLoss(nn.Module):
     @classmethod
     def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options) -> "OrthoProjLoss":
         """The paper's choices for ``"classification"``, ``"detection"`` or ``"generation"``; options override them."""
-        _checks.check_choice("task", task, TASKS)
+        checks.check_choice("task", task, TASKS)
         return cls(student_dim, teacher_dim, **{**TASKS[task], **options})
 
     def no_weight_decay(self) -> set[str]:
@@ -126,7 +127,7 @@ class OrthoProjLoss(nn.Module):
             scale = scale[0]
         elif scale == 1.0:
             scale = None
-        return interface.projected_loss(
+        return api.projected_loss(
             student, teacher, self.projection.weight, scale=scale, bias=self.projection.bias, mask=mask,
             normalization=self.normalization, loss=self.loss, beta=self.beta, eps=self.eps, reduction=self.reduction,
             process_group=self.process_group.group, backend=self.backend,

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from . import _checks
-from ._backend import autocast_dtype, no_autocast
-from .cayley import cayley, cayley_inverse
+from .ops import checks
+from .ops.cayley import cayley, cayley_inverse
+from .ops.implementations import autocast_dtype, no_autocast
 
 ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
 
@@ -86,7 +86,7 @@ def at_least_float32(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def make_map(matrix: torch.Tensor, orthogonal_map: str) -> CayleyMap | TorchMap:
-    _checks.check_choice("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
+    checks.check_choice("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
     return CayleyMap(matrix) if orthogonal_map == "cayley" else TorchMap(matrix, orthogonal_map)
 
 
@@ -118,9 +118,9 @@ def orthogonal(module: nn.Module, name: str = "weight", orthogonal_map: str = "c
         True
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module; got {_checks.describe(module)}")
+        raise TypeError(f"module must be a torch.nn.Module; got {checks.describe(module)}")
     if not isinstance(name, str):
-        raise TypeError(f"name must be a string; got {_checks.describe(name)}")
+        raise TypeError(f"name must be a string; got {checks.describe(name)}")
     weight = getattr(module, name, None)
     if not isinstance(weight, torch.Tensor):
         raise ValueError(
@@ -133,21 +133,21 @@ def orthogonal(module: nn.Module, name: str = "weight", orthogonal_map: str = "c
 
 
 def _check_map_weight(name: str, weight: torch.Tensor) -> None:
-    _checks.check_tensor(name, weight, _checks.FULL_PRECISION, "; orthogonal weights stay in float32 or float64")
+    checks.check_tensor(name, weight, checks.FULL_PRECISION, "; orthogonal weights stay in float32 or float64")
     if weight.dim() < 2:
         raise ValueError(f"{name} must have the shape (..., T, S); got {tuple(weight.shape)}")
 
 
 def whole_as(matrix, parameter):
     """The matrix itself or, for a parameter sharded by FSDP2, the first rank's on every rank."""
-    if not _checks.is_sharded(parameter):
+    if not checks.is_sharded(parameter):
         return matrix
-    return matrix.full_tensor() if _checks.is_sharded(matrix) else sharded_as(matrix, parameter).full_tensor()
+    return matrix.full_tensor() if checks.is_sharded(matrix) else sharded_as(matrix, parameter).full_tensor()
 
 
 def sharded_as(matrix, parameter):
     """The matrix itself or, for a parameter sharded by FSDP2, as a DTensor of its placement."""
-    if not _checks.is_sharded(parameter):
+    if not checks.is_sharded(parameter):
         return matrix
     from torch.distributed.tensor import distribute_tensor  # here, because importing it takes a while
 
@@ -192,8 +192,8 @@ class OrthogonalLinear(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _checks.check_dim("in_features", in_features)
-        _checks.check_dim("out_features", out_features)
+        checks.check_dim("in_features", in_features)
+        checks.check_dim("out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
         self.unconstrained = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         _check_map_weight("dtype", self.unconstrained)
@@ -222,10 +222,10 @@ class OrthogonalLinear(nn.Module):
     @weight.setter
     def weight(self, matrix: torch.Tensor) -> None:
         parameter = self.unconstrained
-        if not _checks.is_sharded(matrix):
-            _checks.check_tensor("weight", matrix)
+        if not checks.is_sharded(matrix):
+            checks.check_tensor("weight", matrix)
         if matrix.shape != parameter.shape or (matrix.is_meta and not parameter.is_meta):
-            raise ValueError(f"weight takes a tensor of shape {tuple(parameter.shape)}; got {_checks.describe(matrix)}")
+            raise ValueError(f"weight takes a tensor of shape {tuple(parameter.shape)}; got {checks.describe(matrix)}")
         with torch.no_grad():
             matrix = whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
             parameter.copy_(sharded_as(self.map.right_inverse(matrix), parameter))
@@ -235,12 +235,12 @@ class OrthogonalLinear(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., S) -> (..., T)
-        _checks.check_tensor("x", x)
+        checks.check_tensor("x", x)
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have the shape (..., {self.in_features}); got {tuple(x.shape)}")
-        _checks.check_same_device("x", x, "weight", self.unconstrained)
+        checks.check_same_device("x", x, "weight", self.unconstrained)
         if x.dtype != self.unconstrained.dtype and autocast_dtype(x.device.type) is None:
-            raise TypeError(f"x must have the dtype of weight, {self.unconstrained.dtype}; got {_checks.describe(x)}")
+            raise TypeError(f"x must have the dtype of weight, {self.unconstrained.dtype}; got {checks.describe(x)}")
         weight = self.weight if self.gain is None else self.weight * self.gain[:, None]
         return F.linear(x, weight.to(self.unconstrained.dtype), self.bias)
 

@@ -1,0 +1,79 @@
+"""Two gloo ranks give the loss and the gradients of one process that holds every row."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import vkd_kernels as vk
+from tests.helpers import processes
+
+NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
+SPLITS = {"even": 10, "uneven": 4, "empty": 0, "one rank all masked": 10}
+BACKENDS = (None, "torch")
+
+
+class Distiller(nn.Module):
+    """Student and loss inside one module, as they must be for gradients to be reduced."""
+
+    def __init__(self, normalization, backend, group=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Linear(6, 5, dtype=torch.float64)
+        self.loss = vk.OrthoProjLoss(
+            5, 9, normalization=normalization, eps=1e-2, affine=True, scale="learned", dtype=torch.float64,
+            backend=backend, process_group=group,
+        )  # fmt: skip
+
+    def forward(self, x, y, mask):
+        return self.loss(self.student(x), y, mask)
+
+
+def rows(split):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    y = torch.randn(20, 9, generator=generator, dtype=torch.float64) * 2 + 0.5
+    mask = torch.rand(20, generator=generator) > 0.3
+    if split == "one rank all masked":
+        mask[:10] = False
+    return x, y, mask
+
+
+def gradients(module, arguments):
+    value = module(*arguments)
+    value.backward()
+    return value.detach(), [p.grad.clone() for p in module.parameters()]
+
+
+def worker(rank):
+    for normalization, backend, (split, first) in itertools.product(NORMALIZATIONS, BACKENDS, SPLITS.items()):
+        whole = rows(split)
+        mine = [x[:first] if rank == 0 else x[first:] for x in whole]
+        module = Distiller(normalization, backend, dist.group.WORLD)
+        assert copy.deepcopy(module).loss.process_group.group is dist.group.WORLD
+        value, grads = gradients(DistributedDataParallel(module), mine)
+        expected, wanted = gradients(Distiller(normalization, None), whole)
+        case = lambda text, case=(normalization, backend, split): f"{case}: {text}"  # noqa: E731
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12, msg=case)
+        for got, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11, msg=case)
+    check_whitening(rank)
+
+
+def check_whitening(rank):
+    _, y, mask = rows("even")
+    ours, alone = vk.Whitening(9, momentum=0.1, process_group=dist.group.WORLD), vk.Whitening(9, momentum=0.1)
+    mine = slice(0, 4) if rank == 0 else slice(4, 20)
+    for _ in range(2):
+        torch.testing.assert_close(ours(y[mine], mask[mine]), alone(y, mask)[mine])
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, alone.state_dict()[name])
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_two_ranks_equal_one_process(tmp_path):
+    processes.run_ranks(worker, tmp_path)

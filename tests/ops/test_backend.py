@@ -1,0 +1,168 @@
+"""Choice of backend, its errors, info(), and imports where the extension or Triton are missing."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+import vkd_kernels as vk
+from vkd_kernels.ops import implementations
+
+WITHOUT = """
+import sys
+sys.modules[{missing!r}] = None  # importing it fails
+import warnings
+warnings.simplefilter("error")
+import torch, vkd_kernels as vk
+facts = vk.info()
+print(facts["ops"]["{op}"]["{device}"])
+"""
+
+
+def python(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_imports_without_the_extension():
+    out = python(
+        WITHOUT.format(missing="vkd_kernels._C", op="cayley", device="cpu")
+        + "warnings.simplefilter('always')\n"
+        + "with warnings.catch_warnings(record=True) as seen:\n"
+        + "    q = vk.cayley(torch.randn(5, 3)); vk.cayley(torch.randn(5, 3))\n"
+        + "assert (q.T @ q - torch.eye(3)).abs().max() < 1e-6\n"
+        + "print(len(seen), seen[0].message)\n"
+    )
+    assert "'served_by': 'torch'" in out
+    assert "1 vkd_kernels: cayley falls back to the PyTorch reference because" in out
+
+
+def test_imports_without_triton():
+    out = python(WITHOUT.format(missing="triton", op="ortho_proj_loss", device="cuda"))
+    assert "'served_by': 'torch'" in out and "Triton can't be imported" in out
+
+
+def test_a_stale_extension_is_diagnosed_and_not_loaded(monkeypatch):
+    if implementations.extension()[0] is None:
+        pytest.skip("no extension here")
+    monkeypatch.setattr(implementations, "_build_record", lambda: {"torch": "2.0.1"})
+    module, reason = implementations.extension.__wrapped__()
+    assert module is None
+    assert reason == f"the extension was built with PyTorch 2.0.1 and this is {torch.__version__}: reinstall it"
+
+
+def test_an_extension_that_does_not_load_is_diagnosed(monkeypatch):
+    def fails(name):
+        raise OSError("undefined symbol: a")
+
+    monkeypatch.setattr(implementations, "_build_record", dict)
+    monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(implementations.importlib, "import_module", fails)
+    assert implementations.extension.__wrapped__() == (
+        None,
+        "the extension can't be loaded: OSError: undefined symbol: a",
+    )
+
+
+@pytest.mark.parametrize(
+    ("cuda", "op", "backend", "device", "dtype", "reason"),
+    [
+        (None, "cayley", "triton", "cpu", torch.float32, "cayley has no 'triton' backend; it has 'extension', 'torch'"),
+        (None, "ortho_proj_loss", "triton", "cuda", torch.float64, r"the Triton kernels take .*; got float64"),
+        (None, "cayley", "extension", "cuda", torch.float32, "built without CUDA: no nvcc"),
+        ("13.0", "cayley", "extension", "cuda", torch.float32, "for the GPU architectures 80-real and this GPU is 7.5"),
+        ("13.0", "cayley", "extension", "xpu", torch.float32, "takes CPU and CUDA tensors; got a tensor on xpu"),
+        ("13.0", "cayley", "extension", "cpu", torch.float64, None),
+    ],
+)
+def test_reasons(monkeypatch, cuda, op, backend, device, dtype, reason):
+    built = types.SimpleNamespace(build_info=lambda: {"cuda": cuda, "cuda_architectures": "80-real"})
+    monkeypatch.setattr(implementations, "extension", lambda: (built, None))
+    monkeypatch.setattr(implementations, "_build_record", lambda: {"reason": "no nvcc"})
+    monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    found = implementations.why_not(op, backend, device, dtype)
+    assert found is None if reason is None else re.search(reason, found)
+
+
+def test_an_old_triton_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.2.0"))
+    assert implementations.why_no_triton.__wrapped__() == "Triton 3.2.0 is older than 3.6"
+
+
+def test_info_tells_versions_and_reasons():
+    facts = vk.info()
+    json.dumps(facts)
+    assert facts["vkd_kernels"] == vk.__version__ and facts["torch"] == torch.__version__
+    assert set(facts["ops"]) == {"ortho_proj_loss", "cayley"}
+    for devices in facts["ops"].values():
+        for row in devices.values():
+            assert row["served_by"] and all(row["not"].values())
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+def test_info_as_a_command(flag):
+    command = [sys.executable, "-m", "vkd_kernels.info", *flag]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert torch.__version__ in result.stdout and not result.stderr
+    if flag:
+        assert json.loads(result.stdout) == json.loads(json.dumps(vk.info()))
+
+
+def test_info_stays_the_function_where_its_module_is_imported():
+    importlib.import_module("vkd_kernels.info")
+    assert vk.info()["vkd_kernels"] == vk.__version__
+
+
+def test_environment_asks_for_a_backend(monkeypatch):
+    weight = torch.randn(5, 3)
+    x, y = torch.randn(4, 3), torch.randn(4, 5)
+    monkeypatch.setenv(implementations.ENVIRONMENT, "torch")
+    assert implementations.choose("cayley", None, "cpu", torch.float32) == ("torch", True)
+    monkeypatch.setenv(implementations.ENVIRONMENT, "triton")  # binds the loss; cayley has no such backend
+    vk.cayley(weight)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="VKD_KERNELS_BACKEND='triton' was requested for ortho_proj_loss, but"):
+            vk.functional.ortho_proj_loss(x, y, weight)
+    monkeypatch.setenv(implementations.ENVIRONMENT, "cuda")
+    with pytest.raises(ValueError, match="VKD_KERNELS_BACKEND must be one of .*'cuda'"):
+        vk.cayley(weight)
+
+
+def test_an_explicit_request_never_falls_back(monkeypatch):
+    monkeypatch.setattr(implementations, "extension", lambda: (None, "the extension is not built: no compiler"))
+    with pytest.raises(RuntimeError, match="backend='extension' was requested for cayley, but .*no compiler"):
+        vk.cayley(torch.randn(5, 3), backend="extension")
+
+
+def test_an_automatic_fallback_warns_once(monkeypatch):
+    monkeypatch.setattr(implementations, "extension", lambda: (None, "for a test"))
+    implementations._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="cayley falls back to the PyTorch reference because for a test"):
+        vk.cayley(torch.randn(5, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vk.cayley(torch.randn(5, 3))
+    implementations._warn_once.cache_clear()
+
+
+def test_no_warning_on_the_cpu_where_nothing_is_missing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vk.functional.ortho_proj_loss(torch.randn(4, 3), torch.randn(4, 5), torch.randn(5, 3))
+
+
+def test_public_names():
+    for name in vk.__all__:
+        assert getattr(vk, name) is not None

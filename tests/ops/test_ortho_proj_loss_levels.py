@@ -1,0 +1,517 @@
+"""Several losses at once: each as it is alone, by PyTorch and by the fused kernels (interpreted without a GPU)."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.helpers import processes
+
+pytest.importorskip("triton")
+
+import vkd_kernels as vk
+from tests.helpers.loss_cases import DTYPES, OPTIONS, Case, error, poison_new_tensors, use_triton
+from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
+from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss.triton import kernels, launch
+from vkd_kernels.ops.ortho_proj_loss.triton import tiles as schedule
+
+INTERPRETED = kernels.INTERPRETED.value
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ROWS = [70, 1, 33, 64]  # more than a tile, one, ragged, a tile
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, interpreting
+
+
+def arguments(rows=ROWS, s=5, t=9, dtype=torch.float64, device="cpu"):
+    """students, teachers, weights, scale, bias"""
+    random = lambda *size: torch.randn(*size, dtype=torch.float64, device=device).to(dtype)  # noqa: E731
+    exact = torch.promote_types(dtype, torch.float32)
+    return (
+        [random(n, s).requires_grad_() for n in rows], [2 * random(n, t) + 1 for n in rows],
+        vk.cayley(random(len(rows), t, s).to(exact)).to(dtype).to(exact).requires_grad_(),
+        (random(len(rows), t).to(exact).abs() + 0.5).requires_grad_(), random(len(rows), t).to(exact).requires_grad_(),
+    )  # fmt: skip
+
+
+def masks_of(kind, rows=ROWS, device="cpu"):
+    keep = [torch.arange(n, device=device) % 3 != 1 for n in rows]
+    return {
+        "no masks": None,
+        "bool": keep,
+        "weights": [k * torch.rand(len(k), device=device) for k in keep],
+        "some": [None if i % 2 else k for i, k in enumerate(keep)],
+        "one level masked": [k & (i != 2) for i, k in enumerate(keep)],
+    }[kind]
+
+
+def together_and_alone(students, teachers, weights, scale, bias, masks, **options):
+    """[(losses, gradients), the same of each alone]: of a weighted sum, as a training step takes it."""
+    leaves = [*students, *(x for x in (weights, scale, bias) if isinstance(x, torch.Tensor) and x.requires_grad)]
+    upstream = torch.linspace(0.5, 2, len(students), dtype=torch.float64, device=weights.device)
+    together = ortho_proj_losses(students, teachers, weights, scale=scale, bias=bias, masks=masks, **options)
+    alone = torch.stack([
+        ortho_proj_loss(
+            x, y, weights[i], bias=None if bias is None else bias[i], mask=None if masks is None else masks[i],
+            scale=scale[i] if isinstance(scale, torch.Tensor) and scale.dim() else scale, **options,
+        )
+        for i, (x, y) in enumerate(zip(students, teachers, strict=True))
+    ])  # fmt: skip
+    return [(v.detach(), torch.autograd.grad(v, leaves, upstream.to(v.dtype))) for v in (together, alone)]
+
+
+def assert_equal(results, **tolerance):
+    (together, gradients), (alone, expected) = results
+    assert together.shape == alone.shape and together.dtype == alone.dtype
+    torch.testing.assert_close(together, alone, **tolerance)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, **tolerance)
+
+
+# --------------------------------------------------------------------------------------------------------- in PyTorch
+
+
+@pytest.mark.parametrize("masks", ["no masks", "bool", "weights", "some", "one level masked"])
+@pytest.mark.parametrize("loss", api.LOSSES)
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+@pytest.mark.parametrize("chunked_from", [float("inf"), -1], ids=["reference", "chunked"])
+def test_each_is_as_it_is_alone(chunked_from, normalization, loss, masks, monkeypatch):
+    monkeypatch.setattr(api, "CHUNKED_FROM", chunked_from)
+    options = {"normalization": normalization, "loss": loss, "eps": 1e-2}
+    assert_equal(together_and_alone(*arguments(), masks_of(masks), **options), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", api.REDUCTIONS)
+@pytest.mark.parametrize("scale", [None, 1.7, (), (4,)], ids=str)
+def test_scales(scale, reduction):
+    *tensors, _, bias = arguments()
+    if isinstance(scale, tuple):
+        scale = torch.rand(scale, dtype=torch.float64).requires_grad_()
+    assert_equal(together_and_alone(*tensors, scale, bias, None, reduction=reduction), rtol=1e-9, atol=1e-12)
+
+
+def test_rows_of_any_shape():
+    students, teachers, weights, *_ = arguments([24, 8])
+    mask = torch.arange(24) % 5 > 0
+    flat = ortho_proj_losses(students, teachers, weights, masks=[mask, None])
+    shaped = ortho_proj_losses(
+        [students[0].view(2, 3, 4, 5), students[1].view(8, 1, 5)], [teachers[0].view(2, 3, 4, 9), teachers[1][:, None]],
+        weights, masks=[mask.view(2, 3, 4), None],
+    )  # fmt: skip
+    torch.testing.assert_close(flat, shaped)
+
+
+def test_autocast():
+    students, teachers, weights, *_ = arguments(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = ortho_proj_losses(students, teachers, weights)
+    expected = ortho_proj_losses([x.bfloat16() for x in students], teachers, weights)
+    assert value.dtype == torch.float32 and torch.equal(value, expected)
+
+
+GOOD = dict(zip(("students", "teachers", "weights"), arguments([4, 6], dtype=torch.float32), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"students": torch.ones(2, 4, 5)}, TypeError, "students must be a list or tuple of tensors; got a float32"),
+        ({"students": []}, ValueError, "students, teachers and masks .* got 0 students and 0 students"),
+        ({"teachers": GOOD["teachers"][:1]}, ValueError, "got 2 students and 1 teachers"),
+        ({"masks": [None]}, ValueError, "got 2 students and 1 masks"),
+        ({"masks": None, "students": [GOOD["students"][0], 3]}, TypeError, r"students\[1\] must be .*got int 3"),
+        ({"weights": torch.randn(9, 5)}, ValueError, r"weights must have the shape \(G, T, S\) with G = 2.*\(9, 5\)"),
+        ({"weights": torch.randn(3, 9, 5)}, ValueError, r"weights must have .* got \(3, 9, 5\)"),
+        ({"students": [torch.randn(4, 5), torch.randn(6, 4)]}, ValueError, r"students\[1\] .* S = 5.*got \(6, 4\)"),
+        ({"students": [torch.randn(4, 5), torch.randn(5, 5)]}, ValueError, r"students\[1\] .*same rows"),
+        ({"students": [torch.randn(4, 5), torch.randn(6, 5).half()]}, TypeError, r"one dtype; .*\[1\] torch.float16"),
+        ({"scale": torch.ones(9)}, ValueError, r"shape \(\), \(G,\) or \(G, T\) = \(2, 9\); got \(9,\)"),
+        ({"bias": torch.ones(9)}, ValueError, r"bias must have the shape \(G, T\) = \(2, 9\); got \(9,\)"),
+        ({"masks": [None, torch.ones(5)]}, ValueError, r"masks\[1\] must have .* \(6,\); got \(5,\)"),
+        ({"normalization": "bn"}, ValueError, "normalization must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        ortho_proj_losses(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize("scale", [1.0, "match", "learned"])
+def test_feature_distiller_takes_pairs_of_equal_shape_and_options_together(scale, monkeypatch):
+    """Four pairs of one shape, of which the third has a loss of its own: three go together, in one call."""
+    calls, losses_of_a_group = [], api.projected_losses
+    monkeypatch.setattr(
+        api, "projected_losses", lambda xs, *a, **k: calls.append(len(xs)) or losses_of_a_group(xs, *a, **k)
+    )
+    student, teacher = (
+        torch.nn.Sequential(*(torch.nn.Linear(c, c, dtype=torch.float64) for _ in range(4))) for c in (6, 9)
+    )
+    pairs = [{"student": str(i), "teacher": str(i), "dims": (6, 9), "scale": scale} for i in range(4)]
+    pairs[2]["loss"] = "mse"
+    distiller = vk.FeatureDistiller(student, teacher, pairs)
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, 9, dtype=torch.float64)
+    mask = torch.arange(7) > 2
+    _, losses = distiller(x, teacher_input=y, masks={"1->1": mask})
+    assert calls == [3]
+    factor = 1.5**0.5 if scale != 1.0 else 1.0
+    for i, pair in enumerate(distiller.pairs):
+        expected = ortho_proj_loss(
+            student[: i + 1](x), teacher[: i + 1](y), distiller.projection(pair.name), scale=factor, loss=pair.loss,
+            mask=mask if i == 1 else None,
+        )  # fmt: skip
+        torch.testing.assert_close(losses[pair.name], expected)
+    losses["total"].backward()
+    assert all(p.grad is not None for p in distiller.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- in kernels
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    poison_new_tensors(monkeypatch)
+
+
+def cases(dtype, option, rows=ROWS, s=20, t=45, **options):
+    """Cases that differ in rows and values."""
+    return [Case((n, s, t), dtype, **OPTIONS[option], **options, seed=i, device=DEVICE) for i, n in enumerate(rows)]
+
+
+def run(cases, needed=(True, True, True), **kwargs):
+    """(losses, {name: gradients of the levels}) of fused_losses over the cases' arguments."""
+    options = cases[0].options
+    levels = {name: [getattr(case, name) for case in cases] for name in vars(cases[0])}
+    students = [x.detach().requires_grad_(needed[0]) for x in levels["student"]]
+    weight, bias, shift, scale = (
+        None if levels[name][0] is None else torch.stack(levels[name])
+        for name in ("weight", "bias", "channel_shift", "channel_scale")
+    )
+    denominators = levels["denominator"]
+    losses = launch.fused_losses(
+        students, levels["teacher"], weight.requires_grad_(needed[1]),
+        None if bias is None else bias.requires_grad_(needed[2]), levels["row_weight"], shift, scale,
+        denominators=torch.stack(denominators) if isinstance(denominators[0], torch.Tensor) else denominators,
+        **options, **kwargs,
+    )  # fmt: skip
+    wanted = {"student": students if needed[0] else [], "weight": [weight] if needed[1] else []}
+    wanted["bias"] = [bias] if needed[2] and bias is not None else []
+    leaves = [leaf for leaves in wanted.values() for leaf in leaves]
+    upstream = torch.stack([case.grad_output for case in cases])
+    gradients = iter(torch.autograd.grad(losses, leaves, upstream))
+    result = {name: [next(gradients) for _ in leaves] for name, leaves in wanted.items() if leaves}
+    return losses, {name: got if name == "student" else list(got[0]) for name, got in result.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_accuracy(option, dtype, poisoned):
+    """Three sides, for each: the error against float64 is within the table, or 1.5 times the composition's."""
+    levels = cases(dtype, option)
+    losses, gradients = run(levels)
+    assert losses.shape == (len(levels),) and losses.dtype == torch.float32
+
+    for i, case in enumerate(levels):
+        if i == 1:  # a single row: too few values for a relative error of averages
+            alone, expected = case.run(launch.fused_loss)
+            assert error(losses[i], alone.double()) <= 1e-6
+            assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
+            continue
+
+        def entry(*args, i=i, **kwargs):
+            return _Given.apply(losses[i], [gradients[name][i] for name in gradients], *args[:1], *args[2:4])
+
+        case.check(entry, 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
+
+
+class _Given(torch.autograd.Function):
+    """A loss and gradients in student, weight and bias that were computed before."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, student, weight, bias):
+        ctx.gradients = gradients
+        return loss.detach().clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None, *ctx.gradients, *[None] * (3 - len(ctx.gradients))
+
+
+@pytest.mark.parametrize("option", ["layer_norm", "everything"])
+def test_the_bits_of_each_alone(option, poisoned):
+    """Gradients are made by the same tiles in the same order, and the loss differs in the order of its last sum."""
+    levels = cases(torch.bfloat16, option)
+    losses, gradients = run(levels)
+    again = run(levels)
+    assert torch.equal(losses, again[0])
+    for i, case in enumerate(levels):
+        alone, expected = case.run(launch.fused_loss)
+        assert error(losses[i], alone.double()) <= 1e-6
+        for name, gradient in expected.items():
+            assert torch.equal(gradients[name][i], gradient) and torch.equal(again[1][name][i], gradient)
+
+
+def test_levels_of_many_rows_go_by_themselves(monkeypatch, poisoned):
+    monkeypatch.setattr(schedule, "POOLED_ROWS", 40)
+    called, losses_of_one_launch = [], launch._pooled_losses
+    monkeypatch.setattr(
+        launch, "_pooled_losses",
+        lambda students, *args, **kwargs: called.append([len(x) for x in students])
+        or losses_of_one_launch(students, *args, **kwargs),
+    )  # fmt: skip
+    levels = cases(torch.float32, "everything", rows=[10, 70, 5, 33, 80])
+    losses, gradients = run(levels)
+    assert called == [[5, 33]]
+    for i, case in enumerate(levels):
+        alone, expected = case.run(launch.fused_loss)
+        assert error(losses[i], alone.double()) <= 1e-6
+        assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
+
+
+def test_no_level_reads_another(poisoned):
+    """NaN everywhere in one level leaves the bits of the others."""
+    levels = cases(torch.float32, "everything")
+    expected = run(levels)
+    for tensor in (levels[2].student, levels[2].teacher, levels[2].weight, levels[2].bias, levels[2].channel_shift):
+        tensor.fill_(torch.nan)
+    losses, gradients = run(levels)
+    for i in (0, 1, 3):
+        assert torch.equal(losses[i], expected[0][i])
+        assert all(torch.equal(gradients[name][i], expected[1][name][i]) for name in gradients)
+    assert losses[2].isnan() and gradients["weight"][2].isnan().any()
+
+
+def test_only_needed_gradients(poisoned):
+    levels = cases(torch.float32, "everything")
+    losses, everything = run(levels)
+    for needed in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+        some_losses, some = run(levels, needed)
+        assert torch.equal(some_losses, losses) and len(some) == sum(needed)
+        for name, gradients in some.items():
+            assert all(torch.equal(a, b) for a, b in zip(gradients, everything[name], strict=True))
+
+
+def test_backward_twice_and_an_expanded_gradient(poisoned):
+    levels = cases(torch.bfloat16, "layer_norm")
+    students = [case.student.requires_grad_() for case in levels]
+    weight = torch.stack([case.weight for case in levels]).requires_grad_()
+    losses = launch.fused_losses(
+        students, [case.teacher for case in levels], weight, None, [None] * 4, None, None,
+        denominators=[case.denominator for case in levels], **levels[0].options,
+    )  # fmt: skip
+    leaves = [*students, weight]
+    first = torch.autograd.grad(losses.sum(), leaves, retain_graph=True)  # an incoming gradient of stride 0
+    second = torch.autograd.grad(losses, leaves, torch.ones_like(losses))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_levels_without_rows(poisoned):
+    """A rank may have none of one level."""
+    levels = cases(torch.float32, "bias", rows=[20, 0, 7])
+    losses, gradients = run(levels)
+    assert losses[1] == 0 and gradients["student"][1].shape == (0, 20)
+    assert torch.count_nonzero(gradients["weight"][1]) == torch.count_nonzero(gradients["bias"][1]) == 0
+    alone, expected = levels[2].run(launch.fused_loss)
+    assert error(losses[2], alone.double()) <= 1e-6 and torch.equal(gradients["weight"][2], expected["weight"])
+
+
+def test_float16_row_weights_do_not_underflow(poisoned):
+    levels = cases(torch.float16, "weights", rows=[40, 30])
+    for case in levels:
+        case.row_weight *= 1e-7
+        case.denominator = case.row_weight.sum() * 45
+    _, gradients = run(levels)
+    for i, case in enumerate(levels):
+        _, expected = case.run(launch.fused_loss)
+        assert error(gradients["weight"][i], case.truth()[1]["weight"]) <= 6e-4
+        assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
+
+
+def test_opcheck():
+    levels = cases(torch.float32, "everything", rows=[6, 3], s=5, t=7)
+    stacked = {name: [getattr(case, name) for case in levels] for name in vars(levels[0])}
+    weight, bias, shift, scale, denominator = (
+        torch.stack(stacked[name]) for name in ("weight", "bias", "channel_shift", "channel_scale", "denominator")
+    )
+    rows = [torch.cat(stacked[name]) for name in ("student", "teacher", "row_weight")]
+    needed = True, True, True
+    arguments = (
+        rows[0].requires_grad_(), rows[1], weight.requires_grad_(), bias.requires_grad_(), rows[2], shift, scale,
+        denominator, [1.0, 1.0], [6, 3], True, 1e-5, True, 0.5, *needed,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.vkd_kernels.pooled_loss.default, arguments)
+    loss, gradient, sums = torch.ops.vkd_kernels.pooled_loss.default(*(
+        x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.vkd_kernels.pooled_loss_backward.default,
+        (loss, gradient, sums, rows[0].detach(), weight.detach(), rows[2], denominator, [1.0, 2.0], [6, 3], *needed),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("normalization, dynamic", [("layer_norm", True), ("batch_norm", False)])
+def test_compiles_without_a_break(normalization, dynamic, monkeypatch):
+    if INTERPRETED:
+        use_triton(monkeypatch)
+    torch._dynamo.reset()
+    options = {"normalization": normalization, "eps": 1e-2}
+    compiled = torch.compile(
+        lambda *args: ortho_proj_losses(*args, **options), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for rows in ([20, 7], [23, 9]):
+        students, teachers, weights, *_ = arguments(rows, dtype=torch.float32, device=DEVICE)
+        results = []
+        for f in (compiled, lambda *args: ortho_proj_losses(*args, **options)):
+            losses = f(students, teachers, weights)
+            results.append((losses.detach(), torch.autograd.grad(losses.sum(), [*students, weights])))
+        assert_equal(results)
+
+
+@pytest.mark.parametrize("rows", [ROWS, [70, 1, 90, 64]], ids=["few", "few and many"])
+@pytest.mark.parametrize("loss, masks", [("smooth_l1", "some"), ("mse", "no masks")])
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+def test_interface(normalization, loss, masks, rows, monkeypatch):
+    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
+    if INTERPRETED:
+        use_triton(monkeypatch)
+    options = {"normalization": normalization, "loss": loss, "eps": 0.1 if normalization == "whiten" else 1e-5}
+    results = together_and_alone(
+        *arguments(rows, 20, 45, torch.float32, DEVICE), masks_of(masks, rows, DEVICE), **options
+    )
+    assert_equal(results, rtol=1e-4, atol=1e-6)
+
+
+ONCE = {"column_sums": 3, "scatter_tiles": 1, "moment_gradients": 1}  # batch_norm's statistics, of all levels
+
+
+@pytest.mark.parametrize(
+    "normalization, rows, expected",
+    [
+        ("layer_norm", [30] * 6, {"row_statistics": 1, "loss_tile": 1, "gradient_tiles": 1}),
+        ("layer_norm", [90] * 6, {"row_statistics": 6, "loss_tile": 6, "scale": 12}),  # of dX and dP of each
+        ("layer_norm", [90, 90, 20, 9, 5, 3], {"row_statistics": 3, "loss_tile": 3, "gradient_tiles": 1, "scale": 4}),
+        ("batch_norm", [30] * 6, ONCE | {"loss_tile": 1, "gradient_tiles": 1}),
+        ("batch_norm", [60, 30, 20, 9, 5, 3], ONCE | {"loss_tile": 1, "gradient_tiles": 1}),
+        ("batch_norm", [90] * 6, ONCE | {"loss_tile": 6, "scale": 18}),  # of dX, dP, db of each
+        ("batch_norm", [90, 90, 20, 9, 5, 3], ONCE | {"loss_tile": 3, "scale": 6, "gradient_tiles": 1}),
+    ],
+)
+def test_launches(normalization, rows, expected, monkeypatch):
+    """Of the kernels, forward and backward, for six levels of few (up to 80) and many rows: docs/kernels.md's count."""
+    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
+    if INTERPRETED:
+        use_triton(monkeypatch)
+    counter = LaunchCounter()
+    monkeypatch.setattr(launch, "kernels", counter)
+    students, teachers, weights, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
+    ortho_proj_losses(students, teachers, weights, normalization=normalization).sum().backward()
+    assert counter.launches == expected
+
+
+class LaunchCounter:
+    """Stands in for the kernels' module: counts the launches."""
+
+    def __init__(self):
+        self.launches = Counter()
+
+    def __getattr__(self, name):
+        self.launches[name] += 1
+        return getattr(kernels, name)
+
+
+@pytest.mark.parametrize("rows", [[30, 20], [30, 90]], ids=["few", "few and many"])
+@pytest.mark.parametrize("scale", [None, 0.7, (2,)], ids=str)
+def test_squared_error_with_orthonormal_weights(scale, rows, monkeypatch):
+    """As FeatureDistiller calls it: losses, gradients of students, and of weights through the Cayley transform."""
+    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
+    students, teachers, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
+    w = torch.randn(2, 45, 20, device=DEVICE, requires_grad=True)
+    if isinstance(scale, tuple):
+        scale = torch.rand(scale, device=DEVICE).requires_grad_()
+    leaves = [*students, w] + ([scale] if isinstance(scale, torch.Tensor) else [])
+    results = []
+    for orthonormal in (True, False):
+        if INTERPRETED:
+            use_triton(monkeypatch)
+        losses = api.projected_losses(
+            students, teachers, vk.cayley(w), masks=None, scale=scale, bias=None, normalization="layer_norm",
+            loss="mse", beta=1.0, eps=1e-5, reduction="mean", process_group=None, backend=None, orthonormal=orthonormal,
+        )  # fmt: skip
+        results.append((losses.detach(), torch.autograd.grad(losses.sum(), leaves)))
+    assert_equal(results, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics(weighted, monkeypatch, poisoned):
+    """More levels than a launch takes; each is as it is alone."""
+    monkeypatch.setattr(schedule, "LEVELS", 2)
+    rows = [37, 1, 300, 64, 5]
+    xs = [torch.randn(n, 33, device=DEVICE) + 3 for n in rows]
+    ws = [torch.rand(n, device=DEVICE) if weighted and i != 1 else None for i, n in enumerate(rows)]
+    means, c = torch.randn(5, 33, device=DEVICE), torch.randn(5, 33, 33, device=DEVICE)
+
+    def statistics(xs, ws, means, c):
+        leaves = [x.detach().requires_grad_() for x in xs]
+        sums = launch.column_sums(xs, ws)
+        moments = launch.student_moments(leaves, ws, sums, means)
+        gradients = torch.autograd.grad(moments, leaves, (means, c))
+        return [sums, launch.column_centred_square_sums(xs, ws, means), *moments, gradients]
+
+    together = statistics(xs, ws, means, c)
+    for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
+        alone = statistics([x], [w], means[i : i + 1], c[i : i + 1])
+        for ours, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[i], expected[0], rtol=1e-5, atol=1e-5)  # rows are split otherwise
+        for ours, expected in zip(together, statistics(xs, ws, means, c), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups(dtype):
+    workspace = 128 << 20
+    groups = lambda rows, t=256, bytes=workspace: schedule.groups(rows, 256, t, dtype, bytes)  # noqa: E731
+    assert groups([512] * 6) == [6]
+    assert groups([100] * 20) == [8, 8, 4]
+    assert groups([34000] * 6) == [1] * 6  # detection's: each fills the GPU
+    assert groups([34000, 900, 200, 50, 34000, 7]) == [1, 3, 1, 1]
+    assert groups([0, 0, 5]) == [3]
+    size = dtype.itemsize * 1024 * 4096
+    assert groups([1024] * 5, 4096, 2 * size) == [2, 2, 1]  # their G together fits the workspace
+
+
+# ----------------------------------------------------------------------------------------------------- across two ranks
+
+
+def rank(number):
+    group, collectives = dist.group.WORLD, []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: collectives.append(1) or all_reduce(*args, **kwargs)
+    for normalization in api.NORMALIZATIONS:
+        for masks in ("no masks", "weights"):
+            torch.manual_seed(0)
+            students, teachers, weights, scale, bias = arguments()
+            masks = masks_of(masks)
+            options = {"normalization": normalization, "eps": 1e-2, "scale": scale, "bias": bias}
+            expected = ortho_proj_losses(students, teachers, weights, masks=masks, **options)
+            truth = torch.autograd.grad(expected.sum(), [*students, weights, scale, bias])
+            here = [slice(0, 20), slice(0, 0), slice(5, None), slice(0, None, 2)]
+            there = [slice(20, None), slice(0, 1), slice(0, 5), slice(1, None, 2)]
+            mine = (here, there)[number]
+            shares = [x[rows].detach().requires_grad_() for x, rows in zip(students, mine, strict=True)]
+            collectives.clear()
+            losses = ortho_proj_losses(
+                shares, [y[rows] for y, rows in zip(teachers, mine, strict=True)], weights, process_group=group,
+                masks=None if masks is None else [m[rows] for m, rows in zip(masks, mine, strict=True)], **options,
+            )  # fmt: skip
+            # Σw (with the sums), second moments, loss; whiten: Σw, sums, second moments, loss.
+            assert len(collectives) == {"batch_norm": 3, "whiten": 4}.get(normalization, 2), collectives
+            torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+            got = torch.autograd.grad(losses.sum(), [*shares, weights, scale, bias])
+            for gradient, rows, whole in zip(got[:4], mine, truth[:4], strict=True):
+                torch.testing.assert_close(gradient / 2, whole[rows], rtol=1e-8, atol=1e-11)
+            for gradient, whole in zip(got[4:], truth[4:], strict=True):
+                all_reduce(gradient)  # the average that data parallelism takes
+                torch.testing.assert_close(gradient / 2, whole, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_two_ranks_equal_one_process_and_share_their_collectives(tmp_path):
+    processes.run_ranks(rank, tmp_path)

@@ -1,0 +1,185 @@
+"""Squared error with an orthonormal weight: the form without Z, chunked in PyTorch and fused, against the plain form.
+
+Loss and gradients are the plain ones, but for the part of dP that is normal to PᵀP = I.
+"""
+
+import pytest
+import torch
+
+import vkd_kernels as vk
+from tests.helpers.loss_cases import composition, error
+from vkd_kernels.ops.ortho_proj_loss import chunked
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 1, 1), (37, 20, 45), (150, 40, 200), (70, 64, 64), (33, 130, 300), (2, 290, 300)]
+# Relative errors: loss, dX and dscale, tangent dP. 16 bit: P is rounded, so PᵀP is off the identity by its eps.
+LIMITS = {
+    torch.float64: (1e-13, 1e-13, 1e-12),
+    torch.float32: (2e-6, 4e-6, 4e-6),
+    torch.bfloat16: (4e-3, 1.2e-2, 1.2e-2),
+    torch.float16: (4e-4, 1e-3, 1e-3),
+}
+
+
+def chunked_form(*args, **kwargs):
+    return chunked.orthonormal_mse(*args, **kwargs, workspace_bytes=1)
+
+
+def fused_form(*args, **kwargs):
+    """Not pooled, in chunks of one tile's rows."""
+    launch = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.launch", reason="needs Triton")
+    return launch.fused_orthonormal_mse(*args, **kwargs, workspace_bytes=1)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, interpreting
+FORMS = [chunked_form, chunked.orthonormal_mse, fused_form]
+
+
+def tangent(gradient, weight):
+    """The part of dP that an orthogonal parametrisation lets through: dP - P sym(Pᵀ dP)."""
+    inner = weight.mT @ gradient
+    return gradient - weight @ (inner + inner.mT) / 2
+
+
+class Arguments:
+    def __init__(self, shape, dtype, weights=False, scale=1.0, layer_norm=True):
+        n, s, t = shape
+        exact = torch.promote_types(dtype, torch.float32)
+        self.student = torch.randn(n, s, device=DEVICE).to(dtype)
+        self.teacher = (2 * torch.randn(n, t, device=DEVICE) + 3).to(dtype)
+        self.orthonormal = torch.linalg.qr(torch.randn(t, s, dtype=torch.float64, device=DEVICE))[0]
+        # Rounded to the product's dtype beforehand, which the interpreter's cast would truncate to.
+        self.weight = self.orthonormal.to(dtype).to(exact)
+        self.row_weight = torch.rand(n, device=DEVICE, dtype=exact) if weights else None
+        if weights:
+            self.row_weight[1::3] = 0
+        self.scale = torch.tensor(scale, device=DEVICE, dtype=exact)
+        self.denominator = float(n * t)
+        self.options = dict(layer_norm=layer_norm, eps=1e-5)
+        self.grad_output = torch.tensor(3.0, device=DEVICE, dtype=exact)
+
+    def run(self, form):
+        leaves = [x.detach().requires_grad_() for x in (self.student, self.weight, self.scale)]
+        loss = form(
+            leaves[0], self.teacher, leaves[1], self.row_weight, scale=leaves[2], denominator=self.denominator,
+            **self.options,
+        )  # fmt: skip
+        return loss, *torch.autograd.grad(loss, leaves, self.grad_output)
+
+    def truth(self):
+        student, teacher, row_weight, grad_output = (
+            None if x is None else x.double() for x in (self.student, self.teacher, self.row_weight, self.grad_output)
+        )
+        leaves = [x.detach().double().requires_grad_() for x in (student, self.orthonormal, self.scale)]
+        loss = composition(
+            leaves[0], teacher, leaves[1] * leaves[2], None, row_weight, None, None, loss="mse", beta=1.0,
+            denominator=self.denominator, **self.options,
+        )  # fmt: skip
+        return loss, *torch.autograd.grad(loss, leaves, grad_output)
+
+    def check(self, form, slack=1.0):
+        dtype = self.student.dtype
+        loss, dx, dp, dc = self.run(form)
+        true_loss, true_dx, true_dp, true_dc = self.truth()
+        assert loss.dtype == dp.dtype == torch.promote_types(dtype, torch.float32) and dx.dtype == dtype
+        limits = [slack * limit for limit in LIMITS[dtype]]
+        assert error(loss, true_loss) <= limits[0]
+        assert error(dx, true_dx) <= limits[1]
+        assert error(dc, true_dc) <= limits[1] * max(1.0, (true_loss / true_dc.abs()).item())  # it may cancel to 0
+        at = self.orthonormal
+        assert error(tangent(dp.double(), at), tangent(true_dp, at)) <= limits[2] or at.shape[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, form, dtype):
+    if form is fused_form and dtype == torch.float64:
+        pytest.skip("the fused kernels have no float64")
+    options = [{}, {"weights": True, "scale": 1.7}, {"layer_norm": False, "scale": 0.4}]
+    Arguments(shape, dtype, **options[SHAPES.index(shape) % 3]).check(form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_options(scale, layer_norm, weights, form):
+    Arguments((37, 20, 45), torch.float32, weights, scale, layer_norm).check(form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_left_out_part_vanishes_through_the_parametrisation(form):
+    """dP differs from the plain form's, dW through the Cayley transform does not."""
+    arguments = Arguments((37, 20, 45), torch.float32)
+    w = torch.randn(45, 20, device=DEVICE, requires_grad=True)
+    arguments.orthonormal = vk.cayley(w).detach().double()
+    arguments.weight = arguments.orthonormal.float()
+    *_, dp, _ = arguments.run(form)
+    *_, true_dp, _ = arguments.truth()
+    assert error(dp, true_dp) >= 1e-2
+    (dw,) = torch.autograd.grad(vk.cayley(w), w, dp, retain_graph=True)
+    (true_dw,) = torch.autograd.grad(vk.cayley(w), w, true_dp.float())
+    assert error(dw, true_dw.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_teacher_mean(form):
+    arguments = Arguments((37, 20, 45), torch.float32)
+    arguments.teacher += 100
+    arguments.check(form, slack=20)  # the mean, 50 deviations away, is rounded to float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masked_rows_may_hold_anything(form):
+    arguments = Arguments((37, 20, 45), torch.float32, weights=True)
+    clean = arguments.run(form)
+    arguments.student[1], arguments.teacher[4] = torch.nan, torch.inf
+    assert all(torch.equal(a, b) for a, b in zip(clean, arguments.run(form), strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_nan_goes_through(where, form):
+    arguments = Arguments((37, 20, 45), torch.float32)
+    getattr(arguments, where)[5, 3] = torch.nan
+    loss, dx, dp, dc = arguments.run(form)
+    assert loss.isnan() and dc.isnan() and dx[5].isnan().any() and dx[:5].isfinite().all() and dp.isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_rows_masked(form):
+    arguments = Arguments((37, 20, 45), torch.float32, weights=True)
+    arguments.row_weight.zero_()
+    arguments.denominator = torch.zeros((), device=DEVICE)
+    assert all(torch.count_nonzero(x) == 0 for x in arguments.run(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_needed_gradients_and_backward_twice(form):
+    arguments = Arguments((150, 20, 45), torch.bfloat16, weights=True)
+    everything = arguments.run(form)[1:]
+    for index in range(8):
+        leaves = [x.detach() for x in (arguments.student, arguments.weight, arguments.scale)]
+        wanted = [i for i in range(3) if index >> i & 1]
+        for i in wanted:
+            leaves[i].requires_grad_()
+        loss = form(
+            leaves[0], arguments.teacher, leaves[1], arguments.row_weight, scale=leaves[2],
+            denominator=arguments.denominator, **arguments.options,
+        )  # fmt: skip
+        assert loss.requires_grad == bool(wanted)
+        for _ in range(2 if wanted else 0):
+            got = torch.autograd.grad(loss, [leaves[i] for i in wanted], arguments.grad_output, retain_graph=True)
+            assert all(torch.equal(a, everything[i]) for i, a in zip(wanted, got, strict=True))
+
+
+@pytest.mark.parametrize("name", ["chunked_orthonormal_mse", "fused_orthonormal_mse"])
+def test_opcheck(name):
+    pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.launch", reason="needs Triton")
+    a = Arguments((6, 4, 5), torch.float32, weights=True)
+    leaves = [x.requires_grad_() for x in (a.student, a.weight, a.scale)]
+    torch.library.opcheck(
+        getattr(torch.ops.vkd_kernels, name).default,
+        (leaves[0], a.teacher, leaves[1], leaves[2], a.row_weight, None, 0.5, True, 1e-5, 1 << 20, True, True, True),
+    )

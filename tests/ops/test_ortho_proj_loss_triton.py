@@ -1,0 +1,470 @@
+"""The fused loss: on a GPU where there is one, else by Triton's interpreter (conftest.py sets TRITON_INTERPRET=1).
+
+Every torch.empty of the op is filled with NaN first, so that nothing unwritten can pass.
+"""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton")
+
+from tests.helpers.loss_cases import (  # noqa: E402
+    DTYPES,
+    OPTIONS,
+    SHAPES,
+    Case,
+    composition,
+    error,
+    poison_new_tensors,
+    use_triton,
+)
+from vkd_kernels.ops.ortho_proj_loss import api, operators  # noqa: E402
+from vkd_kernels.ops.ortho_proj_loss.triton import kernels, launch  # noqa: E402
+from vkd_kernels.ops.ortho_proj_loss.triton import tiles as schedule  # noqa: E402
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+OPS = torch.ops.vkd_kernels
+
+
+def pooled(*args, **kwargs):
+    return launch.fused_loss(*args, **kwargs)
+
+
+def fused(*args, **kwargs):
+    """The chunked form, with chunks of one tile's rows."""
+    return launch.fused_loss(*args, **kwargs, workspace_bytes=1)
+
+
+FORMS = [pooled, fused]
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, interpreting
+
+
+def slack(dtype):
+    """The interpreter's cast to bfloat16 truncates: twice the rounding error."""
+    return 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    poison_new_tensors(monkeypatch)
+
+
+def test_kernels_are_interpreted_without_a_gpu():
+    assert INTERPRETED == kernels.INTERPRETED.value
+    assert INTERPRETED or torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------------------------------------------------ accuracy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option, form, dtype):
+    Case((37, 20, 45), dtype, **OPTIONS[option], device=DEVICE).check(form, slack(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, form, dtype):
+    option = list(OPTIONS.values())[(SHAPES.index(shape) * 3 + DTYPES.index(dtype)) % len(OPTIONS)]
+    Case(shape, dtype, **option, device=DEVICE).check(form, slack(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("option", ["layer_norm", "everything"])
+@pytest.mark.parametrize("shape", [(64, 64, 64), (150, 40, 200)], ids=str)
+def test_descriptors(shape, option, dtype, monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(launch, "_capability", lambda device: 90)
+    elif torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip(f"tensor memory access needs sm_90; this is sm_{launch._capability(torch.device(DEVICE))}")
+    used = []
+    descriptor = launch.TensorDescriptor
+    monkeypatch.setattr(launch, "TensorDescriptor", lambda *args: used.append(args) or descriptor(*args))
+    Case(shape, dtype, **OPTIONS[option], device=DEVICE).check(fused, slack(dtype))
+    assert used
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "student, teacher, weight",
+    [("bfloat16", "float32", "float32"), ("float16", "bfloat16", "float16"), ("float32", "bfloat16", "bfloat16"),
+     ("float32", "float16", "float32"), ("bfloat16", "float16", "bfloat16")],
+)  # fmt: skip
+def test_mixed_dtypes(student, teacher, weight, form):
+    dtype, teacher, weight = (getattr(torch, name) for name in (student, teacher, weight))
+    case = Case((37, 20, 45), dtype, teacher_dtype=teacher, weight_dtype=weight, bias=True, device=DEVICE)
+    if dtype == torch.float32 and weight != dtype:  # the result is rounded to the weight's dtype
+        _, truth = case.truth()
+        _, got = case.run(form)
+        assert error(got["student"], truth["student"]) <= 2e-6
+        assert got["weight"].dtype == weight and error(got["weight"], truth["weight"]) <= 8e-3
+    else:
+        case.check(form, slack(dtype))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 150), st.integers(1, 80), st.integers(1, 150),
+    st.sampled_from(DTYPES), st.sampled_from(list(OPTIONS)), st.sampled_from(FORMS), st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(n, s, t, dtype, option, form, seed):
+    assume(n * t >= 50)  # a relative error means little where a handful of differences may all be near 0
+    Case((n, s, t), dtype, **OPTIONS[option], seed=seed, device=DEVICE).check(form, slack(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_near_convergence_beats_the_composition(form):
+    """Where |Z - T| ~ 1e-2 the composition has lost the gradient to its rounding of Z; the fused loss has not."""
+    case = Case((60, 32, 48), torch.bfloat16, layer_norm=False, device=DEVICE)
+    case.teacher = (case.student.float() @ case.weight.T + 1e-2 * torch.randn(60, 48, device=DEVICE)).float()
+    _, truth = case.truth()
+    _, got = case.run(form)
+    _, composed = case.run(composition)
+    assert error(got["weight"], truth["weight"]) <= 6e-3 * (2 if INTERPRETED else 1)
+    assert error(composed["weight"], truth["weight"]) >= 2e-2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kink(form):
+    """Exactly on, below and above |d| = beta, and d = 0."""
+    beta = 0.5
+    case = Case((6, 1, 4), torch.float32, layer_norm=False, beta=beta, device=DEVICE)
+    case.weight = torch.ones(4, 1, device=DEVICE)
+    case.student = torch.zeros(6, 1, device=DEVICE)
+    up, down = (torch.nextafter(torch.tensor(beta), torch.tensor(x)).item() for x in (1.0, 0.0))
+    case.teacher = torch.tensor([beta, -beta, up, -up, down, 0.0], device=DEVICE)[:, None].repeat(1, 4)
+    case.check(form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_constant_teacher_rows(form):
+    case = Case((20, 8, 33), torch.float32, device=DEVICE)
+    case.teacher[3] = 5.0
+    case.teacher[7] = 0.0
+    case.check(form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_large_teacher_mean(form):
+    """|mean| >> std: a sum of squares would lose the variance."""
+    case = Case((20, 8, 300), torch.float32, device=DEVICE)
+    case.teacher = case.teacher + 1000.0
+    case.check(form)
+
+
+def test_float16_does_not_underflow():
+    """1 / (N T) and tiny row weights are far below float16's range, and so would G times them be."""
+    case = Case((40, 16, 64), torch.float16, weights=True, device=DEVICE)
+    case.row_weight *= 1e-7
+    case.denominator = case.row_weight.sum() * 64
+    case.grad_output = torch.tensor(65536.0, device=DEVICE)
+    for form in FORMS:
+        case.check(form)
+
+
+# ------------------------------------------------------------------------------------------------------------ contract
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("option", ["layer_norm", "everything"])
+def test_only_needed_gradients(option, form):
+    case = Case((37, 20, 45), torch.float32, **OPTIONS[option], device=DEVICE)
+    loss, everything = case.run(form)
+    for index in range(8):
+        needed = [bool(index & bit) for bit in (1, 2, 4)]
+        some_loss, some = case.run(form, needed)
+        assert torch.equal(some_loss, loss)
+        assert some_loss.requires_grad == bool(some)
+        for name, gradient in some.items():
+            assert torch.equal(gradient, everything[name])
+
+
+def test_no_gradient_is_computed_under_no_grad(monkeypatch):
+    case = Case((37, 20, 45), torch.float32, bias=True, device=DEVICE)
+    stored = []
+    launch_all = launch._Loss.launch
+    record = lambda self, *args: stored.append(args[-2:]) or launch_all(self, *args)  # noqa: E731
+    monkeypatch.setattr(launch._Loss, "launch", record)
+    for form in FORMS:
+        case.student.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()
+        with torch.no_grad():
+            loss = form(*case.tensors, denominator=case.denominator, **case.options)
+        assert not loss.requires_grad
+    assert stored and all(gradient is None and sums is None for gradient, sums in stored)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_twice_gives_the_same_bits_and_inputs_stay(form):
+    case = Case((70, 20, 45), torch.bfloat16, **OPTIONS["everything"], device=DEVICE)
+    before = [None if x is None else x.clone() for x in case.tensors]
+    leaves = [case.student.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()]
+    loss = form(*case.tensors, denominator=case.denominator, **case.options)
+    first = torch.autograd.grad(loss, leaves, case.grad_output, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, leaves, case.grad_output, retain_graph=True)
+    doubled = torch.autograd.grad(loss, leaves, 2 * case.grad_output)
+    for a, b, c, d in zip(first, second, kept, doubled, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and a.data_ptr() != b.data_ptr()
+        assert torch.equal(2 * a, d)
+    again = form(*case.tensors, denominator=case.denominator, **case.options)
+    assert torch.equal(loss, again)
+    for x, y in zip(before, case.tensors, strict=True):
+        assert x is y is None or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["student", "teacher", "weight", "bias"])
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse"])
+def test_nan_and_inf_go_through(where, value, form, loss):
+    case = Case((37, 20, 45), torch.float32, bias=True, loss=loss, layer_norm=False, device=DEVICE)
+    getattr(case, where).view(-1)[7] = value
+    loss_value, got = case.run(form)
+    true_loss, truth = case.truth()
+    assert not loss_value.isfinite() and loss_value.isnan() == true_loss.isnan()
+    for name, gradient in got.items():
+        assert torch.equal(gradient.isfinite(), truth[name].isfinite()), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masked_rows_may_hold_anything(form):
+    case = Case((37, 20, 45), torch.float32, weights=True, bias=True, device=DEVICE)
+    clean = case.run(form)
+    case.student[3] = torch.nan
+    case.teacher[6] = torch.inf
+    loss, got = case.run(form)
+    assert torch.equal(loss, clean[0])
+    for name, gradient in got.items():
+        assert torch.equal(gradient, clean[1][name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_all_rows_masked(form, dtype):
+    case = Case((37, 20, 45), dtype, **OPTIONS["everything"], device=DEVICE)
+    case.row_weight.zero_()
+    for denominator in (0.0, torch.zeros((), device=DEVICE), 1.0):
+        case.denominator = denominator
+        loss, got = case.run(form)
+        assert loss == 0
+        assert len(got) == 3 and all(torch.count_nonzero(gradient) == 0 for gradient in got.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_rows(form):
+    case = Case((1, 20, 45), torch.float32, bias=True, device=DEVICE)
+    case.student, case.teacher = case.student[:0], case.teacher[:0]
+    loss, got = case.run(form)
+    assert loss == 0 and got["student"].shape == (0, 20)
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in got.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strided_inputs(form):
+    case = Case((37, 20, 45), torch.float32, device=DEVICE)
+    expected = case.run(form)
+    wide = torch.full((37, 3, 70), torch.nan, device=DEVICE)
+    wide[:, 1, 5:25] = case.student
+    wide[:, 2, 7:52] = case.teacher
+    case.student, case.teacher = wide[:, 1, 5:25], wide[:, 2, 7:52]
+    case.weight = case.weight.T.contiguous().T
+    loss, got = case.run(form)
+    assert torch.equal(loss, expected[0])
+    for name, gradient in got.items():
+        assert error(gradient, expected[1][name].double()) <= 1e-6
+
+
+def test_chunks_equal_one_chunk():
+    case = Case((1300, 16, 40), torch.float32, **OPTIONS["everything"], device=DEVICE)
+    whole, parts = case.run(pooled, workspace_bytes=1 << 27), case.run(fused)
+    assert torch.equal(whole[0], parts[0])
+    for name, gradient in parts[1].items():
+        assert error(gradient, whole[1][name].double()) <= 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_order_is_refused(form):
+    case = Case((5, 4, 6), torch.float32, bias=True, device=DEVICE)
+    leaves = [case.student.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()]
+    loss = form(*case.tensors, denominator=case.denominator, **case.options)
+    for gradient in torch.autograd.grad(loss, leaves, create_graph=True):
+        with pytest.raises(RuntimeError, match='backend="torch"'):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+# -------------------------------------------------------------------------------------------------------- torch.library
+
+
+def op_arguments(name, case, needed):
+    row_weight, denominator, factor, _ = operators.operands(
+        case.student, case.weight, case.bias, case.row_weight, case.denominator
+    )
+    options = case.options
+    tensors = (
+        case.student.requires_grad_(needed[0]), case.teacher, case.weight.requires_grad_(needed[1]),
+        case.bias if case.bias is None else case.bias.requires_grad_(needed[2]), row_weight,
+        case.channel_shift, case.channel_scale, denominator,
+    )  # fmt: skip
+    scalars = options["layer_norm"], options["eps"], options["loss"] == "smooth_l1", options["beta"]
+    if name == "pooled_loss":
+        return *tensors, [factor], [case.student.shape[0]], *scalars, *needed
+    return *tensors, factor, *scalars, 1 << 20, *needed
+
+
+@pytest.mark.parametrize("name", ["pooled_loss", "fused_loss", "chunked_loss"])
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
+def test_opcheck(name, needed, monkeypatch):
+    monkeypatch.undo()
+    case = Case((6, 5, 7), torch.float32, **OPTIONS["everything"], device=DEVICE)
+    torch.library.opcheck(getattr(OPS, name).default, op_arguments(name, case, needed))
+
+
+def test_opcheck_backward(monkeypatch):
+    monkeypatch.undo()
+    case = Case((6, 5, 7), torch.float16, device=DEVICE)
+    go = torch.ones((), device=DEVICE)
+    exact = [torch.randn(*size, device=DEVICE) for size in ((6, 5), (7, 5), (7,))]
+    for name in ("fused_backward", "chunked_backward"):
+        torch.library.opcheck(getattr(OPS, name).default, (go, *exact, None, 0.5, torch.float16, torch.float32))
+    g, sums = torch.randn(6, 7, device=DEVICE).half(), torch.randn(1, 7, device=DEVICE)
+    torch.library.opcheck(
+        OPS.pooled_loss_backward.default,
+        (go, g, sums, case.student, case.weight, None, go.clone(), [0.5], [6], True, True, True),
+    )
+
+
+def test_opcheck_statistics(monkeypatch):
+    monkeypatch.undo()
+    xs, ws = ([torch.rand(n, *size, device=DEVICE) for n in (6, 3)] for size in ((4,), ()))
+    sums, means, c = (torch.randn(2, *size, device=DEVICE) for size in ((4,), (4,), (4, 4)))
+    torch.library.opcheck(OPS.fused_column_sums.default, (xs, ws, means))
+    torch.library.opcheck(OPS.fused_moments_backward.default, (sums, c, xs, ws, means))
+    torch.library.opcheck(OPS.fused_moments.default, ([x.requires_grad_() for x in xs], ws, sums, means))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(form, dynamic, monkeypatch):
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    compiled = torch.compile(form, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (37, 41):
+        case = Case((n, 20, 45), torch.float32, **OPTIONS["everything"], device=DEVICE)
+        expected, got = case.run(form), case.run(compiled)
+        assert torch.equal(expected[0], got[0])
+        for name, gradient in got[1].items():
+            assert torch.equal(gradient, expected[1][name])
+
+
+# ------------------------------------------------------------------------------------------------------- the interface
+
+
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+@pytest.mark.parametrize("loss", api.LOSSES)
+@pytest.mark.parametrize("rows", [(37,), (9, 130)], ids=["pooled", "chunked"])
+def test_interface(rows, loss, normalization, monkeypatch):
+    """ortho_proj_loss with these kernels against itself with the reference."""
+    student = torch.randn(*rows, 20, device=DEVICE, requires_grad=True)
+    teacher = torch.randn(*rows, 45, device=DEVICE) + 1
+    weight = torch.randn(45, 20, device=DEVICE, requires_grad=True)
+    scale, bias = (torch.rand(45, device=DEVICE).requires_grad_() for _ in range(2))
+    leaves = [student, weight, scale, bias]
+    options = dict(scale=scale, mask=torch.rand(rows, device=DEVICE) > 0.3, normalization=normalization, loss=loss)
+    options["eps"] = 0.1 if normalization == "whiten" else 1e-5
+
+    def run(backend):
+        value = api.ortho_proj_loss(student, teacher, weight, bias=bias, **options, backend=backend)
+        return value, *torch.autograd.grad(value, leaves)
+
+    expected = run("torch")
+    if INTERPRETED:
+        use_triton(monkeypatch)
+    for a, b in zip(run(None), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 45), (700, 130), (2100, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_over_rows(weighted, dtype, shape):
+    """Where |mean| is 20 times the deviation, and masked rows hold NaN."""
+    x = (torch.randn(shape, device=DEVICE) + 20).to(dtype)
+    row_weight = torch.rand(shape[0], device=DEVICE) if weighted else None
+    garbage = x.clone()
+    if weighted and shape[0] > 2:
+        row_weight[1::3] = 0
+        garbage[1::3] = torch.nan
+    w = torch.ones(shape[0], 1, device=DEVICE).double() if row_weight is None else row_weight.double()[:, None]
+    true_sum = (w * x.double()).sum(0)
+    mean = (true_sum / w.sum()).float()
+    centred = x.double() - mean.double()
+    leaf = garbage.requires_grad_()
+
+    total = launch.column_sums([leaf], [row_weight])
+    assert total.dtype == torch.float32 and error(total[0], true_sum) <= 1e-6
+    squares = launch.column_centred_square_sums([leaf], [row_weight], mean[None])
+    assert error(squares[0], (w * centred.square()).sum(0)) <= 1e-6
+    moments = launch.student_moments([leaf], [row_weight], total, mean[None])
+    assert torch.equal(moments[0], total)
+    scatter = (w * centred).T @ centred
+    halves = 2**-15 if INTERPRETED else 2**-17  # of 8 bits each, truncated or rounded
+    assert error(moments[1][0], scatter) <= (2e-6 if dtype == torch.float32 else halves)
+
+    s, c = 16 * torch.randn(1, shape[1], device=DEVICE), 16 * torch.randn(1, shape[1], shape[1], device=DEVICE)
+    (gradient,) = torch.autograd.grad(moments, leaf, (s, c))
+    truth = w * (centred @ (c[0] + c[0].T).double() + s.double())
+    limit = {torch.float32: 1e-6, torch.bfloat16: 6e-3 * (2 if INTERPRETED else 1), torch.float16: 1e-3}[dtype]
+    assert error(gradient, truth) <= limit
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+@pytest.mark.parametrize("n", [1, 512, 1024, 1025, 34000, 100352, 10_000_000])
+@pytest.mark.parametrize("s, t", [(192, 3024), (768, 1024), (1, 1), (256, 200_000)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_schedule(n, s, t, dtype):
+    workspace = 128 << 20
+    chosen = schedule.choose(n, s, t, dtype, workspace)
+    if chosen.pooled:
+        assert n <= schedule.POOLED_ROWS and n * t * dtype.itemsize <= workspace and chosen.chunk == n
+    else:
+        assert chosen.chunk % 128 == 0
+        assert chosen.chunk == 128 or chosen.chunk * t * dtype.itemsize <= workspace
+        chunks = -(-n // chosen.chunk)
+        assert chosen.chunk * chunks - n < 128 * chunks  # even: no chunk is much smaller than the others
+
+
+def test_schedule_of_the_paper():
+    """One launch each for a pooled batch; few, even chunks at token level."""
+    assert schedule.choose(512, 192, 3024, torch.bfloat16, 128 << 20).pooled
+    assert schedule.choose(100352, 192, 3024, torch.bfloat16, 128 << 20) == (False, 20096)
+
+
+def test_tiles():
+    for dtype in DTYPES:
+        for capability in (80, 86, 89, 90, 100, 120):
+            for aligned in (False, True):
+                tile = schedule.loss_tile(dtype, capability, aligned)
+                assert tile.descriptors == (aligned and capability >= 90 and dtype != torch.float32)
+
+
+def test_tf32_follows_the_setting_of_torch(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            matmul.fp32_precision = precision
+            assert launch._precision(torch.float32) == expected
+            assert launch._precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,99 @@
+"""The Cayley transform: validates, chooses a backend, documents (reference.py is the definition)."""
+
+import torch
+
+from .. import checks, implementations
+from . import extension, reference
+
+_HINT = "; an orthogonal matrix in 16 bit is off by 4e-3: keep the weight in float32 and cast the result"
+MAX_KERNEL_COLUMNS = 1024  # unmeasured: see fastest_backend
+
+
+def _check_weight(name: str, weight) -> None:
+    checks.check_tensor(name, weight, checks.FULL_PRECISION, _HINT)
+    if weight.dim() < 2 or weight.shape[-1] < 1 or weight.shape[-2] < 1:
+        raise ValueError(f"{name} must have the shape (..., T, S) with T, S >= 1; got {tuple(weight.shape)}")
+
+
+def fastest_backend(device_type: str, s: int) -> str:
+    """Which backend should serve ``s`` columns when the caller asks for none.
+
+    The CUDA kernels eliminate 32 columns a launch. Their time grows like ``s`` while latency dominates and like ``s³``
+    on the scalar float64 units after that; the library's LU, which the reference calls, uses tensor cores and wins
+    somewhere beyond 1024 in a model of both. MAX_KERNEL_COLUMNS is that model's figure, not a measurement.
+    """
+    return "torch" if device_type == "cuda" and s > MAX_KERNEL_COLUMNS else "extension"
+
+
+def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    r"""The orthonormal matrix of an unconstrained one: a Cayley transform in closed form.
+
+    For ``weight = [U; V]`` with U the first S rows::
+
+        R = (I + U - Uᵀ + VᵀV)⁻¹        Q = [2R - I; -2 V R]        QᵀQ = I
+
+    which are the first S columns of ``(I + K)⁻¹(I - K)``, ``K = [[U - Uᵀ, -Vᵀ], [V, 0]]``, at O(T S²) instead of
+    O(T³). The inverse is taken in float64 whatever the weight's dtype, also under autocast.
+
+    Args:
+        weight: ``(..., T, S)`` float32 or float64, any strides, on any device. Leading dimensions are a batch.
+        backend: ``None`` chooses; ``"extension"`` or ``"torch"`` asks for one.
+
+    Returns:
+        ``(..., T, S)`` of the weight's dtype: orthonormal columns for T >= S, orthonormal rows for T < S (a wide
+        weight is the transpose of a tall one). Differentiable; a second-order gradient needs ``backend="torch"``.
+
+    Raises:
+        TypeError: a weight that is no tensor or has another dtype.
+        ValueError: fewer than two dimensions, an empty matrix, an unknown backend.
+        RuntimeError: the requested backend can't serve; the message says why.
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> q = vk.cayley(torch.randn(3024, 192))
+        >>> bool((q.T @ q - torch.eye(192)).abs().max() < 1e-5)
+        True
+    """
+    _check_weight("weight", weight)
+    if weight.shape[-2] < weight.shape[-1]:
+        return cayley(weight.mT, backend=backend).mT
+    device = weight.device.type
+    chosen, _ = implementations.choose(
+        "cayley", backend, device, weight.dtype, fastest_backend(device, weight.shape[-1])
+    )
+    return (extension if chosen == "extension" else reference).cayley(weight)
+
+
+def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight whose Cayley transform is a given matrix, up to the signs of its columns.
+
+    Every orthonormal matrix is ``cayley(weight) * signs`` for some weight; the signs D keep ``I + Q1 D`` well
+    conditioned, which the Cayley transform alone (it never reaches the eigenvalue -1) can't.
+
+    Args:
+        matrix: ``(..., T, S)`` float32 or float64 with orthonormal columns (T >= S) or rows (T < S).
+
+    Returns:
+        ``(weight, signs)``, no gradient: ``(..., T, S)``, and ±1 of shape ``(..., 1, S)`` for T >= S or
+        ``(..., T, 1)`` for T < S, so that ``cayley(weight) * signs`` is ``matrix`` again.
+
+    Raises:
+        TypeError, ValueError: as for ``cayley``; ValueError also for a matrix that is not orthonormal (to 1e-3).
+
+    Example:
+        >>> import torch, vkd_kernels as vk
+        >>> q = torch.linalg.qr(torch.randn(7, 4)).Q
+        >>> weight, signs = vk.functional.cayley_inverse(q)
+        >>> torch.allclose(vk.cayley(weight) * signs, q, atol=1e-5)
+        True
+    """
+    _check_weight("matrix", matrix)
+    if matrix.shape[-2] < matrix.shape[-1]:
+        weight, signs = cayley_inverse(matrix.mT)
+        return weight.mT, signs.mT
+    q = matrix.detach().double()
+    error = (q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().amax().item() if q.numel() else 0
+    if not error <= 1e-3:
+        raise ValueError(f"matrix must be orthonormal; max |QᵀQ - I| of the one given is {error:.1e}")
+    weight, signs = reference.cayley_inverse(matrix)
+    return weight, signs.unsqueeze(-2)

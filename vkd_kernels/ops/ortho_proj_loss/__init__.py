@@ -1,0 +1,5 @@
+"""The projected, normalised feature loss: api.py (start here), reference.py, chunked.py, triton/."""
+
+from .api import ortho_proj_loss, ortho_proj_losses
+
+__all__ = ["ortho_proj_loss", "ortho_proj_losses"]
