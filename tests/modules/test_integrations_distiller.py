@@ -8,9 +8,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_distiller import CNN, IMAGES, ViT, gradients, hooks_on, loss_like, make
-from test_integrations import averaged_by_timm, averaged_by_torch, orthogonality_error
 from torch import nn
+
+from tests.modules.test_distiller import CNN, IMAGES, ViT, gradients, hooks_on, loss_like, make
+from tests.modules.test_integrations import averaged_by_timm, averaged_by_torch, orthogonality_error
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
-from test_diagnostics import cka_of, hsic_of, rank_of
-from test_ortho_proj_loss import literal
 from torch import nn
 
 import vkd_kernels as vk
+from tests.modules.test_diagnostics import cka_of, hsic_of, rank_of
+from tests.ops.test_ortho_proj_loss import literal
 from vkd_kernels.ops.ortho_proj_loss import api
 
 EXAMPLES = collections.Counter()
