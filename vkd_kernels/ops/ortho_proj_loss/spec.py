@@ -1,0 +1,170 @@
+r"""What a call of the loss is: ``LossSpec`` (options), ``LossInputs`` (one loss), ``LossGroup`` (several at once).
+
+api.py makes them from the caller's arguments, dispatch.py folds scale, statistics and targets into them, and every
+implementation takes them whole; they are flattened once, by name, where an implementation calls its operator.
+
+**What is computed.** With t = (normalize(y) - channel_shift) · channel_scale and z = x weightᵀ + bias, row by row::
+
+    L = Σ_n w_n [ mse · Σ_j d² + smooth_l1 · Σ_j h_β(d) + cosine · (1 - cos(z, t)) ] / denominator         d = z - t
+
+with the coefficients that ``LossSpec.coefficients(T)`` gives, h_β(d) = d²/2β below β and |d| - β/2 from there on, and
+cos(z, t) = ⟨z, t⟩ / (max(‖z‖, 1e-8) max(‖t‖, 1e-8)). ``denominator`` is the rows' total weight (of all ranks) times T
+for the mean, 1 for the sum, and never 0. Rows of weight 0 count nowhere, whatever they hold.
+
+**What an implementation offers** (``chunked`` and ``triton`` alike; ``reference`` has ``loss_sum``)::
+
+    unsupported(spec) -> str | None                                     the reason why it can't compute this, or None
+    loss(spec, inputs) -> ()                                            differentiable in student, weight, bias
+    group_loss(spec, group) -> (G,)                                     the loss of each of the group's inputs
+    semi_orthogonal_loss(spec, inputs) -> ()                            differentiable in student, weight, scale
+    semi_orthogonal_group_loss(spec, group) -> (G,)
+    column_sums(rows, row_weights) -> (G, C)                            Σ_n w_n x_n; no gradient
+    column_square_sums(rows, row_weights, means) -> (G, C)              Σ_n w_n (x_n - mean)²; no gradient
+    student_scatters(students, row_weights, sums, means) -> (G, S), (G, S, S)
+                                      sums themselves and Σ_n w_n (x_n - mean)(x_n - mean)ᵀ, differentiable in students
+
+They see row normalizations only (``ROW_NORMALIZATIONS``): dispatch.py turns ``batch_norm`` into channel_shift,
+channel_scale, another weight and bias, and computes the targets of ``whiten`` and of a module beforehand. Losses and
+statistics are in ``acc_dtype`` (float32; float64 for float64), gradients in their tensors' dtypes. Row statistics take
+sequences of G tensors (N, C) and of their (N,) weights or None.
+
+**The semi-orthogonal form**: weightᵀ weight = I, S <= T, no bias, no channel statistics, ``mse`` and ``cosine`` alone
+(``LossSpec.needs_no_projection``). It writes nothing of N x T. ``weight`` is P itself and ``scale`` c stays apart::
+
+    ‖c x Pᵀ - t‖² = ‖c x - t P‖² + (‖t‖² - ‖t P‖²)           cos = ⟨c x, t P⟩ / (max(‖c x‖, 1e-8) max(‖t‖, 1e-8))
+
+The gradient of weight leaves out what is normal to the manifold, P Xᵀ diag(·) X, which vanishes through any orthogonal
+parametrization. The bracket cancels where t lies almost in the span of P (a teacher with a large mean, S near T): the
+loss must not become negative nor less accurate than the plain form's. So t P is accumulated in float32 or better from
+t about a common origin, t' = t - c x₀ Pᵀ and x' = x - x₀ for one row x₀ (a mean of student rows, or 0 where that is
+not finite: a NaN in one row must not reach another row's gradient), which leaves every formula above as it is; the sums
+of the bracket are added up before the result is clamped at 0. chunked.py, which can look at numbers on a CPU, computes
+t - (t P) Pᵀ instead wherever the bracket is small.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+ROW_NORMALIZATIONS = ("layer_norm", "l2", "none")  # those that a row of the teacher has by itself
+ELEMENT_LOSSES = ("smooth_l1", "mse")  # means over rows and channels; cosine is a mean over rows
+NORM_FLOOR = 1e-8  # ‖z‖ and ‖t‖ in the cosine are at least that
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The options of a loss; hashable, so that what an implementation prepares for it can be kept."""
+
+    normalization: str = "layer_norm"
+    eps: float = 1e-5
+    loss: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0),)  # (name, its share), each name once
+    beta: float = 1.0
+    reduction: str = "mean"
+
+    @staticmethod
+    def shares(loss: str | Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        """The field ``loss`` of a caller's name or ``{name: share}``; terms with a share of 0 are left out."""
+        if isinstance(loss, str):
+            return ((loss, 1.0),)
+        return tuple(sorted((name, float(share)) for name, share in loss.items() if share))
+
+    def share(self, name: str) -> float:
+        """The share of a loss in the mixture, 0.0 where it has none."""
+        return dict(self.loss).get(name, 0.0)
+
+    def coefficients(self, teacher_dim: int) -> "Coefficients":
+        """What the terms of a row are multiplied by; the mean over rows alone makes up for a denominator with T."""
+        per_row = teacher_dim if self.reduction == "mean" else 1
+        return Coefficients(
+            mse=self.share("mse"), smooth_l1=self.share("smooth_l1"), cosine=self.share("cosine") * per_row
+        )
+
+    @property
+    def needs_no_projection(self) -> bool:
+        """Whether the semi-orthogonal form can compute it."""
+        return self.normalization in ROW_NORMALIZATIONS and not self.share("smooth_l1")
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    mse: float
+    smooth_l1: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The tensors of one loss: 2-D, on one device."""
+
+    student: torch.Tensor  # (N, S), in the product's dtype
+    teacher: torch.Tensor  # (N, T) of any floating dtype; a constant
+    weight: torch.Tensor  # (T, S), with the scale folded in but for the semi-orthogonal form; used in student's dtype
+    denominator: float | torch.Tensor  # number or (), acc_dtype; never 0
+    row_weight: torch.Tensor | None = None  # (N,) acc_dtype, not negative; a constant
+    bias: torch.Tensor | None = None  # (T,) acc_dtype
+    channel_shift: torch.Tensor | None = None  # (T,) acc_dtype; a constant
+    channel_scale: torch.Tensor | None = None  # (T,) acc_dtype; a constant
+    scale: float | torch.Tensor = 1.0  # number or (); of the semi-orthogonal form alone
+
+
+@dataclass(frozen=True)
+class LossGroup:
+    """The tensors of G losses of equal S and T. Iterating gives the LossInputs of each, as views."""
+
+    students: tuple[torch.Tensor, ...]  # G of (N, S), of one dtype
+    teachers: tuple[torch.Tensor, ...]  # G of (N, T), of one dtype
+    weights: torch.Tensor  # (G, T, S)
+    denominators: tuple[float, ...] | torch.Tensor  # G numbers, or (G,)
+    row_weights: tuple[torch.Tensor | None, ...]  # G of (N,) or None
+    bias: torch.Tensor | None = None  # (G, T)
+    channel_shift: torch.Tensor | None = None  # (G, T)
+    channel_scale: torch.Tensor | None = None  # (G, T)
+    scale: float | torch.Tensor = 1.0  # number or (G,); of the semi-orthogonal form alone
+
+    def __len__(self) -> int:
+        return len(self.students)
+
+    def __iter__(self) -> Iterator[LossInputs]:
+        for g, weight in enumerate(self.weights.unbind(0)):  # its gradient is one tensor; indexing would add up G
+            yield LossInputs(
+                student=self.students[g],
+                teacher=self.teachers[g],
+                weight=weight,
+                denominator=self.denominators[g],
+                row_weight=self.row_weights[g],
+                bias=_entry(self.bias, g),
+                channel_shift=_entry(self.channel_shift, g),
+                channel_scale=_entry(self.channel_scale, g),
+                scale=self.scale[g] if isinstance(self.scale, torch.Tensor) else self.scale,
+            )
+
+    def split(self, sizes: list[int]) -> list["LossGroup"]:
+        """Groups of the first sizes[0] losses, of the next sizes[1], ..., as views."""
+        groups, first = [], 0
+        for size, weights in zip(sizes, self.weights.split(sizes), strict=True):
+            entries = slice(first, first + size)
+            first += size
+            groups.append(
+                LossGroup(
+                    students=self.students[entries],
+                    teachers=self.teachers[entries],
+                    weights=weights,
+                    denominators=self.denominators[entries],
+                    row_weights=self.row_weights[entries],
+                    bias=_entry(self.bias, entries),
+                    channel_shift=_entry(self.channel_shift, entries),
+                    channel_scale=_entry(self.channel_scale, entries),
+                    scale=self.scale[entries] if isinstance(self.scale, torch.Tensor) else self.scale,
+                )
+            )
+        return groups
+
+
+def _entry(values: torch.Tensor | None, index: int | slice) -> torch.Tensor | None:
+    return None if values is None else values[index]
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses, statistics and unscaled gradients of a weight are accumulated in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
