@@ -7,7 +7,8 @@ from .distiller import FeatureDistiller
 from .loss import OrthoProjLoss
 from .ops.cayley import cayley
 from .ops.normalization import Whitening
-from .projection import OrthogonalLinear, orthogonal
+from .parametrization import orthogonal
+from .projection import OrthogonalLinear
 
 __all__ = [
     "FeatureDistiller",

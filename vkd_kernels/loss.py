@@ -10,7 +10,7 @@ from . import diagnostics
 from .ops import checks, implementations
 from .ops.normalization.all_reduce import GroupHandle
 from .ops.ortho_proj_loss import api
-from .projection import OrthogonalLinear
+from .projection import full_precision, make_projection
 
 TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
     "classification": {"normalization": "layer_norm"},
@@ -27,7 +27,9 @@ def starting_scale(scale, student_dim: int, teacher_dim: int, device=None, dtype
     checks.check_choice("scale", scale, ("match", "learned"))
     matched = math.sqrt(teacher_dim / student_dim)
     # One element rather than a 0-d tensor, which fully_shard refuses.
-    return matched if scale == "match" else nn.Parameter(torch.full((1,), matched, device=device, dtype=dtype))
+    if scale == "match":
+        return matched
+    return nn.Parameter(torch.full((1,), matched, device=device, dtype=full_precision(dtype)))
 
 
 class OrthoProjLoss(nn.Module):
@@ -49,10 +51,13 @@ class OrthoProjLoss(nn.Module):
         scale: a number, ``"match"`` or ``"learned"``.
         affine: a gain and a bias per teacher channel.
         orthogonal_map: see ``orthogonal``.
+        projection: ``"orthogonal"``; to compare with it, ``"linear"`` (any trained matrix; ``affine`` adds its bias) or
+            ``"identity"`` (nothing is trained: equal channels are compared, of unequal numbers the first ones, and the
+            teacher's other channels with 0, which adds a constant to the loss and nothing to its gradient).
         device, dtype: of the projection; float32 or float64. It stays there under autocast.
 
     Attributes:
-        projection: the ``OrthogonalLinear``; ``projection.weight`` is P ``(T, S)``.
+        projection: the ``OrthogonalLinear`` (or what was asked for); ``projection.weight`` is P ``(T, S)``.
         scale: the number, or the parameter ``(1,)`` that learns it.
 
     Shape:
@@ -83,6 +88,7 @@ class OrthoProjLoss(nn.Module):
         affine: bool = False,
         eps: float = 1e-5,
         orthogonal_map: str = "cayley",
+        projection: str = "orthogonal",
         process_group=None,
         backend: str | None = None,
         device=None,
@@ -96,8 +102,14 @@ class OrthoProjLoss(nn.Module):
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
-        self.projection = OrthogonalLinear(
-            student_dim, teacher_dim, affine=affine, orthogonal_map=orthogonal_map, device=device, dtype=dtype
+        self.projection = make_projection(
+            projection,
+            student_dim,
+            teacher_dim,
+            affine=affine,
+            orthogonal_map=orthogonal_map,
+            device=device,
+            dtype=dtype,
         )
         self.scale = starting_scale(scale, student_dim, teacher_dim, device, dtype)
 
@@ -115,8 +127,9 @@ class OrthoProjLoss(nn.Module):
         return cls(student_dim, teacher_dim, **{**TASKS[task], **options})
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay should leave alone (all of them), as timm's models say it."""
-        return {name for name, _ in self.named_parameters()}
+        """Names of the parameters that weight decay should leave alone: all but a linear projection's weight."""
+        spared = {f"projection.{name}" for name in self.projection.no_weight_decay()}
+        return spared | ({"scale"} if isinstance(self.scale, nn.Parameter) else set())
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         gain = self.projection.gain
@@ -131,7 +144,7 @@ class OrthoProjLoss(nn.Module):
             student, teacher, self.projection.weight, scale=scale, bias=self.projection.bias, mask=mask,
             normalization=self.normalization, loss=self.loss, beta=self.beta, eps=self.eps, reduction=self.reduction,
             process_group=self.process_group.group, backend=self.backend,
-            orthonormal=gain is None and self.teacher_dim >= self.student_dim,
+            orthonormal=self.projection.keeps_lengths,
         )  # fmt: skip
 
     def metrics(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None):

@@ -1,163 +1,79 @@
-"""Orthogonal projections as modules: ``OrthogonalLinear``, and ``orthogonal()`` for a weight of any module."""
+"""From the student's channels to the teacher's: ``OrthogonalLinear`` and the projections that it is compared with."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
 
 from .ops import checks
-from .ops.cayley import cayley, cayley_inverse
-from .ops.implementations import autocast_dtype, no_autocast
+from .ops.cayley import cayley
+from .ops.implementations import autocast_dtype
+from .parametrization import CayleyMap, at_least_float32, check_map_weight, make_map, sharded_as, whole_as
 
-ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
-
-
-@torch.no_grad()
-def orthonormal_factor(matrix: torch.Tensor) -> torch.Tensor:  # (..., T, S)
-    """The orthonormal factor of the QR decomposition with a positive diagonal of R (of the transpose, if wide)."""
-    if matrix.shape[-2] < matrix.shape[-1]:
-        return orthonormal_factor(matrix.mT).mT
-    if not torch.isfinite(matrix).all():
-        raise ValueError(
-            f"the matrix assigned to an orthogonal weight has NaN or Inf; its shape is {tuple(matrix.shape)}"
-        )
-    q, r = torch.linalg.qr(matrix.double())
-    return (q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)).to(matrix.dtype)
+PROJECTIONS = ("orthogonal", "linear", "identity")
+Projection: TypeAlias = Union["OrthogonalLinear", "LinearProjection", "IdentityProjection"]
 
 
-class CayleyMap(nn.Module):
-    """weight -> cayley(weight) · signs. Assignment goes through the inverse and sets the signs, which never train."""
+def make_projection(
+    projection: str,
+    student_dim: int,
+    teacher_dim: int,
+    *,
+    affine: bool = False,
+    orthogonal_map: str = "cayley",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Projection:
+    """The module behind the option ``projection`` of ``OrthoProjLoss`` and ``Pair``.
 
-    signs: torch.Tensor
-
-    def __init__(self, matrix: torch.Tensor):  # (..., T, S)
-        super().__init__()
-        t, s = matrix.shape[-2:]
-        shape = (*matrix.shape[:-2], 1, s) if t >= s else (*matrix.shape[:-2], t, 1)
-        self.register_buffer("signs", torch.ones(shape, dtype=matrix.dtype, device=matrix.device))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return cayley(weight) * self.signs
-
-    @torch.no_grad()
-    def right_inverse(self, matrix: torch.Tensor) -> torch.Tensor:
-        if matrix.device.type == "meta":
-            return matrix
-        weight, signs = cayley_inverse(orthonormal_factor(matrix))
-        self.signs.copy_(signs)
-        return weight
-
-
-class TorchMap(nn.Module):
-    """One of PyTorch's own maps, for comparison, guarded against two ways of losing orthogonality in training.
-
-    Under autocast the map would run in 16 bit. And the Householder map multiplies by the weight's diagonal truncated
-    to integers: as soon as weight decay takes it below 1 the result is exactly zero, and stays so.
+    All have ``weight`` ``(T, S)``, ``gain`` and ``bias`` (``(T,)`` or None), ``keeps_lengths``, ``to_linear()``,
+    ``reset_parameters()`` and ``no_weight_decay()``.
     """
-
-    def __init__(self, matrix: torch.Tensor, orthogonal_map: str):
-        super().__init__()
-        self.orthogonal_map = orthogonal_map
-        holder = nn.Module()
-        eye = torch.eye(*matrix.shape[-2:], dtype=matrix.dtype, device=matrix.device)
-        holder.register_parameter("weight", nn.Parameter(eye.expand(matrix.shape).clone()))
-        parametrizations.orthogonal(holder, "weight", orthogonal_map=orthogonal_map)
-        self.map: Any = holder.get_submodule("parametrizations.weight.0")
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        with no_autocast(weight.device.type):
-            if self.orthogonal_map == "householder":
-                diagonal = weight.diagonal(dim1=-2, dim2=-1)
-                weight = weight.diagonal_scatter(
-                    torch.where(diagonal < 0, -1.0, 1.0).to(weight.dtype), dim1=-2, dim2=-1
-                )
-            return self.map(weight)
-
-    @torch.no_grad()
-    def right_inverse(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.map.right_inverse(orthonormal_factor(matrix))
-
-
-def at_least_float32(parameter: torch.Tensor) -> torch.Tensor:
-    """For maps: FSDP2's mixed precision hands out a 16-bit copy of the parameter, whose P is as orthonormal."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def make_map(matrix: torch.Tensor, orthogonal_map: str) -> CayleyMap | TorchMap:
-    checks.check_choice("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
-    return CayleyMap(matrix) if orthogonal_map == "cayley" else TorchMap(matrix, orthogonal_map)
-
-
-def orthogonal(module: nn.Module, name: str = "weight", orthogonal_map: str = "cayley") -> nn.Module:
-    r"""Keeps a weight of any module orthonormal; a drop-in for ``torch.nn.utils.parametrizations.orthogonal``.
-
-    ``module.<name>`` becomes a matrix with orthonormal columns (or rows, if it is wide); it starts at the orthonormal
-    QR factor of what it was, and assigning a matrix sets it to that matrix's. The trained parameter is
-    ``module.parametrizations.<name>.original``: leave it out of weight decay, as any orthogonal weight.
-
-    Args:
-        module: holds the weight.
-        name: of a parameter of shape ``(..., T, S)``, float32 or float64.
-        orthogonal_map: ``"cayley"`` (closed form, O(T S²)); ``"matrix_exp"`` and ``"householder"`` are PyTorch's maps,
-            hundreds of times slower, kept for comparison and guarded against collapse.
-
-    Returns:
-        The module itself, changed in place.
-
-    Raises:
-        ValueError: no such parameter, fewer than two dimensions, an unknown map.
-        TypeError: no module, a 16-bit weight.
-
-    Example:
-        >>> import torch, vkd_kernels as vk
-        >>> layer = vk.orthogonal(torch.nn.Linear(192, 3024, bias=False))
-        >>> p = layer.weight
-        >>> bool((p.T @ p - torch.eye(192)).abs().max() < 1e-5)
-        True
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module; got {checks.describe(module)}")
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string; got {checks.describe(name)}")
-    weight = getattr(module, name, None)
-    if not isinstance(weight, torch.Tensor):
-        raise ValueError(
-            f"name must be that of a parameter, but module has no parameter {name!r}; {type(module).__name__} has "
-            + (", ".join(repr(n) for n, _ in module.named_parameters(recurse=False)) or "no parameters")
+    check_projection(projection, orthogonal_map)
+    if projection == "orthogonal":
+        return OrthogonalLinear(
+            student_dim, teacher_dim, affine=affine, orthogonal_map=orthogonal_map, device=device, dtype=dtype
         )
-    _check_map_weight(name, weight)
-    parametrize.register_parametrization(module, name, make_map(weight, orthogonal_map))
-    return module
+    kind = LinearProjection if projection == "linear" else IdentityProjection
+    return kind(student_dim, teacher_dim, affine=affine, device=device, dtype=dtype)
 
 
-def _check_map_weight(name: str, weight: torch.Tensor) -> None:
-    checks.check_tensor(name, weight, checks.FULL_PRECISION, "; orthogonal weights stay in float32 or float64")
-    if weight.dim() < 2:
-        raise ValueError(f"{name} must have the shape (..., T, S); got {tuple(weight.shape)}")
+def check_projection(projection: str, orthogonal_map: str = "cayley") -> None:
+    checks.check_choice("projection", projection, PROJECTIONS)
+    if projection != "orthogonal" and orthogonal_map != "cayley":
+        raise ValueError(
+            f"orthogonal_map belongs to projection='orthogonal'; got orthogonal_map={orthogonal_map!r} with "
+            f"projection={projection!r}"
+        )
 
 
-def whole_as(matrix, parameter):
-    """The matrix itself or, for a parameter sharded by FSDP2, the first rank's on every rank."""
-    if not checks.is_sharded(parameter):
-        return matrix
-    return matrix.full_tensor() if checks.is_sharded(matrix) else sharded_as(matrix, parameter).full_tensor()
+def stacked_weights(projections: Sequence[Projection]) -> torch.Tensor:  # G of (T, S) -> (G, T, S)
+    """The weights of projections of one shape, those by the Cayley map in one batched call."""
+    unconstrained, signs = [], []
+    for projection in projections:
+        if isinstance(projection, OrthogonalLinear) and isinstance(projection.map, CayleyMap):
+            unconstrained.append(at_least_float32(projection.unconstrained))
+            signs.append(projection.map.signs)
+    if len(unconstrained) > 1 and len(unconstrained) == len(projections):
+        return cayley(torch.stack(unconstrained)) * torch.stack(signs)
+    return torch.stack([projection.weight for projection in projections])
 
 
-def sharded_as(matrix, parameter):
-    """The matrix itself or, for a parameter sharded by FSDP2, as a DTensor of its placement."""
-    if not checks.is_sharded(parameter):
-        return matrix
-    from torch.distributed.tensor import distribute_tensor  # here, because importing it takes a while
-
-    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements)
+def full_precision(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for; by default PyTorch's, or float32 where that has 16 bit, as in ``from_pretrained``."""
+    if dtype is None:
+        return torch.promote_types(torch.get_default_dtype(), torch.float32)
+    if dtype not in checks.FULL_PRECISION:
+        raise TypeError(f"dtype must be None, float32 or float64: a projection stays there; got {dtype!r:.200}")
+    return dtype
 
 
 class OrthogonalLinear(nn.Module):
-    r"""A linear projection whose matrix is orthonormal: ``x Pᵀ``, or ``x Pᵀ · gain + bias`` with ``affine=True``.
+    r"""A linear projection by a semi-orthogonal matrix: ``x Pᵀ``, or ``x Pᵀ · gain + bias`` with ``affine=True``.
 
-    P starts uniformly distributed over the orthonormal matrices. Every access to ``weight`` computes it from the
+    P starts uniformly distributed over the semi-orthogonal matrices. Every access to ``weight`` computes it from the
     unconstrained parameter; assigning a matrix to ``weight`` sets P to that matrix's orthonormal QR factor.
 
     Args:
@@ -165,7 +81,7 @@ class OrthogonalLinear(nn.Module):
         out_features: T.
         affine: a gain and a bias per output channel.
         orthogonal_map: see ``orthogonal``.
-        dtype: float32 or float64.
+        dtype: float32 or float64; by default PyTorch's, or float32 where that has 16 bit.
 
     Attributes:
         weight: P ``(T, S)``: orthonormal columns for T >= S, orthonormal rows for T < S.
@@ -179,6 +95,8 @@ class OrthogonalLinear(nn.Module):
         >>> layer, x = vk.OrthogonalLinear(192, 768), torch.randn(4, 192)
         >>> torch.allclose(layer(x).norm(dim=-1), x.norm(dim=-1), rtol=1e-4)
         True
+        >>> torch.allclose(layer.to_linear()(x), layer(x), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -188,15 +106,16 @@ class OrthogonalLinear(nn.Module):
         *,
         affine: bool = False,
         orthogonal_map: str = "cayley",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         checks.check_dim("in_features", in_features)
         checks.check_dim("out_features", out_features)
+        dtype = full_precision(dtype)
         self.in_features, self.out_features = in_features, out_features
         self.unconstrained = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        _check_map_weight("dtype", self.unconstrained)
+        check_map_weight("dtype", self.unconstrained)
         self.map = make_map(self.unconstrained, orthogonal_map)
         if affine:
             self.gain = nn.Parameter(torch.ones(out_features, device=device, dtype=dtype))
@@ -208,7 +127,7 @@ class OrthogonalLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.unconstrained.device.type == "meta":
+        if self.unconstrained.is_meta:
             return
         self.weight = torch.randn_like(self.unconstrained)
         if self.gain is not None:
@@ -220,7 +139,7 @@ class OrthogonalLinear(nn.Module):
         return self.map(at_least_float32(self.unconstrained))
 
     @weight.setter
-    def weight(self, matrix: torch.Tensor) -> None:
+    def weight(self, matrix: torch.Tensor) -> None:  # (T, S)
         parameter = self.unconstrained
         if not checks.is_sharded(matrix):
             checks.check_tensor("weight", matrix)
@@ -230,19 +149,148 @@ class OrthogonalLinear(nn.Module):
             matrix = whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
             parameter.copy_(sharded_as(self.map.right_inverse(matrix), parameter))
 
+    @property
+    def keeps_lengths(self) -> bool:
+        """Whether ``‖forward(x)‖ = ‖x‖`` for every x: PᵀP = I, and neither gain nor bias."""
+        return self.out_features >= self.in_features and self.gain is None
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone, as timm's models say it."""
         return {name for name, _ in self.named_parameters()}
 
+    def to_linear(self, scale: float | torch.Tensor = 1.0) -> nn.Linear:
+        """The same map as a plain ``nn.Linear``, with its own copy of P: for export, ONNX, scripting and inference.
+
+        ``scale`` is that of an ``OrthoProjLoss``: it multiplies the projected features, not the bias.
+        """
+        return _to_linear(self.weight, self.gain, self.bias, scale, self.unconstrained.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., S) -> (..., T)
-        checks.check_tensor("x", x)
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have the shape (..., {self.in_features}); got {tuple(x.shape)}")
-        checks.check_same_device("x", x, "weight", self.unconstrained)
-        if x.dtype != self.unconstrained.dtype and autocast_dtype(x.device.type) is None:
-            raise TypeError(f"x must have the dtype of weight, {self.unconstrained.dtype}; got {checks.describe(x)}")
+        _check_input(x, self.in_features, self.unconstrained)
         weight = self.weight if self.gain is None else self.weight * self.gain[:, None]
         return F.linear(x, weight.to(self.unconstrained.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, affine={self.gain is not None}"
+
+
+class LinearProjection(nn.Linear):
+    """Any trained matrix, what an orthogonal projection is compared with: an ``nn.Linear``, whose bias is ``affine``.
+
+    A gain would add nothing to the weight, so there is none. The weight is for weight decay as that of any layer.
+    """
+
+    gain: None = None
+    keeps_lengths = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        checks.check_dim("in_features", in_features)
+        checks.check_dim("out_features", out_features)
+        super().__init__(in_features, out_features, bias=affine, device=device, dtype=full_precision(dtype))
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.bias is None else {"bias"}
+
+    def to_linear(self, scale: float | torch.Tensor = 1.0) -> nn.Linear:
+        return _to_linear(self.weight, self.gain, self.bias, scale, self.weight.dtype)
+
+
+class IdentityProjection(nn.Module):
+    """Nothing trained: the student's channels stand beside the teacher's first ones, or the student's first ones
+    beside the teacher's.
+
+    For S < T the teacher's other channels are compared with 0, which adds a constant to the loss and nothing to its
+    gradient. ``affine`` is a trained gain and bias per teacher channel.
+    """
+
+    like: torch.Tensor  # empty; where the matrix is made, and in which dtype
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_dim("in_features", in_features)
+        checks.check_dim("out_features", out_features)
+        dtype = full_precision(dtype)
+        self.in_features, self.out_features = in_features, out_features
+        # Made anew at every access, the matrix survives to_empty() and loaders that leave such buffers undefined.
+        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        if affine:
+            self.gain = nn.Parameter(torch.ones(out_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("gain", None)
+            self.register_parameter("bias", None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.gain is not None and not self.gain.is_meta:
+            nn.init.ones_(self.gain)
+            nn.init.zeros_(self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:  # (T, S)
+        return torch.eye(self.out_features, self.in_features, dtype=self.like.dtype, device=self.like.device)
+
+    @property
+    def keeps_lengths(self) -> bool:
+        return self.out_features >= self.in_features and self.gain is None
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters()}
+
+    def to_linear(self, scale: float | torch.Tensor = 1.0) -> nn.Linear:
+        return _to_linear(self.weight, self.gain, self.bias, scale, self.like.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., S) -> (..., T)
+        _check_input(x, self.in_features, self.like)
+        x = F.pad(x[..., : self.out_features], (0, max(self.out_features - self.in_features, 0)))
+        return x if self.gain is None else x * self.gain + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, affine={self.gain is not None}"
+
+
+def _check_input(x: torch.Tensor, in_features: int, weight: torch.Tensor) -> None:  # (..., S), any
+    checks.check_tensor("x", x)
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have the shape (..., {in_features}); got {tuple(x.shape)}")
+    checks.check_same_device("x", x, "weight", weight)
+    if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}; got {checks.describe(x)}")
+
+
+@torch.no_grad()
+def _to_linear(
+    weight: torch.Tensor,  # (T, S)
+    gain: torch.Tensor | None,  # (T,)
+    bias: torch.Tensor | None,  # (T,)
+    scale: float | torch.Tensor,
+    dtype: torch.dtype,
+) -> nn.Linear:
+    """scale · (x weightᵀ · gain) + bias: the scale of a loss multiplies the projected student, not the bias."""
+    t, s = weight.shape
+    linear = nn.Linear(s, t, bias=bias is not None, device="meta", dtype=dtype)  # draws no random numbers
+    weight = weight if gain is None else weight * gain[:, None]
+    linear.weight = nn.Parameter((weight * scale).to(dtype).clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype).clone())
+    return linear

@@ -29,7 +29,8 @@ def test_the_published_signatures():
         "student_dim: int, teacher_dim: int, *, normalization: str = 'layer_norm', loss: str = 'smooth_l1'",
         "beta: float = 1.0, reduction: str = 'mean', scale: float | str = 1.0, affine: bool = False",
         "eps: float = 1e-05",
-        "orthogonal_map: str = 'cayley', process_group=None, backend: str | None = None, device=None, dtype=None",
+        "orthogonal_map: str = 'cayley', projection: str = 'orthogonal', process_group=None",
+        "backend: str | None = None, device=None, dtype=None",
     ):
         assert piece in signature
     functional = list(inspect.signature(vk.functional.ortho_proj_loss).parameters)
@@ -103,7 +104,7 @@ def test_for_task():
         ({"orthogonal_map": "svd"}, ValueError, "orthogonal_map must be one of"),
         ({"process_group": "world"}, TypeError, "process_group must be None or .*got str"),
         ({"backend": "cuda"}, ValueError, "backend must be None or one of"),
-        ({"dtype": torch.float16}, TypeError, "float32, float64"),
+        ({"dtype": torch.float16}, TypeError, "float32 or float64"),
         ({"normalisation": "whiten"}, TypeError, "normalisation"),
     ],
 )
