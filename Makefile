@@ -13,7 +13,7 @@ setup: $(VENV)/.installed
 $(VENV)/.tools: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "torch>=2.11" numpy "cmake>=3.24" ninja "pybind11>=2.12"
+	$(BIN)/python -m pip install --quiet "torch>=2.8" numpy "cmake>=3.24" ninja "pybind11>=2.12"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)

@@ -1,20 +1,27 @@
 """Builds the extension vkd_kernels._C by driving CMakeLists.txt with Ninja; everything else is in pyproject.toml.
 
 VKD_KERNELS_BUILD says what to build:
-    auto (default)  C++ when there is a compiler, with CUDA when nvcc fits the installed PyTorch; else pure Python
+    auto (default)  C++ where a compiler, PyTorch and the build tools are there, with CUDA where nvcc fits that PyTorch;
+                    else pure Python, which needs none of them
     cuda | cpu      C++ with or without CUDA; an error says what is missing
     0               pure Python
 TORCH_CUDA_ARCH_LIST chooses the GPU architectures (CMakeLists.txt has the default). The outcome and its reason are
 kept in vkd_kernels/_build.json, where vkd_kernels.info() finds them.
 """
 
+from __future__ import annotations
+
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -22,15 +29,63 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "cuda", "cpu", "0")
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
 
 
-def find_nvcc():
+class Plan(NamedTuple):
+    build: str  # "cuda", "cpu" or "python"
+    reason: str | None  # why not more than that
+    nvcc: Path | None = None
+
+
+def why_it_cannot_compile(command: list[str], suffix: str, source: str) -> str | None:
+    """The last line of what a compiler says of a few lines of source, or None when it compiles them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"probe{suffix}")
+        path.write_text(source)
+        try:
+            result = subprocess.run(
+                [*command, "-c", path, "-o", path.with_suffix(".o")], capture_output=True, text=True
+            )
+        except OSError as error:
+            return str(error)
+        if result.returncode == 0:
+            return None
+        said = (result.stderr.strip() or result.stdout.strip()).replace(f"{folder}{os.sep}", "")
+        errors = [line for line in said.splitlines() if "error" in line]
+        return (errors or said.splitlines() or [f"exit status {result.returncode}"])[0]
+
+
+def why_no_cpp() -> str | None:
+    """The reason why C++20 can't be compiled against this Python's headers, or None."""
+    asked = os.environ.get("CXX")
+    compiler = asked or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if not compiler or not shutil.which(compiler.split()[0]):
+        return "no C++ compiler was found (looked for CXX, c++, g++, clang++)"
+    command = [*compiler.split(), "-std=c++20", f"-I{sysconfig.get_path('include')}"]
+    reason = why_it_cannot_compile(command, ".cpp", "#include <Python.h>\n#include <concepts>\n")
+    return reason and f"{compiler} can't compile C++20 with Python.h: {reason}"
+
+
+def why_no_build_tools() -> str | None:
+    """The reason why an extension of PyTorch can't be built in this environment, or None."""
+    tools = ("torch", "pybind11", "cmake", "ninja")
+    missing = [tool for tool in tools if importlib.util.find_spec(tool) is None and not shutil.which(tool)]
+    if not missing:
+        return None
+    return (
+        f"{', '.join(missing)} can't be found where the package is built: to have the extension, install them and the "
+        "package with pip install --no-build-isolation"
+    )
+
+
+def find_nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    return next((Path(c) for c in candidates if c and Path(c).exists()), None)
+    return next((Path(path) for path in candidates if path and Path(path).exists()), None)
 
 
-def why_no_cuda(nvcc):
+def why_no_cuda(nvcc: Path | None) -> str | None:
     """The reason why CUDA sources can't be compiled for the installed PyTorch, or None."""
     import torch
 
@@ -38,92 +93,71 @@ def why_no_cuda(nvcc):
         return f"PyTorch {torch.__version__} is built without CUDA"
     if nvcc is None:
         return "nvcc was not found (looked in CUDA_HOME, PATH and /usr/local/cuda)"
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    try:
+        version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{nvcc} can't be run: {error}"
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release is None:
+        return f"{nvcc} --version names no release"
     if release[1] != torch.version.cuda.split(".")[0]:
         return f"nvcc is CUDA {release[1]}.{release[2]} and PyTorch was built with CUDA {torch.version.cuda}"
-    return None
+    reason = why_it_cannot_compile([str(nvcc), "-std=c++17"], ".cu", "__global__ void kernel() {}\n")
+    return reason and f"{nvcc} can't compile: {reason}"
 
 
-def why_no_cpp():
-    """The reason why C++ can't be compiled, or None."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not shutil.which(compiler.split()[0]):
-        return "no C++ compiler was found (looked for CXX, c++, g++, clang++)"
-    return None
-
-
-def missing_build_tools():
-    missing = []
-    for module in ("torch", "pybind11", "cmake", "ninja"):
-        try:
-            __import__(module)
-        except ImportError:
-            if not shutil.which(module):
-                missing.append(module)
-    return missing
-
-
-def plan():
-    """(what to build: "cuda", "cpu" or "python", the reason for less than was possible, nvcc)."""
+def plan() -> Plan:
     mode = os.environ.get("VKD_KERNELS_BUILD", "auto").lower()
     if mode not in MODES:
         raise SystemExit(f"VKD_KERNELS_BUILD must be one of {', '.join(MODES)}; got {mode!r}")
     if mode == "0":
-        return "python", "VKD_KERNELS_BUILD=0 at installation", None
-    reason = why_no_cpp()
+        return Plan("python", "VKD_KERNELS_BUILD=0 at installation")
+    reason = why_no_cpp() or why_no_build_tools()
+    if reason and mode != "auto":
+        raise SystemExit(f"VKD_KERNELS_BUILD={mode}, but {reason}")
     if reason:
-        if mode != "auto":
-            raise SystemExit(f"VKD_KERNELS_BUILD={mode}, but {reason}")
-        return "python", reason, None
-    missing = missing_build_tools()
-    if missing:
-        raise SystemExit(
-            f"building the extension needs {', '.join(missing)}: install them, or drop --no-build-isolation, "
-            "or set VKD_KERNELS_BUILD=0 to install as pure Python"
-        )
+        return Plan("python", reason)
     if mode == "cpu":
-        return "cpu", "VKD_KERNELS_BUILD=cpu at installation", None
+        return Plan("cpu", "VKD_KERNELS_BUILD=cpu at installation")
     nvcc = find_nvcc()
     reason = why_no_cuda(nvcc)
     if reason and mode == "cuda":
         raise SystemExit(f"VKD_KERNELS_BUILD=cuda, but {reason}")
-    return ("cpu", reason, None) if reason else ("cuda", None, nvcc)
+    return Plan("cpu", reason) if reason else Plan("cuda", None, nvcc)
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext):
-        what, _, nvcc = PLAN
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
         # One build folder per PyTorch and plan: a changed environment never meets stale objects.
-        build = ROOT / "build" / f"{what}-torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}"
+        python = f"py{sys.version_info[0]}{sys.version_info[1]}"
+        build = ROOT / "build" / f"{PLAN.build}-torch{torch.__version__}-{python}"
+        cmake, ninja = program("cmake"), program("ninja")
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "CMAKE_MAKE_PROGRAM": ninja,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_INCLUDE_DIRS": ";".join(include_paths()),
             "TORCH_LIBRARY_DIRS": ";".join(library_paths()),
             "TORCH_VERSION": torch.__version__,
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
-            "VKD_WITH_CUDA": "ON" if what == "cuda" else "OFF",
+            "VKD_WITH_CUDA": "ON" if PLAN.build == "cuda" else "OFF",
         }
-        if nvcc:
-            definitions["CMAKE_CUDA_COMPILER"] = nvcc
-            definitions["CUDAToolkit_ROOT"] = nvcc.parent.parent
-        cmake, ninja = (tool_command(t) for t in ("cmake", "ninja"))
-        definitions["CMAKE_MAKE_PROGRAM"] = ninja
-        subprocess.check_call(
-            [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{k}={v}" for k, v in definitions.items())]
-        )
+        if PLAN.nvcc:
+            definitions["CMAKE_CUDA_COMPILER"] = PLAN.nvcc
+            definitions["CUDAToolkit_ROOT"] = PLAN.nvcc.parent.parent
+        options = [f"-D{name}={value}" for name, value in definitions.items()]
+        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options])
         subprocess.check_call([cmake, "--build", build])
 
 
-def tool_command(name):
-    """The tool's program: the one beside this Python (as pip installs it), or the one on PATH."""
+def program(name: str) -> str:
+    """A tool's path: the one beside this Python (as pip installs it), or the one on PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name) or sys.exit(f"{name} was not found")
 
@@ -131,25 +165,27 @@ def tool_command(name):
 class BuildPy(build_py):
     """Leaves the record of what was built, and why not more, beside the package's Python files."""
 
-    def run(self):
+    def run(self) -> None:
         if not self.editable_mode:  # an earlier build's modules would end in the wheel, renamed since or not
             shutil.rmtree(Path(self.build_lib) / "vkd_kernels", ignore_errors=True)
         super().run()
-        what, reason, _ = PLAN
-        record = {"build": what, "reason": reason}
-        if what != "python":
+        record = {"build": PLAN.build, "reason": PLAN.reason}
+        if PLAN.build != "python":
             import torch
 
             record["torch"] = torch.__version__
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "vkd_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        (package / "_build.json").write_text(json.dumps(record) + "\n")
+        part = package / "_build.json.part"
+        part.write_text(json.dumps(record) + "\n")
+        part.replace(package / "_build.json")  # in one step: an installation that is cut short leaves no half record
 
 
-PLAN = plan() if {"build_ext", "build", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv) else None
-BUILDING = PLAN is not None and PLAN[0] != "python"
+PLAN = plan() if BUILD_COMMANDS & set(sys.argv) else Plan("python", None)
+if PLAN.reason:
+    print(f"vkd_kernels: {PLAN.build} build, because {PLAN.reason}", file=sys.stderr)
 
 setup(
-    ext_modules=[Extension("vkd_kernels._C", sources=[])] if BUILDING else [],
+    ext_modules=[] if PLAN.build == "python" else [Extension("vkd_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
 )

@@ -5,13 +5,17 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -19,13 +23,22 @@ import vkd_kernels as vk
 from vkd_kernels.ops import implementations
 
 ROOT = Path(__file__).parents[1]
+COMPILES = shutil.which(os.environ.get("CXX", "c++")) is not None
+needs_compiler = pytest.mark.skipif(not COMPILES, reason="no C++ compiler here")
+
+
+def run(*command, cwd=ROOT, **environment):
+    """A command that ended well, in an environment without this tree's path."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    result = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result
 
 
 def setup(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "setup.py", *arguments],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "setup.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -43,14 +56,117 @@ def test_a_requested_build_that_cannot_be_made_is_an_error(tmp_path, environment
     assert not list(tmp_path.rglob("*.so"))
 
 
-def build_wheel(folder, **environment):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, "."]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+def planned(monkeypatch, **environment):
+    """What setup.py would build under these variables."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    return runpy.run_path(str(ROOT / "setup.py"))["plan"]()
+
+
+def fake_program(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 1", "can't be run"),
+        ("echo nothing", "names no release"),
+        ('[ "$1" = --version ] && echo "release {cuda}" && exit 0; echo "error: host compiler" >&2; exit 1', "compile"),
+    ],
+)
+def test_auto_goes_on_without_cuda_where_nvcc_fails(tmp_path, monkeypatch, script, reason):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fake_program(tmp_path / "bin" / "nvcc", script.format(cuda="13.0"))
+    build, why, nvcc = planned(monkeypatch, VKD_KERNELS_BUILD="auto", CUDA_HOME=tmp_path)
+    assert (build, nvcc) == ("cpu", None)
+    assert reason in why
+    with pytest.raises(SystemExit, match=f"VKD_KERNELS_BUILD=cuda, but .*{reason}"):
+        planned(monkeypatch, VKD_KERNELS_BUILD="cuda")
+
+
+def test_auto_goes_on_in_python_where_the_compiler_fails(tmp_path, monkeypatch):
+    compiler = fake_program(tmp_path / "c++", 'echo "fatal error: Python.h: No such file or directory" >&2; exit 1')
+    build, why, _ = planned(monkeypatch, VKD_KERNELS_BUILD="auto", CXX=compiler)
+    assert build == "python"
+    assert "can't compile C++20 with Python.h: fatal error: Python.h: No such file" in why
+    with pytest.raises(SystemExit, match="VKD_KERNELS_BUILD=cpu, but .*Python.h"):
+        planned(monkeypatch, VKD_KERNELS_BUILD="cpu")
+
+
+def build_wheel(folder, source=ROOT, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
+    run(*command, **environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def link(distribution, folder):
+    """An installed package, also there by links."""
+    for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+        if not (folder / top).exists():
+            (folder / top).symlink_to(distribution.locate_file(top))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", f"import setuptools.build_meta as backend; backend.build_sdist({str(folder)!r})")
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def test_the_sdist_holds_what_its_build_needs_and_no_build(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    assert {*sources, "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+
+
+ONE_LOSS = """
+import torch, vkd_kernels as vk
+loss = vk.OrthoProjLoss(3, 7)(torch.randn(9, 3, requires_grad=True), torch.randn(9, 7))
+loss.backward()
+print(loss.item(), vk.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_the_sdist_installs_and_computes_a_loss(tmp_path, sdist):
+    build = "cpu" if COMPILES else "0"
+    python = clean_environment(tmp_path / "venv", build_wheel(tmp_path, sdist, VKD_KERNELS_BUILD=build))
+    assert str(tmp_path / "venv") in run(python, "-W", "ignore", "-c", ONE_LOSS, cwd=tmp_path).stdout
+
+
+def test_without_pytorch_a_wheel_is_pure_python(tmp_path, sdist):
+    """What `pip install` does: an environment with setuptools alone, and a compiler or not."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    (site,) = tmp_path.glob("venv/lib/python*/site-packages")
+    link(importlib.metadata.distribution("setuptools"), site)
+    code = f"import setuptools.build_meta as backend; backend.build_wheel({str(tmp_path)!r})"
+    run(tmp_path / "venv" / "bin" / "python", "-c", code, cwd=source, VKD_KERNELS_BUILD="auto")
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    reason = record_and_names(wheel)[0]["reason"]
+    assert "torch" in reason if COMPILES else "compiler" in reason
+
+
+@pytest.mark.parametrize("record", ['{"build": "cu', "", "[]"])
+def test_a_damaged_build_record_is_a_reason_and_no_error(tmp_path, record):
+    """A disk that was full during the installation."""
+    shutil.copytree(ROOT / "vkd_kernels", tmp_path / "vkd_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "vkd_kernels" / "_build.json").write_text(record)
+    code = ONE_LOSS + "print(vk.info()['extension']['missing'])"
+    output = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).stdout
+    assert str(tmp_path) in output and "reinstall the package" in output
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +192,7 @@ def metadata(wheel):
         return email.message_from_bytes(archive.read(name))
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_and_nothing_else(wheels):
     package = {
         path.relative_to(ROOT).as_posix()
@@ -92,6 +209,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheels):
         assert metadata(wheel)["Version"] == vk.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -131,14 +249,10 @@ def clean_environment(folder, wheel):
     links = folder.with_name("links")  # not among the environment's own packages: pip must not think that it owns them
     links.mkdir()
     for distribution in needed(wheel):
-        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            if not (links / top).exists():
-                (links / top).symlink_to(distribution.locate_file(top))
+        link(distribution, links)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(f"{links}\n")
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-compile", wheel]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-compile", wheel)
     return python
 
 
@@ -176,22 +290,18 @@ print(vk.__file__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "extension"])
 def test_every_public_name_works_in_a_clean_environment(tmp_path, wheels, backend):
     if backend not in wheels:
         pytest.skip("no compiler here: the installed package has no extension either")
     python = clean_environment(tmp_path / "venv", wheels[backend])
-
-    def run(*command):
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    result = run(python, "-W", "ignore", "-c", USE_EVERYTHING.format(backend=backend))
-    assert result.returncode == 0, result.stderr
+    result = run(python, "-W", "ignore", "-c", USE_EVERYTHING.format(backend=backend), cwd=tmp_path)
     assert result.stdout.startswith(str(tmp_path / "venv"))
     if backend == "torch":
-        result = run(python.with_name("vkd"), "info")
-        assert result.returncode == 0 and "VKD_KERNELS_BUILD=0 at installation" in result.stdout, result.stderr
-        result = run(python.with_name("vkd"), "inspect", ".")
+        output = run(python.with_name("vkd"), "info", cwd=tmp_path).stdout
+        assert "VKD_KERNELS_BUILD=0 at installation" in output
+        command = [python.with_name("vkd"), "inspect", "."]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 2, result.stderr
         assert re.match(r"vkd: error: \w+ is missing: pip install 'vkd_kernels\[recipes\]'", result.stderr)

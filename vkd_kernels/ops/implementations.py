@@ -17,6 +17,7 @@ import torch
 ENVIRONMENT = "VKD_KERNELS_BACKEND"
 SERVES = {"ortho_proj_loss": ("triton", "torch"), "cayley": ("extension", "torch")}
 BACKENDS = ("triton", "extension", "torch")
+TRITON_FROM = (3, 4)  # what PyTorch 2.8, the oldest that the tests run on, brings
 
 
 def no_autocast(device_type: str):
@@ -32,14 +33,23 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _build_record() -> dict:
+    """What setup.py noted of the build: {"build", "reason", "torch"}; {"damaged": how} where that can't be read."""
     path = Path(__file__).parents[1].joinpath("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:  # an installation that was cut short
+        return {"damaged": f"{path} can't be read ({error}): reinstall the package"}
+    return record if isinstance(record, dict) else {"damaged": f"{path} holds no build record: reinstall the package"}
 
 
 @functools.cache
 def extension():
     """(the module ``vkd_kernels._C``, None), or (None, the reason why it is missing)."""
     record = _build_record()
+    if "damaged" in record:  # which PyTorch the extension was built with is unknown, and another's crashes the process
+        return None, record["damaged"]
     if importlib.util.find_spec("vkd_kernels._C") is None:
         return None, "the extension is not built: " + (record.get("reason") or "install the package to build it")
     built_with = record.get("torch", torch.__version__)
@@ -59,8 +69,8 @@ def why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton can't be imported: {error}"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        return f"Triton {triton.__version__} is older than 3.6"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON_FROM:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, TRITON_FROM))}"
     return None
 
 
