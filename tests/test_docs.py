@@ -88,7 +88,7 @@ def test_every_test_and_file_that_a_page_names_exists(page):
     """A cell of the table in integrations.md is a test: one that was renamed or removed shows here."""
     defined = {
         node.name
-        for path in (ROOT / "tests").glob("*.py")
+        for path in (ROOT / "tests").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
@@ -106,4 +106,4 @@ def test_every_row_of_the_integrations_page_names_a_test():
     for line in tables.splitlines():
         if line.startswith("| ") and not line.startswith("| what"):
             cell = line.split("|")[2].strip()
-            assert re.search(r"`(test|ddp|fsdp)_\w+`|`tests/\w+\.py`|^in the ", cell), f"no test: {line}"
+            assert re.search(r"`(test|ddp|fsdp)_\w+`|`tests/[\w/]+\.py`|^in the ", cell), f"no test: {line}"
