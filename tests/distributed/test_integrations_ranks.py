@@ -126,6 +126,23 @@ def ddp_gradient_accumulation():
     same([p.grad for p in module.parameters()], [p.grad for p in alone.parameters()])
 
 
+def ddp_student_and_loss_each_wrapped():
+    """``DDP(student)`` and ``DDP(loss)`` side by side, the loss with its group: steps of AdamW equal one device's."""
+    for options in OPTIONS:
+        batches = [batch(seed) for seed in range(3)]
+        module, alone = Distiller(dist.group.WORLD, **options), Distiller(**options)
+        student, loss = DistributedDataParallel(module.student), DistributedDataParallel(module.loss)
+        optimizer = adamw(module)
+        for b, first in zip(batches, FIRST.values(), strict=True):
+            x, y, mask = part(b, first)
+            optimizer.zero_grad()
+            loss(student(x), y, mask).backward()
+            optimizer.step()
+        same(module.parameters(), train(alone, batches)[1])
+        for parameter in module.parameters():
+            agree(parameter)
+
+
 def ddp_nan_on_one_rank_skips_the_step_on_both():
     module = DistributedDataParallel(Distiller(dist.group.WORLD, dtype=torch.float32))
     before = [p.detach().clone() for p in module.parameters()]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.stacks import orthogonality_error
 from tests.modules.test_distiller import CNN, IMAGES, ViT, gradients, hooks_on, loss_like, make
-from tests.modules.test_integrations import averaged_by_timm, averaged_by_torch, orthogonality_error
+from tests.modules.test_integrations import averaged_by_timm, averaged_by_torch
 
 
 @pytest.fixture(autouse=True)

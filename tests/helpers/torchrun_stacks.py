@@ -1,0 +1,107 @@
+"""A program for torchrun: the first step of a training stack on this rank's share of eight sentences or images.
+
+    torchrun --nproc-per-node=2 -m tests.helpers.torchrun_stacks trainer FOLDER
+
+Rank 0 writes what the step changed, {name: difference}, into FOLDER/step.pt; test_integrations_torchrun.py compares it
+with one process. Every stack takes plain gradient descent with a learning rate of 1.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.helpers.stacks import bert, example, sentences
+
+LENGTHS = [2, 12, 3, 7, 12, 1, 5, 9]
+Step = dict[str, torch.Tensor]
+
+
+def changed(model: nn.Module, before: Step) -> Step:
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+def parameters_of(model: nn.Module) -> Step:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def text_models() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return example("huggingface_trainer").Distilled(bert(16, "BertForMaskedLM"), 24), bert(24, "BertForMaskedLM").eval()
+
+
+def trainer(folder: Path, batch_size: int, micro_batches: int) -> Step:
+    import transformers
+
+    class InOrder(example("huggingface_trainer").DistillationTrainer):
+        def _get_train_sampler(self, *_, **__):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    model, teacher = text_models()
+    before = parameters_of(model)
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=1,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=micro_batches,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    InOrder(model, arguments, train_dataset=sentences(LENGTHS), teacher=teacher).train()
+    return changed(model, before)
+
+
+def accelerate(folder: Path, batch_size: int, micro_batches: int) -> Step:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model, teacher = text_models()
+    before = parameters_of(model)
+    loader = torch.utils.data.DataLoader(sentences(LENGTHS), batch_size=batch_size)
+    prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0), loader)
+    example("accelerate_loop").train(accelerator, *prepared, teacher, micro_batches=micro_batches)
+    return changed(model, before)
+
+
+def lightning(folder: Path, batch_size: int, micro_batches: int) -> Step:
+    import lightning as pl
+
+    from tests.modules.test_integrations_lightning import small_module
+
+    module, data = small_module(images=8)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1.0)
+    before = parameters_of(module)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_steps=1,
+        accumulate_grad_batches=micro_batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    ).fit(module, torch.utils.data.DataLoader(data, batch_size=batch_size))
+    return changed(module, before)
+
+
+STACKS = {"trainer": trainer, "accelerate": accelerate, "lightning": lightning}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    stack, folder = sys.argv[1:]
+    step = STACKS[stack](Path(folder), batch_size=2, micro_batches=2)
+    if os.environ["RANK"] == "0":
+        torch.save(step, Path(folder) / "step.pt")
