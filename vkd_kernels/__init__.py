@@ -9,9 +9,11 @@ from .ops.cayley import cayley
 from .ops.normalization import Whitening
 from .parametrization import orthogonal
 from .projection import OrthogonalLinear
+from .store import FeatureStore
 
 __all__ = [
     "FeatureDistiller",
+    "FeatureStore",
     "OrthoProjLoss",
     "OrthogonalLinear",
     "Whitening",

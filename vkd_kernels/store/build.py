@@ -1,0 +1,225 @@
+"""Building a store: shares of the ranks, shards that are written whole, and what tells that a store is stale."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..taps import Pair
+from .manifest import (
+    MANIFEST,
+    OWN_FILE,
+    PROBE,
+    Manifest,
+    StoredTap,
+    missing_shards,
+    shard_path,
+    weights_fingerprint,
+    whole_file,
+)
+from .options import Options
+from .progress import Progress, in_words
+from .samples import Samples
+from .teacher import Answer, FrozenTeacher, teacher_taps
+
+SHARD_BYTES, MOST_SHARD_SAMPLES = 256 * 2**20, 8192
+PROBE_TOLERANCE = 0.05  # relative: another device or precision stays below it, another transform or pool does not
+LONGEST_SILENCE = 1800.0  # seconds without a new shard, after which a rank stops waiting for the others
+
+
+def build(folder: Path, teacher: nn.Module, data: Any, taps: Sequence[str | Mapping | Pair], options: Options) -> None:
+    rank, ranks = options.share()
+    samples = Samples.of(data, options)
+    check_folder(folder)
+    with FrozenTeacher(teacher, teacher_taps(taps), options) as frozen:
+        manifest = open_manifest(folder, frozen, samples, options)
+        missing = missing_shards(folder, manifest)
+        check_room(folder, manifest, missing)
+        progress = Progress(folder, manifest, missing, ranks, enabled=options.progress and rank == 0)
+        mine = [shard for shard in missing if shard % ranks == rank]
+        batches = samples.batches(manifest, mine)
+        for shard in mine:
+            features = compute_shard(frozen, manifest, shard, batches, progress)
+            save_tensors(shard_path(folder, shard), features, store=manifest.identity())
+    wait_for_others(folder, manifest)
+    if missing and rank == 0:
+        progress.end()
+        for path in folder.glob("*.partial-*"):  # of processes that were killed
+            path.unlink(missing_ok=True)
+
+
+def compute_shard(
+    frozen: FrozenTeacher,
+    manifest: Manifest,
+    shard: int,
+    batches: Iterator[tuple[list[int], Any]],
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    rows = manifest.rows_of(shard)
+    features = {
+        key: torch.empty((len(rows), *tap.shape), dtype=manifest.torch_dtype) for key, tap in manifest.taps.items()
+    }
+    done = 0
+    while done < len(rows):
+        indices, batch = next(batches)
+        answer = frozen(batch, len(indices)).features
+        for key, tensor in features.items():
+            if answer[key].shape[1:] != tensor.shape[1:]:
+                raise ValueError(
+                    f"features of {key!r} must have one shape for all samples, {tuple(tensor.shape[1:])}; the samples "
+                    f"{indices[0]} to {indices[-1]} have {tuple(answer[key].shape[1:])}: pad or resize the input alike"
+                )
+            tensor[done : done + len(indices)] = as_stored(answer[key], manifest.torch_dtype, key, indices)
+        done += len(indices)
+        progress.add(len(indices))
+    return features
+
+
+def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Sequence[int]) -> torch.Tensor:
+    """The features in the store's precision, on the CPU; an error where they are not finite there."""
+    converted = features.to(dtype)
+    finite = converted.isfinite().flatten(1).all(1)
+    if not finite.all():
+        first = int(finite.logical_not().nonzero()[0])
+        if features[first].isfinite().all():
+            remedy = f"their largest is {features[first].abs().max().item():.3g}; dtype=torch.bfloat16 holds it"
+        else:
+            remedy = "the teacher itself gives NaN or Inf"
+        raise ValueError(f"features of {key!r} are not finite in {dtype} at sample {indices[first]}: {remedy}")
+    return converted.cpu()
+
+
+def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options: Options) -> Manifest:
+    """The manifest of the store in the folder, which must be of this teacher and these data; or a new one."""
+    indices = sorted({0, samples.count // 2, samples.count - 1})
+    probe = frozen(samples.batch(indices), len(indices))
+    wanted = Manifest(
+        samples=samples.count,
+        shard_samples=options.shard_samples or MOST_SHARD_SAMPLES,
+        dtype=str(options.dtype).removeprefix("torch."),
+        taps={
+            key: StoredTap.of(pair, tuple(probe.features[key].shape[1:]))
+            for key, pair in zip(frozen.keys, frozen.pairs, strict=True)
+        },
+        teacher=type(frozen.model).__qualname__,  # without its module, which is __main__ in a script
+        weights=weights_fingerprint(frozen.model),
+        transform=samples.transform,
+    )
+    if (folder / MANIFEST).exists():
+        manifest = Manifest.load(folder)
+        check_fresh(folder, manifest, wanted, probe)
+        return manifest
+    if options.shard_samples is None:
+        fitting = max(1, min(MOST_SHARD_SAMPLES, SHARD_BYTES // max(1, wanted.sample_bytes)))
+        wanted = dataclasses.replace(wanted, shard_samples=fitting)
+    again = frozen.arguments(samples.batch(indices))
+    if largest_difference(probe.inputs, frozen.tensors(again)) > 0:
+        raise ValueError(
+            "data gives another view of a sample at every visit, so the stored features would be of views that the "
+            "student never sees: store one view of every sample, or several fixed ones (vkd_kernels.store.FixedViews)"
+        )
+    save_tensors(folder / PROBE, probe_tensors(probe))
+    wanted.save(folder)
+    return wanted
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    try:
+        from safetensors.torch import save
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "building a FeatureStore needs safetensors: pip install 'vkd_kernels[store]'", name=error.name
+        ) from error
+    with whole_file(path) as partial:
+        partial.write_bytes(save(tensors, metadata))
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> None:
+    """Made if it does not exist; an error if it is somebody else's."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a store needs a folder of its own")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    foreign = sorted(name for name in names if not OWN_FILE.fullmatch(name))
+    if MANIFEST not in names and foreign:
+        raise FileExistsError(
+            f"{folder} is not empty and holds no feature store (it holds {foreign[0]}): choose another folder"
+        )
+
+
+def check_fresh(folder: Path, manifest: Manifest, wanted: Manifest, probe: Answer) -> None:
+    """An error if the store in the folder is of something else than is asked for now."""
+    from safetensors.torch import load_file
+
+    differences = manifest.differences(wanted)
+    if not differences:
+        now, then = probe_tensors(probe), load_file(folder / PROBE)
+        if differ(now, then, "input"):
+            differences = ["the teacher's input for the same samples differs: other data, or another transform"]
+        elif differ(now, then, "features"):
+            differences = ["features of the same samples differ: another pool, mask or configuration of the teacher"]
+    if differences:
+        raise ValueError(
+            f"the store in {folder} was built from something else ({'; '.join(differences)}): delete the folder to "
+            "build it anew, or choose another one"
+        )
+
+
+def probe_tensors(probe: Answer) -> dict[str, torch.Tensor]:
+    inputs = {f"input {i}": tensor for i, tensor in enumerate(probe.inputs)}
+    features = {f"features {key}": tensor for key, tensor in probe.features.items()}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in {**inputs, **features}.items()}
+
+
+def differ(now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor], kind: str) -> bool:
+    names = sorted(name for name in {*now, *then} if name.startswith(kind))
+    if not all(name in now and name in then for name in names):
+        return True
+    return largest_difference([now[name] for name in names], [then[name] for name in names]) > PROBE_TOLERANCE
+
+
+def largest_difference(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> float:
+    """Relative, over all tensors; infinite where shapes differ, or values that are no floating-point numbers."""
+    largest = 0.0
+    for a, b in zip(now, then, strict=True):
+        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+            return float("inf")
+        if a.is_floating_point():
+            difference = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+            largest = max(largest, difference.item())
+        elif not torch.equal(a, b):
+            return float("inf")
+    return largest
+
+
+def check_room(folder: Path, manifest: Manifest, missing: Sequence[int]) -> None:
+    needed = sum(len(manifest.rows_of(shard)) for shard in missing) * manifest.sample_bytes
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the store needs {in_words(needed)} more in {folder}, where {in_words(free)} are free: choose another "
+            "disk, a pool that keeps less, or a 16-bit dtype"
+        )
+
+
+def wait_for_others(folder: Path, manifest: Manifest) -> None:
+    """Until the shards of all ranks are there."""
+    left, since = missing_shards(folder, manifest), time.monotonic()
+    while left:
+        time.sleep(0.2)
+        before, left = left, missing_shards(folder, manifest)
+        if len(left) < len(before):
+            since = time.monotonic()
+        if time.monotonic() - since > LONGEST_SILENCE:
+            raise TimeoutError(
+                f"no shard has come from the other ranks for {LONGEST_SILENCE / 60:.0f} minutes; {len(left)} are "
+                f"missing in {folder}. If only this process builds, pass rank=0, world_size=1"
+            )

@@ -1,0 +1,177 @@
+"""What a store says of itself: which features of which weights, in how many shards. And files that are whole or absent.
+
+<folder>/store.json                 the manifest
+<folder>/probe.safetensors          the teacher's input and features of a few samples
+<folder>/shard-00000.safetensors    features of the samples 0, 1, ..., one tensor per tap
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _version
+from ..taps import Pair
+
+FORMAT = "vkd_kernels feature store 1"
+MANIFEST, PROBE = "store.json", "probe.safetensors"
+OWN_FILE = re.compile(r"(store\.json|probe\.safetensors|shard-\d{5,}\.safetensors)(\.partial-.*)?")
+SKIPPING_POOLS = ("mean_tokens", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTap:
+    """Which features: the teacher's side of a ``Pair``, and the shape of one sample's."""
+
+    module: str
+    pool: str | None  # a function by its name
+    skip: int
+    output: int | str | None
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, pair: Pair, shape: tuple[int, ...] = ()) -> "StoredTap":
+        pool = pair.teacher_pool
+        if callable(pool):
+            pool = f"function {getattr(pool, '__qualname__', type(pool).__qualname__)}"
+        skip = pair.teacher_skip if pool in SKIPPING_POOLS else 0
+        return cls(pair.teacher, pool, skip, pair.teacher_output, shape)
+
+    def same_as(self, other: "StoredTap") -> bool:
+        return dataclasses.replace(self, shape=()) == dataclasses.replace(other, shape=())
+
+    def __str__(self) -> str:
+        options = {"teacher_pool": self.pool, "teacher_skip": self.skip or None, "teacher_output": self.output}
+        shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+        return " with ".join([repr(self.module), *([", ".join(shown)] if shown else [])])
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    samples: int
+    shard_samples: int  # in every shard but the last
+    dtype: str
+    taps: dict[str, StoredTap]
+    teacher: str  # its class
+    weights: str  # their fingerprint
+    transform: str
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.shard_samples)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def sample_bytes(self) -> int:
+        return sum(torch.Size(tap.shape).numel() for tap in self.taps.values()) * self.torch_dtype.itemsize
+
+    def rows_of(self, shard: int) -> range:
+        start = shard * self.shard_samples
+        return range(start, min(start + self.shard_samples, self.samples))
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """What another store was built from, field by field; shards may be of any size."""
+        differences = []
+        for field in ("samples", "dtype", "teacher", "weights", "transform"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                differences.append(f"{field}: {mine} there, {theirs} now")
+        if list(self.taps.values()) != list(other.taps.values()):
+            mine, theirs = ("; ".join(f"{tap} {tap.shape}" for tap in each.taps.values()) for each in (self, other))
+            differences.append(f"taps: {mine} there, {theirs} now")
+        return differences
+
+    def identity(self) -> str:
+        """In every shard: one that was copied in from another store is noticed."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        content = {"format": FORMAT, **dataclasses.asdict(self), "vkd_kernels": _version.__version__}
+        with whole_file(folder / MANIFEST) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder} holds no feature store: FeatureStore.build makes one") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {path} ({error}): delete the folder and build the store again") from error
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is not of the format {FORMAT!r}: delete the folder and build the store again")
+        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+        taps = {key: StoredTap(**{**tap, "shape": tuple(tap["shape"])}) for key, tap in fields["taps"].items()}
+        return cls(**{**fields, "taps": taps})
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    present = {path.name for path in folder.iterdir()}
+    return [shard for shard in range(manifest.shards) if shard_path(folder, shard).name not in present]
+
+
+def tap_keys(taps: list[StoredTap]) -> list[str]:
+    """The name of each among the features: its module's, with the options where a module is tapped twice."""
+    modules = [tap.module for tap in taps]
+    return [tap.module if modules.count(tap.module) == 1 else str(tap) for tap in taps]
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields where to write; what was written there gets its name when it is complete and on the disk."""
+    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {path} ({error.strerror or error}); finished shards are kept: build it again "
+            "with the same arguments to continue"
+        ) from error  # fmt: skip
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def transform_text(data: Any) -> str:
+    """What a data set says of its transform, without addresses in memory."""
+    while data is not None:
+        transform = getattr(data, "transform", None)
+        if transform is not None:
+            return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
+        data = getattr(data, "dataset", None)
+    return ""

@@ -1,0 +1,52 @@
+"""The keyword arguments of ``FeatureStore.build``, checked."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..ops import checks
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keyword arguments of ``FeatureStore.build``."""
+
+    dtype: torch.dtype
+    teacher_input: Callable[[Any], Any] | None
+    mask: Callable[[Any], torch.Tensor] | None
+    transform: str | None
+    batch_size: int
+    num_workers: int
+    shard_samples: int | None
+    rank: int | None
+    world_size: int | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.dtype not in checks.FLOATING:
+            names = ", ".join(str(dtype) for dtype in checks.FLOATING)
+            raise ValueError(f"dtype must be one of {names}; got {self.dtype!r}")
+        for name in ("teacher_input", "mask"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be a function of a batch; got {checks.describe(getattr(self, name))}")
+        checks.check_dim("batch_size", self.batch_size)
+        if self.shard_samples is not None:
+            checks.check_dim("shard_samples", self.shard_samples)
+        if (self.rank is None) != (self.world_size is None):
+            raise ValueError(f"rank and world_size go together; got {self.rank!r} and {self.world_size!r}")
+
+    def share(self) -> tuple[int, int]:
+        """(rank, ranks), as given, or as torch.distributed or the environment of torchrun say."""
+        if self.rank is not None and self.world_size is not None:
+            rank, ranks = self.rank, self.world_size
+        elif dist.is_available() and dist.is_initialized():
+            rank, ranks = dist.get_rank(), dist.get_world_size()
+        else:
+            rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be in [0, world_size); got rank {rank} of {ranks}")
+        return rank, ranks

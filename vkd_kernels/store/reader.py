@@ -1,0 +1,209 @@
+"""``FeatureStore``: reads a teacher's stored features by the index of the sample."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from ..ops import checks
+from ..taps import Pair
+from .manifest import Manifest, StoredTap, missing_shards, shard_path
+
+
+class FeatureStore:
+    """A frozen teacher's features of every sample of a data set, on disk: computed once, read at every step.
+
+    ``build`` computes what is missing and opens the store; ``FeatureStore(folder)`` opens a complete one. Files are
+    safetensors, mapped into memory when they are first read, in every process for itself: a store can be pickled, and
+    workers of a ``DataLoader`` read it. ``FeatureDistiller`` takes one in place of the teacher.
+
+    Args:
+        folder: where ``build`` has put the store.
+
+    Attributes:
+        taps: what is stored, by name: the module's, with its options where a module is tapped more than once.
+        dtype: of the features.
+        folder: where it is.
+
+    Shape:
+        ``store[indices]`` with a tensor, a list or a slice of N sample indices, in any order, also repeated ->
+        ``{name: features (N, ...)}``; with one int ``{name: features (...)}``, as a ``Dataset`` gives it.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: the store is incomplete or damaged; the message says what to do.
+
+    Example:
+        >>> import tempfile, torch, vkd_kernels as vk
+        >>> teacher, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 32)), torch.randn(10, 3, 4, 4)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = vk.FeatureStore.build(folder.name, teacher, images, ["1"], progress=False)
+        >>> store[[7, 0, 7]]["1"].shape, store.dtype
+        (torch.Size([3, 32]), torch.float16)
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._manifest = Manifest.load(self.folder)
+        missing = missing_shards(self.folder, self._manifest)
+        if missing:
+            raise ValueError(
+                f"the store in {self.folder} is incomplete: of {self._manifest.shards} shards {len(missing)} are "
+                f"missing (the first is {shard_path(self.folder, missing[0]).name}); FeatureStore.build with the same "
+                "arguments continues"
+            )
+        self._maps: dict[int, dict[str, numpy.ndarray]] = {}
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | os.PathLike,
+        teacher: nn.Module,
+        data: Any,
+        taps: Sequence[str | Mapping[str, Any] | Pair],
+        *,
+        dtype: torch.dtype = torch.float16,
+        teacher_input: Callable[[Any], Any] | None = None,
+        mask: Callable[[Any], torch.Tensor] | None = None,
+        transform: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        shard_samples: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        progress: bool = True,
+    ) -> "FeatureStore":
+        """Computes what the folder does not hold yet, and opens the store; of a complete one nothing is computed.
+
+        Every rank of torchrun writes its share of the shards and returns when all are there. Interrupted or killed,
+        the same call continues: a shard that has its name is complete. The teacher runs in eval mode, without
+        gradients, on its own device and in its own dtype, under the caller's autocast.
+
+        Args:
+            folder: new, empty, or a store begun with the same arguments; nothing else is touched.
+            teacher: any module, whole on every rank.
+            data: a map-style ``Dataset`` (or anything with ``len`` and ``[index]``), or a ``DataLoader`` over one
+                without shuffling. A sample must be the same at every visit: see ``FixedViews`` for augmentation.
+            taps: names of modules, dicts with the teacher's fields of ``Pair``, or the ``pairs`` of a
+                ``FeatureDistiller`` themselves. ``{"teacher": ""}`` stores the model's output, for the logit loss.
+            dtype: float16, bfloat16, float32 or float64.
+            teacher_input: from a batch to the teacher's input, as in ``FeatureDistiller``. By default a tensor is the
+                input, of a tuple or list its first entry is, and a dict gives keyword arguments.
+            mask: from a batch to the mask ``(N, tokens)`` or ``(N, H, W)`` of what means are taken over.
+            transform: what is done to the data, in words; by default what ``data.transform`` says of itself.
+            batch_size, num_workers: of reading ``data``; a loader has its own.
+            shard_samples: by default what fits in 256 MiB, at most 8192.
+            rank, world_size: whose share; by default as torch.distributed or torchrun say.
+            progress: sizes before the start, then speed and the time left, on standard error.
+
+        Raises:
+            FileExistsError: the folder holds other files and no store.
+            ValueError: the store there is of other weights, taps, data or transform; features are not finite.
+            OSError: the disk has not enough room for the store, said before the start.
+        """
+        from .build import Options, build  # needs safetensors
+
+        build(
+            Path(folder), teacher, data, taps,
+            Options(dtype=dtype, teacher_input=teacher_input, mask=mask, transform=transform, batch_size=batch_size,
+                    num_workers=num_workers, shard_samples=shard_samples, rank=rank, world_size=world_size,
+                    progress=progress),
+        )  # fmt: skip
+        return cls(folder)
+
+    @property
+    def taps(self) -> dict[str, StoredTap]:
+        return dict(self._manifest.taps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._manifest.torch_dtype
+
+    def __len__(self) -> int:
+        return self._manifest.samples
+
+    def __getitem__(self, indices: Any) -> dict[str, torch.Tensor]:
+        if isinstance(indices, slice):
+            return self._read(numpy.arange(*indices.indices(len(self))))
+        array = indices.cpu().numpy() if isinstance(indices, torch.Tensor) else numpy.asarray(indices)
+        if array.ndim > 1 or (array.dtype.kind not in "iu" and array.size):
+            raise TypeError(
+                f"indices must be an int, a slice, or a list or tensor (N,) of ints; got {checks.describe(indices)}"
+            )
+        outside = (array < 0) | (array >= len(self))
+        if outside.any():
+            raise IndexError(f"index {array[outside].flat[0]} is not in the store's {len(self)} samples")
+        features = self._read(array.reshape(-1).astype(numpy.int64))
+        return features if array.ndim else {key: rows[0] for key, rows in features.items()}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """The samples of a batch, one by one: how ``DataLoader`` asks."""
+        features = self[indices]
+        return [{key: rows[i] for key, rows in features.items()} for i in range(len(indices))]
+
+    def key_of(self, pair: Pair) -> str:
+        """The name of the features that a pair's teacher side asks for."""
+        wanted = StoredTap.of(pair)
+        for key, tap in self._manifest.taps.items():
+            if tap.same_as(wanted):
+                return key
+        stored = "; ".join(map(str, self._manifest.taps.values()))
+        raise ValueError(
+            f"pair {pair.name!r}: the store in {self.folder} has no features of teacher module {wanted}; it has "
+            f"{stored}. Build another store with this pair among the taps"
+        )
+
+    def _read(self, indices: numpy.ndarray) -> dict[str, torch.Tensor]:  # (N,)
+        features = {
+            key: torch.empty((len(indices), *tap.shape), dtype=self.dtype) for key, tap in self._manifest.taps.items()
+        }
+        shards, rows = numpy.divmod(indices, self._manifest.shard_samples)
+        for shard in numpy.unique(shards).tolist():
+            chosen = numpy.flatnonzero(shards == shard)
+            maps = self._map(shard)
+            for key, tensor in features.items():
+                values = tensor.reshape(len(indices), math.prod(tensor.shape[1:])).view(torch.uint8).numpy()
+                values[chosen] = maps[key][rows[chosen]]
+        return features
+
+    def _map(self, shard: int) -> dict[str, numpy.ndarray]:
+        """The bytes (samples, bytes of one) of every tap in a shard, mapped when first asked for."""
+        if shard not in self._maps:
+            path, manifest = shard_path(self.folder, shard), self._manifest
+            try:
+                self._maps[shard] = _mapped(path, manifest, len(manifest.rows_of(shard)))
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(
+                    f"cannot read {path} ({error}): delete this file; FeatureStore.build with the same arguments "
+                    "computes it again"
+                ) from error
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def __repr__(self) -> str:
+        taps = ", ".join(f"{key!r} {tuple(tap.shape)}" for key, tap in self._manifest.taps.items())
+        return f"FeatureStore({str(self.folder)!r}: {len(self)} samples of {taps} in {self._manifest.dtype})"
+
+
+def _mapped(path: Path, manifest: Manifest, samples: int) -> dict[str, numpy.ndarray]:
+    # A safetensors file: the length of the header (8 bytes), the header in JSON, the values.
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    if header.get("__metadata__", {}).get("store") != manifest.identity():
+        raise ValueError("it belongs to another store")
+    values = numpy.memmap(path, numpy.uint8, mode="r", offset=8 + length)
+    maps = {}
+    for key, tap in manifest.taps.items():
+        begin, end = header[key]["data_offsets"]
+        size = math.prod(tap.shape) * manifest.torch_dtype.itemsize
+        maps[key] = numpy.asarray(values[begin:end]).reshape(samples, size)
+    return maps

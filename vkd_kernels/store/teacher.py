@@ -1,0 +1,119 @@
+"""The teacher while a store is built: frozen, with hooks on the tapped modules, fed by batches of any form."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops import checks
+from ..taps import Pair, Tap, as_arguments, cast, find_module
+from .manifest import StoredTap, tap_keys
+from .options import Options
+
+
+class Answer(NamedTuple):
+    inputs: list[torch.Tensor]
+    features: dict[str, torch.Tensor]  # (N, ...) each, in the teacher's precision
+
+
+class FrozenTeacher:
+    """In eval mode inside the ``with`` block, and as it was before at its end."""
+
+    def __init__(self, teacher: nn.Module, pairs: list[Pair], options: Options):
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher must be a torch.nn.Module; got {checks.describe(teacher)}")
+        for name, parameter in teacher.named_parameters():
+            if parameter.is_meta or checks.is_sharded(parameter):
+                kind = "is on the meta device" if parameter.is_meta else "is a DTensor"
+                raise ValueError(f"teacher must be whole and have values on every rank; its {name} {kind}")
+        self.teacher, self.model = teacher, getattr(teacher, "_orig_mod", teacher)  # compiled, and the model itself
+        self.pairs, self.options = pairs, options
+        self.keys = tap_keys([StoredTap.of(pair) for pair in pairs])
+        self.hooks = [Tap(pair, "teacher") for pair in pairs]
+        self.modules = [find_module("teacher", teacher, pair.teacher) for pair in pairs]
+        self.modes = [(module, module.training) for module in teacher.modules()]
+        first = next((p for p in teacher.parameters() if p.is_floating_point()), None)
+        self.device: torch.device | None = None if first is None else first.device
+        self.dtype: torch.dtype | None = None if first is None else first.dtype
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "FrozenTeacher":
+        self.teacher.eval()
+        self.handles = [
+            module.register_forward_hook(hook) for module, hook in zip(self.modules, self.hooks, strict=True)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module, training in self.modes:
+            module.training = training
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, count: int) -> Answer:
+        args, kwargs = arguments = self.arguments(batch)
+        mask = None if self.options.mask is None else moved(self.options.mask(batch), self.device, None)
+        for hook in self.hooks:
+            hook.seen = []
+        try:
+            self.teacher(*args, **kwargs)
+            rows = {key: hook.rows(mask)[0] for key, hook in zip(self.keys, self.hooks, strict=True)}
+        finally:
+            for hook in self.hooks:
+                hook.seen = None
+        for key, features in rows.items():
+            if features.dim() < 2 or len(features) != count:
+                raise ValueError(
+                    f"features of {key!r} must have the shape (samples, ..., channels), with {count} samples in this "
+                    f"batch; got {tuple(features.shape)}"
+                )
+        return Answer(self.tensors(arguments), rows)
+
+    def arguments(self, batch: Any) -> tuple[tuple, dict]:
+        if self.options.teacher_input is not None:
+            given = self.options.teacher_input(batch)
+        else:
+            given = batch[0] if isinstance(batch, (tuple, list)) else batch
+        args, kwargs = as_arguments(given)
+        return moved(args, self.device, self.dtype), moved(kwargs, self.device, self.dtype)
+
+    @staticmethod
+    def tensors(arguments: tuple[tuple, dict]) -> list[torch.Tensor]:
+        return [*_tensors_in(arguments)]
+
+
+def teacher_taps(taps: Sequence[str | Mapping | Pair]) -> list[Pair]:
+    """One ``Pair`` for every different teacher's side; the student's side is not looked at."""
+    if isinstance(taps, (str, Mapping, Pair)) or not taps:
+        raise TypeError(f"taps must be a list of names, dicts or pairs, and not empty; got {checks.describe(taps)}")
+    pairs: list[Pair] = []
+    for tap in taps:
+        if not isinstance(tap, (str, Mapping, Pair)):
+            raise TypeError(f"taps must be names of modules, dicts or pairs; one is {checks.describe(tap)}")
+        fields = {"teacher": tap} if isinstance(tap, str) else tap
+        pair = fields if isinstance(fields, Pair) else Pair(**{"student": "", "name": "to store", **fields})
+        if not any(StoredTap.of(pair).same_as(StoredTap.of(other)) for other in pairs):
+            pairs.append(pair)
+    return pairs
+
+
+def moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Tensors on the device, floating-point ones in the dtype, inside of tuples, lists and dicts too."""
+    if isinstance(value, torch.Tensor):
+        return cast(value if device is None else value.to(device, non_blocking=True), dtype)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [moved(item, device, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
