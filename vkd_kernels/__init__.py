@@ -7,6 +7,7 @@ from .distiller import FeatureDistiller
 from .loss import OrthoProjLoss
 from .ops.cayley import cayley
 from .ops.normalization import Whitening
+from .pairs import Pair
 from .parametrization import orthogonal
 from .projection import OrthogonalLinear
 from .store import FeatureStore
@@ -16,6 +17,7 @@ __all__ = [
     "FeatureStore",
     "OrthoProjLoss",
     "OrthogonalLinear",
+    "Pair",
     "Whitening",
     "__version__",
     "cayley",

@@ -1,7 +1,5 @@
 """``FeatureDistiller``: student and teacher on the same input, features of named modules compared, losses added up."""
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -11,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import diagnostics
-from .loss import starting_scale
 from .ops import checks, implementations
-from .ops.normalization.all_reduce import GroupHandle, global_loss
-from .ops.normalization.reference import sum_of_weights, without_masked_rows
+from .ops.normalization.all_reduce import GroupHandle, all_reduce, global_loss
+from .ops.normalization.reference import without_masked_rows
 from .ops.ortho_proj_loss import api
-from .projection import at_least_float32, make_map, sharded_as, whole_as
-from .taps import SIDES, Pair, Tap, as_arguments, cast, entry, find_module, rows
+from .pair_losses import ComparedRows, PairLosses, convert_when_loading, converted_state_dict
+from .pairs import SIDES, Pair, as_pairs
+from .taps import Tap, as_arguments, cast, entry, find_module, rows
 
 
 class FeatureDistiller(nn.Module):
@@ -51,13 +49,14 @@ class FeatureDistiller(nn.Module):
         example_teacher_input: the same for the teacher alone, of as many samples: where ``teacher_input`` will come.
         logit_weight: weight of the logit loss, a mean over rows; ``None``: there is none.
         temperature: τ of the logit loss.
+        reduction: ``"mean"`` over rows and channels, or ``"sum"``.
         student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
         process_group, backend: see ``functional.ortho_proj_loss``; the logit loss is global, too.
         device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
 
     Shape:
-        ``forward(*args, masks=None, teacher_input=None, metrics=False, **kwargs)`` -> (student's output, losses), and
-        with ``metrics`` a third: a flat dictionary for any logger. Arguments go to both models.
+        ``forward(*args, masks=None, teacher_input=None, total_rows=None, metrics=False, **kwargs)`` -> (student's
+        output, losses), and with ``metrics`` a third: a flat dictionary for any logger. Arguments go to both models.
         ``losses``: a scalar per pair by name and ``"logits"``, before weighting; and ``"total"``.
 
     ``teacher_input``: what the teacher gets in place of the arguments: a tensor, a tuple of arguments or a dict of
@@ -71,6 +70,10 @@ class FeatureDistiller(nn.Module):
     non-negative float weights, ``(N,)`` for samples or one per position of the tap: ``(N, tokens)``, skipped ones
     included, or ``(N, H, W)``. A mean is taken over the positions left; a sample without any is no row of the loss.
     After a function or a resampling a mask has the shape of the compared rows, as ``masks["logits"]`` of the logits'.
+
+    ``total_rows``: how many rows (or what weight of rows) all micro-batches of an accumulated step have, on all ranks
+    of ``process_group``: a number, or ``{name: number}`` for some of the losses. A loss is then divided by that, not by
+    its own rows, so that losses, and gradients, add up to the mean over the accumulated batch.
 
     Example:
         >>> import torch, vkd_kernels as vk
@@ -87,6 +90,8 @@ class FeatureDistiller(nn.Module):
         >>> losses["total"].backward()
     """
 
+    accepts_loss_kwargs = False  # Trainer must divide the loss by its accumulation steps: it isn't done here
+
     def __init__(
         self,
         student: nn.Module,
@@ -97,6 +102,7 @@ class FeatureDistiller(nn.Module):
         example_teacher_input=None,
         logit_weight: float | None = None,
         temperature: float = 1.0,
+        reduction: str = "mean",
         student_logits: int | str | None = None,
         teacher_logits: int | str | None = None,
         process_group=None,
@@ -110,18 +116,16 @@ class FeatureDistiller(nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module; got {checks.describe(model)}")
         if not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
             raise ValueError("teacher must share no parameter with student: freezing it would freeze both; copy it")
-        if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, (Mapping, Pair)) for pair in pairs):
-            raise TypeError(f"pairs must be a list of dicts with the fields of Pair; got {checks.describe(pairs)}")
-        self.pairs = [pair if isinstance(pair, Pair) else Pair(**pair) for pair in pairs]
-        names = [pair.name for pair in self.pairs] + ["logits", "total"]
-        if len(set(names)) < len(names) or (not self.pairs and logit_weight is None):
-            raise ValueError(f"pairs must have names of their own, and there must be a loss; got {names}")
+        self.pairs = as_pairs(pairs)
+        if not self.pairs and logit_weight is None:
+            raise ValueError(f"pairs must not be empty without a logit_weight: there must be a loss; got {pairs}")
         if logit_weight is not None:
             checks.check_number("logit_weight", logit_weight)
         checks.check_number("temperature", temperature, above=0)
+        checks.check_choice("reduction", reduction, api.REDUCTIONS)
         implementations.requested("ortho_proj_loss", backend)
         self.logit_weight, self.temperature = logit_weight, temperature
-        self.student_logits, self.teacher_logits = student_logits, teacher_logits
+        self.student_logits, self.teacher_logits, self.reduction = student_logits, teacher_logits, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
         self.student, self._unregistered = student, (teacher.requires_grad_(False).eval(),)
         self._taps = [[Tap(pair, side) for side in SIDES] for pair in self.pairs]
@@ -135,15 +139,8 @@ class FeatureDistiller(nn.Module):
             "dtype": torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype,
         }
         dims = self._dims(example_input, example_teacher_input)
-        shapes = [(t, s) for s, t in dims]
-        self._slots = [(f"{t}x{s}", shapes[:i].count((t, s))) for i, (t, s) in enumerate(shapes)]
-        self.projections = nn.ModuleDict(
-            {f"{t}x{s}": _Projections(count, t, s, **options) for (t, s), count in Counter(shapes).items()}
-        )
-        self._ratios = [math.sqrt(t / s) for s, t in dims]
-        scales = [starting_scale(pair.scale, s, t, **options) for pair, (s, t) in zip(self.pairs, dims, strict=True)]
-        self._fixed_scales = [None if isinstance(scale, nn.Parameter) or scale == 1.0 else scale for scale in scales]
-        self.scales = nn.ParameterDict({str(i): s for i, s in enumerate(scales) if isinstance(s, nn.Parameter)})
+        self.pair_losses = PairLosses(self.pairs, dims, reduction=reduction, backend=backend, **options)
+        self.register_load_state_dict_pre_hook(convert_when_loading)
 
     @property
     def teacher(self) -> nn.Module:
@@ -151,18 +148,18 @@ class FeatureDistiller(nn.Module):
 
     def projection(self, name: str) -> torch.Tensor:
         """P ``(T, S)`` of the pair of that name."""
-        names = [pair.name for pair in self.pairs]
-        checks.check_choice("name", name, names)
-        shape, slot = self._slots[names.index(name)]
-        return self.projections[shape]()[slot]
+        checks.check_choice("name", name, [pair.name for pair in self.pairs])
+        return self.pair_losses.of(name).projection.weight
 
-    @torch.no_grad()
+    def converted_state_dict(self, state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """A state dict of version 0.1, whose projections had no names, given the pairs' names in its order of pairs."""
+        for name in names:
+            checks.check_choice("names", name, [pair.name for pair in self.pairs])
+        return converted_state_dict(state_dict, names, self.pair_losses, prefix="")
+
     def reset_parameters(self) -> None:
         """Fresh projections, and learned scales back at √(T / S), also after ``to_empty()``; the models stay."""
-        for projections in self.projections.values():
-            projections.reset_parameters()  # type: ignore[operator]
-        for index, scale in self.scales.items():
-            scale.fill_(self._ratios[int(index)])
+        self.pair_losses.reset_parameters()
 
     def attach(self) -> "FeatureDistiller":
         """Puts the hooks on and keeps them there until ``remove()``. Outside ``forward`` they do nothing."""
@@ -191,7 +188,7 @@ class FeatureDistiller(nn.Module):
             if prefix and callable(getattr(module, "no_weight_decay", None))
             for name in module.no_weight_decay()  # type: ignore[operator]
         }
-        return {name for name, _ in self.named_parameters() if name in said or name.startswith("scales.")}
+        return {name for name, _ in self.named_parameters() if name in said}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Trained parameters for an optimiser: those that decay; then biases, 1-D ones and ``no_weight_decay()``."""
@@ -203,79 +200,78 @@ class FeatureDistiller(nn.Module):
         return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
     def forward(
-        self, *args, masks: Mapping[str, Any] | None = None, teacher_input=None, metrics: bool = False, **kwargs
-    ):
+        self,
+        *args: Any,
+        masks: Mapping[str, Any] | None = None,
+        teacher_input: Any = None,
+        total_rows: float | torch.Tensor | Mapping[str, Any] | None = None,
+        metrics: bool = False,
+        **kwargs: Any,
+    ) -> tuple:
         masks = {} if masks is None else masks
         teacher = (args, kwargs) if teacher_input is None else as_arguments(teacher_input)
         if self._attached:
-            return self._losses((args, kwargs), teacher, masks, metrics)
+            return self._losses((args, kwargs), teacher, masks, total_rows, metrics)
         with self:
-            return self._losses((args, kwargs), teacher, masks, metrics)  # a frame, and so a graph, of its own
+            # a frame, and so a graph, of its own
+            return self._losses((args, kwargs), teacher, masks, total_rows, metrics)
 
-    def _losses(self, student_arguments, teacher_arguments, masks, metrics):
+    def _losses(self, student_arguments, teacher_arguments, masks, total_rows, metrics):
+        self._check_options(masks, total_rows, metrics)
+        output, teacher_output, compared = self._run(student_arguments, teacher_arguments, masks)
+        losses, projections = self.pair_losses(compared, self.process_group.group)
+        row_weights = {name: _row_weight(rows) for name, rows in compared.items()}
+        if self.logit_weight is not None:
+            losses["logits"], row_weights["logits"] = self._logit_loss(output, teacher_output, masks.get("logits"))
+        if total_rows is not None:
+            losses = self._over_total_rows(losses, row_weights, total_rows)
+        weights = {pair.name: pair.weight for pair in self.pairs} | {"logits": self.logit_weight}
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        if not metrics:
+            return output, {**losses, "total": total}
+        report = {"loss": total.detach()} | {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        for name, seen in compared.items():
+            pairs_own = diagnostics.metrics(
+                seen.student,
+                seen.teacher,
+                projections[name],
+                mask=seen.mask,
+                process_group=self.process_group.group,
+            )
+            report |= {f"diagnostics/{name}/{metric}": value for metric, value in pairs_own.items()}
+        return output, {**losses, "total": total}, report
+
+    def _check_options(self, masks, total_rows, metrics) -> None:
+        names = [*(pair.name for pair in self.pairs), "logits"]
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks must map pairs' names to masks; got {checks.describe(masks)}")
         if not isinstance(metrics, bool):
             raise TypeError(f"metrics must be True or False; got {checks.describe(metrics)}")
         for name in masks:
-            checks.check_choice("a key of masks", name, [*(pair.name for pair in self.pairs), "logits"])
-        output, teacher_output, features = self._run(student_arguments, teacher_arguments, masks)
-        weights = {shape: stack() for shape, stack in self.projections.items()}
-        losses, found, total = {}, {}, 0.0
-        compared = self._pair_losses(features, weights)
-        for pair, (shape, slot), (x, y, mask), loss in zip(self.pairs, self._slots, features, compared, strict=True):
-            losses[pair.name] = loss
-            total = total + pair.weight * loss
-            if metrics:
-                pairs_own = diagnostics.metrics(
-                    x, y, weights[shape][slot], mask=mask, process_group=self.process_group.group
-                )
-                found |= {f"diagnostics/{pair.name}/{name}": value for name, value in pairs_own.items()}
-        if self.logit_weight is not None:
-            losses["logits"] = self._logit_loss(output, teacher_output, masks.get("logits"))
-            total = total + self.logit_weight * losses["logits"]
-        if metrics:
-            by_pair = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-            return output, {**losses, "total": total}, {"loss": total.detach(), **by_pair, **found}
-        return output, {**losses, "total": total}
+            checks.check_choice("a key of masks", name, names)
+        if total_rows is None:
+            return
+        if self.reduction == "sum":
+            raise ValueError("total_rows divides what is a mean otherwise; with reduction='sum' divide the losses")
+        values = total_rows if isinstance(total_rows, Mapping) else {"": total_rows}
+        for name, value in values.items():
+            if isinstance(total_rows, Mapping):
+                checks.check_choice("a key of total_rows", name, names)
+            if not isinstance(value, torch.Tensor):
+                checks.check_number("total_rows", value, above=0)
+            elif value.numel() != 1:
+                raise ValueError(f"total_rows must be a number or a 0-d tensor; got {checks.describe(value)}")
 
-    def _pair_losses(self, features, weights):
-        """The losses of all pairs, those of equal shape and options together."""
-        groups: dict[tuple, list[int]] = {}
-        for index, (pair, (shape, _), (x, y, _)) in enumerate(zip(self.pairs, self._slots, features, strict=True)):
-            if f"{y.shape[-1]}x{x.shape[-1]}" != shape:
-                raise ValueError(
-                    f"pair {pair.name!r}: its projection is {shape} (teacher x student channels); got student rows of "
-                    f"shape {tuple(x.shape)} and teacher rows of shape {tuple(y.shape)}"
-                )
-            scale = "learned" if str(index) in self.scales else self._fixed_scales[index]
-            kind = shape, pair.normalization, pair.loss, pair.beta, pair.eps, scale, x.dtype, y.dtype, str(x.device)
-            groups.setdefault(kind, []).append(index)
-        losses = {}
-        for (shape, normalization, loss, beta, eps, scale, *_), members in groups.items():
-            xs, ys, masks = (list(values) for values in zip(*(features[i] for i in members), strict=True))
-            options = {
-                "bias": None, "normalization": normalization, "loss": loss, "beta": beta, "eps": eps,
-                "reduction": "mean", "process_group": self.process_group.group, "backend": self.backend,
-                "orthonormal": ys[0].shape[-1] >= xs[0].shape[-1],
-            }  # fmt: skip
-            if scale == "learned":
-                scale = torch.cat([self.scales[str(i)] for i in members])
-            if len(members) == 1:
-                if isinstance(scale, torch.Tensor):
-                    scale = scale.reshape(())
-                weight = weights[shape][self._slots[members[0]][1]]
-                found = [api.projected_loss(xs[0], ys[0], weight, scale=scale, mask=masks[0], **options)]
-            else:
-                weight = weights[shape]
-                if len(members) < len(weight):
-                    weight = torch.stack([weight[self._slots[i][1]] for i in members])
-                found = api.projected_losses(xs, ys, weight, scale=scale, masks=masks, **options).unbind(0)
-            losses |= dict(zip(members, found, strict=True))
-        return [losses[index] for index in range(len(self.pairs))]
+    def _over_total_rows(self, losses, row_weights, total_rows):
+        """Every loss as its share of the mean over total_rows: its own mean times its rows' share of them."""
+        names = [name for name in losses if not isinstance(total_rows, Mapping) or name in total_rows]
+        own = all_reduce(torch.stack([row_weights[name] for name in names]), self.process_group.group)
+        totals = [total_rows[name] if isinstance(total_rows, Mapping) else total_rows for name in names]
+        shares = {name: count / total for name, count, total in zip(names, own.unbind(0), totals, strict=True)}
+        return {name: loss * shares[name] if name in shares else loss for name, loss in losses.items()}
 
     def _run(self, student_arguments, teacher_arguments, masks):
-        """(student's output, teacher's output, (student's rows, teacher's rows, mask of the rows) for every pair)."""
+        """(student's output, teacher's output, what every pair compares)."""
         for tap in chain(*self._taps):
             tap.seen = []
         try:
@@ -288,13 +284,17 @@ class FeatureDistiller(nn.Module):
             args, kwargs = [cast(x, dtype) for x in args], {name: cast(x, dtype) for name, x in kwargs.items()}
             with torch.no_grad():
                 teacher_output = self.teacher(*args, **kwargs)
-            return output, teacher_output, [rows(*taps, masks.get(taps[0].pair.name)) for taps in self._taps]
+            compared = {}
+            for student, teacher in self._taps:
+                name = student.pair.name
+                compared[name] = ComparedRows(*rows(student, teacher, masks.get(name)))
+            return output, teacher_output, compared
         finally:
             for tap in chain(*self._taps):
                 tap.seen = None
 
     def _logit_loss(self, output, teacher_output, mask):
-        """τ² KL(teacher ‖ student) at temperature τ, the mean over the rows of all ranks."""
+        """τ² KL(teacher ‖ student) at temperature τ, the mean over the rows of all ranks; and the rows' weight."""
         student = entry(output, self.student_logits, "the student's output", "student_logits", default="logits")
         teacher = entry(teacher_output, self.teacher_logits, "the teacher's output", "teacher_logits", default="logits")
         if student.shape != teacher.shape or student.dim() < 2:
@@ -309,9 +309,12 @@ class FeatureDistiller(nn.Module):
             for x in (student, teacher)
         )
         distances = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-        count = sum_of_weights(student[:, :0], row_weight, self.process_group.group)
-        share = (distances if row_weight is None else distances * row_weight).sum() / torch.where(count > 0, count, 1.0)
-        return global_loss(self.temperature**2 * share, self.process_group.group)
+        own = student.new_full((), len(student)) if row_weight is None else row_weight.sum()
+        loss = (distances if row_weight is None else distances * row_weight).sum()
+        if self.reduction == "mean":
+            count = all_reduce(own, self.process_group.group)
+            loss = loss / torch.where(count > 0, count, 1.0)
+        return global_loss(self.temperature**2 * loss, self.process_group.group), own
 
     def _dims(self, example_input, example_teacher_input) -> list[tuple[int, int]]:
         """(S, T) of every pair, as given or as the example shows."""
@@ -328,11 +331,14 @@ class FeatureDistiller(nn.Module):
         self.student.eval()  # running statistics must not see the example
         try:
             with torch.no_grad(), self:
-                features = self._run(student, teacher, {})[2]
+                compared = self._run(student, teacher, {})[2]
         finally:
             for module, training in modes:
                 module.training = training
-        return [pair.dims or (x.shape[-1], y.shape[-1]) for pair, (x, y, _) in zip(self.pairs, features, strict=True)]
+        return [
+            pair.dims or (compared[pair.name].student.shape[-1], compared[pair.name].teacher.shape[-1])
+            for pair in self.pairs
+        ]
 
     def _modules_and_taps(self):
         return [(find_module(tap.side, getattr(self, tap.side), tap.module), tap) for tap in chain(*self._taps)]
@@ -349,24 +355,9 @@ class FeatureDistiller(nn.Module):
         return "\n".join(f"{pair.name}: weight={pair.weight:g}" for pair in self.pairs)
 
 
-class _Projections(nn.Module):
-    """The projections of one shape, (G, T, S): one parameter, one Cayley call. Uniformly distributed at the start."""
-
-    def __init__(self, count: int, t: int, s: int, device, dtype):
-        super().__init__()
-        self.unconstrained = nn.Parameter(torch.empty(count, t, s, device=device, dtype=dtype))
-        self.map = make_map(self.unconstrained, "cayley")
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        parameter = self.unconstrained
-        if not parameter.is_meta:
-            matrix = whole_as(torch.randn_like(parameter), parameter)
-            parameter.copy_(sharded_as(self.map.right_inverse(matrix), parameter))
-
-    def no_weight_decay(self) -> set[str]:
-        return {"unconstrained"}
-
-    def forward(self) -> torch.Tensor:
-        return self.map(at_least_float32(self.unconstrained))
+def _row_weight(rows: ComparedRows) -> torch.Tensor:  # -> ()
+    """The number of rows, or the sum of their weights, of this process."""
+    dtype = torch.promote_types(rows.student.dtype, torch.float32)
+    if rows.mask is None:
+        return rows.student.new_full((), rows.student.shape[:-1].numel(), dtype=dtype)
+    return rows.mask.detach().to(dtype).sum()

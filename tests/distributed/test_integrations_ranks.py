@@ -320,7 +320,7 @@ def fsdp_of_a_feature_distiller_from_the_meta_device():
     for child in module.modules():
         if hasattr(child, "reset_parameters"):
             child.reset_parameters()
-    for state in (*module.projections.buffers(), *(whole(p) for p in module.projections.parameters())):
+    for state in (*module.pair_losses.buffers(), *(whole(p) for p in module.pair_losses.parameters())):
         agree(state)
     assert whole(module.scales["0"]).item() == (9 / 5) ** 0.5
     found = module(part(batch(), 4)[0], metrics=True)[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vkd_kernels as vk
-from tests.modules.test_distiller import CNN, IMAGES, SEVERAL, ViT, gradients, make, outputs_of
+from tests.helpers.distillers import CNN, IMAGES, SEVERAL, ViT, gradients, make, outputs_of
 from vkd_kernels import diagnostics
 
 SHAPES = {"many rows": (60, 5, 8), "few rows": (9, 14, 30), "four rows": (4, 3, 5)}

@@ -1,127 +1,27 @@
-"""FeatureDistiller: taps, poolings, masks, projections, the logit loss; frozen teachers; the loops people have."""
+"""FeatureDistiller: poolings, masks, projections, the logit loss, options."""
 
-import collections
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import vkd_kernels as vk
-from tests.helpers import processes
-from vkd_kernels import projection
-
-
-class ViT(nn.Module):
-    """Tokens as timm's models have them: prefix tokens first, "norm" last, the head on the first token."""
-
-    def __init__(self, width=6, prefix=1, classes=3):
-        super().__init__()
-        self.embed = nn.Conv2d(3, width, 2, stride=2)
-        self.cls_token = nn.Parameter(torch.randn(1, prefix, width))
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(2)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-
-    def no_weight_decay(self):
-        return {"cls_token"}
-
-    def forward(self, images):  # (N, 3, 8, 8)
-        tokens = self.embed(images).flatten(2).mT
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], 1)  # (N, prefix + 16, width)
-        return self.head(self.norm(self.blocks(tokens))[:, 0])
-
-
-class CNN(nn.Module):
-    """Maps as torchvision's models have them, with batch norm's state and a change in place."""
-
-    def __init__(self, width=10, classes=3, stride=2):
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, stride=stride, padding=1)
-        self.bn = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.fc = nn.Linear(width, classes)
-
-    def forward(self, images):
-        return self.fc(self.relu(self.bn(self.conv(images))).mean((2, 3)))  # the map: (N, width, 4, 4)
-
-
-class ModelOutput(collections.OrderedDict):
-    """What Hugging Face's models return: entries by name, by attribute and by position."""
-
-    __getattr__ = collections.OrderedDict.__getitem__
-
-
-class Encoder(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.embedding = nn.Embedding(11, width)
-        self.layer = nn.GRU(width, width, batch_first=True)  # returns a tuple
-
-    def forward(self, input_ids):
-        states = self.layer(self.embedding(input_ids))[0]
-        return ModelOutput(last_hidden_state=states, pooler_output=states[:, 0])
-
-
-class TextModel(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.encoder = Encoder(width)
-        self.classifier = nn.Linear(width, 3)
-
-    def forward(self, input_ids, attention_mask=None):
-        encoded = self.encoder(input_ids)
-        return ModelOutput(logits=self.classifier(encoded.pooler_output))
-
-
-TOKENS_TO_MAP = {
-    "student": "norm", "student_pool": "mean_tokens", "student_skip": 1, "teacher": "relu",
-    "teacher_pool": "spatial_mean",
-}  # fmt: skip
-IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def make(pairs=(TOKENS_TO_MAP,), student=None, teacher=None, **options):
-    torch.manual_seed(0)
-    options.setdefault("example_input", IMAGES[:1])
-    return vk.FeatureDistiller(student or ViT(), teacher or CNN(), list(pairs), **options)
-
-
-def outputs_of(model, names, *args):
-    """The definition of a tap: hooks of the test's own."""
-    found = {}
-    handles = [
-        model.get_submodule(n).register_forward_hook(lambda _, __, y, n=n: found.__setitem__(n, y)) for n in names
-    ]
-    model(*args)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def hooks_on(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def gradients(module, loss):
-    module.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def loss_like(distiller, name, s, t, **options):
-    """An OrthoProjLoss of its own with the projection of that pair."""
-    module = vk.OrthoProjLoss(s, t, **options)
-    module.projection.weight = distiller.projection(name).detach()
-    return module
-
+from tests.helpers.distillers import (
+    CNN,
+    IMAGES,
+    SEVERAL,
+    TOKENS_TO_MAP,
+    TextModel,
+    ViT,
+    gradients,
+    hooks_on,
+    loss_like,
+    make,
+    outputs_of,
+)
+from vkd_kernels import parametrization, projection
 
 # -------------------------------------------------------------------------------------------------- poolings and masks
 
@@ -212,7 +112,7 @@ def test_a_fully_masked_batch_is_zero_with_zero_gradients():
     nothing = torch.zeros(5, dtype=torch.bool)
     _, losses = distiller(torch.full_like(IMAGES, torch.nan), masks={"norm->relu": nothing, "logits": nothing})
     assert losses["total"] == 0
-    assert not any(g.any() for name, g in gradients(distiller, losses["total"]).items() if "projections" in name)
+    assert not any(g.any() for name, g in gradients(distiller, losses["total"]).items() if "pair_losses" in name)
 
 
 def test_text_models_with_attention_masks():
@@ -254,14 +154,6 @@ def test_maps_of_other_sizes_are_resampled_on_request(resample):
 
 # -------------------------------------------------------------------------------------- several pairs, one Cayley call
 
-SEVERAL = [
-    {**TOKENS_TO_MAP, "name": "a", "weight": 2.0, "loss": "mse", "scale": "match"},
-    {**TOKENS_TO_MAP, "name": "b", "student": "blocks.1", "weight": 0.5, "normalization": "batch_norm", "eps": 1e-2},
-    {**TOKENS_TO_MAP, "name": "c", "student": "embed", "student_pool": "spatial_mean", "teacher": "conv",
-     "scale": "learned", "weight": 0.0},
-    {**TOKENS_TO_MAP, "name": "wide", "student_pool": "class_token", "teacher": "fc", "teacher_pool": None,
-     "beta": 0.5, "scale": 3.0},
-]  # fmt: skip
 OPTIONS = {
     "a": {"loss": "mse", "scale": "match"}, "b": {"normalization": "batch_norm", "eps": 1e-2},
     "c": {"scale": "learned"}, "wide": {"beta": 0.5, "scale": 3.0},
@@ -270,14 +162,15 @@ OPTIONS = {
 
 def test_several_pairs_equal_separate_losses(monkeypatch):
     calls = []
-    monkeypatch.setattr(projection, "cayley", lambda w: calls.append(tuple(w.shape)) or vk.cayley(w))
+    for module in (projection, parametrization):
+        monkeypatch.setattr(module, "cayley", lambda w: calls.append(tuple(w.shape)) or vk.cayley(w))
     distiller = make(SEVERAL, logit_weight=0.3, temperature=2.0)
     assert set(distiller.state_dict()) - {f"student.{n}" for n in distiller.student.state_dict()} == {
-        "projections.10x6.unconstrained", "projections.10x6.map.signs", "projections.3x6.unconstrained",
-        "projections.3x6.map.signs", "scales.2",
-    }  # fmt: skip
+        *(f"pair_losses.[{n}].projection.{entry}" for n in OPTIONS for entry in ("unconstrained", "map.signs")),
+        "pair_losses.[c].scale",
+    }
     losses = distiller(IMAGES)[1]
-    assert sorted(calls) == [(1, 3, 6), (3, 10, 6)]  # one call per shape: T = 10 three times, T = 3 < S once
+    assert sorted(calls) == [(3, 6), (3, 10, 6)]  # one call per shape: T = 10 three times, T = 3 < S once
 
     student, teacher = copy.deepcopy(distiller.student), distiller.teacher
     modules = {n: loss_like(distiller, n, 6, 3 if n == "wide" else 10, **options) for n, options in OPTIONS.items()}
@@ -299,13 +192,16 @@ def test_several_pairs_equal_separate_losses(monkeypatch):
     want = gradients(student, total + expected["c"])
     for name, gradient in want.items():
         torch.testing.assert_close(got[f"student.{name}"], gradient)
-    stacked = torch.stack([modules[n].projection.unconstrained.grad for n in "abc"])
-    signs = torch.stack([modules[n].projection.map.signs for n in "abc"])
-    # Assigning P again may choose other signs, and so other coordinates: then gradients are not comparable.
-    same = (signs == distiller.projections["10x6"].map.signs).all(-1).flatten()
-    assert same.any()
-    torch.testing.assert_close(got["projections.10x6.unconstrained"][same], stacked[same], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(got["scales.2"], modules["c"].scale.grad)
+    compared = 0
+    for name in "abc":
+        # Assigning P again may choose other signs, and so other coordinates: then gradients are not comparable.
+        projection_, copied = distiller.pair_losses.of(name).projection, modules[name].projection
+        if torch.equal(projection_.map.signs, copied.map.signs):
+            gradient = got[f"pair_losses.[{name}].projection.unconstrained"]
+            torch.testing.assert_close(gradient, copied.unconstrained.grad, rtol=1e-4, atol=1e-6)
+            compared += 1
+    assert compared
+    torch.testing.assert_close(got["pair_losses.[c].scale"], modules["c"].scale.grad)
 
 
 def test_projections_start_orthonormal_and_differ():
@@ -316,6 +212,165 @@ def test_projections_start_orthonormal_and_differ():
     assert (p[0] - p[1]).abs().max() > 0.1
     with pytest.raises(ValueError, match="name must be one of 'a', 'b', 'c', 'wide'; got 'd'"):
         distiller.projection("d")
+
+
+# --------------------------------------------------------------------------------------- projections belong to names
+
+
+def equal_projections(ours, theirs, names):
+    return all(torch.equal(ours.projection(name), theirs.projection(name)) for name in names)
+
+
+def test_pairs_in_another_order_load_into_their_own_projections():
+    trained = make(SEVERAL)
+    resumed = make(SEVERAL[::-1])
+    resumed.load_state_dict(trained.state_dict())
+    assert equal_projections(resumed, trained, OPTIONS)
+    torch.testing.assert_close(resumed(IMAGES)[1]["c"], make_like(resumed, SEVERAL)(IMAGES)[1]["c"])
+
+
+def make_like(distiller, pairs):
+    other = make(pairs, distiller.student, distiller.teacher)
+    other.load_state_dict(distiller.state_dict(), strict=False)
+    return other
+
+
+def test_a_pair_of_equal_shape_added_to_a_checkpoint_leaves_the_others_alone():
+    trained = make(SEVERAL[1:])
+    more = make(SEVERAL)
+    keys = more.load_state_dict(trained.state_dict(), strict=False)
+    assert {key.split("]")[0] for key in keys.missing_keys} == {"pair_losses.[a"} and not keys.unexpected_keys
+    assert equal_projections(more, trained, ["b", "c", "wide"])
+
+
+AWKWARD = ["keys", "forward", "[a]", "a.b", "a%2Eb", "a%2eb", "%", "a->b", "training", "Block 3: Größe"]
+
+
+def test_names_with_dots_and_names_of_attributes_are_told_apart():
+    pairs = [{**TOKENS_TO_MAP, "name": name} for name in AWKWARD]
+    trained, resumed = make(pairs), make(pairs[::-1])
+    resumed.load_state_dict(trained.state_dict())
+    assert equal_projections(resumed, trained, AWKWARD)
+    assert dict(resumed.named_parameters()).keys() == dict(trained.named_parameters()).keys()
+    assert all(resumed.get_parameter(name) is parameter for name, parameter in resumed.named_parameters())
+    assert set(resumed(IMAGES)[1]) == {*AWKWARD, "total"}
+
+
+def saved_by_version_0_1(distiller, names):
+    """What distillers saved before projections had names: stacked by shape, scales by the pair's index."""
+    state = {key: value for key, value in distiller.state_dict().items() if key.startswith("student.")}
+    for shape in ("10x6", "3x6"):
+        of_shape = [distiller.pair_losses.of(n) for n in names if tuple(distiller.projection(n).shape) == SHAPES[shape]]
+        if of_shape:
+            state[f"projections.{shape}.unconstrained"] = torch.stack([p.projection.unconstrained for p in of_shape])
+            state[f"projections.{shape}.map.signs"] = torch.stack([p.projection.map.signs for p in of_shape])
+    for index, name in enumerate(names):
+        if isinstance(distiller.pair_losses.of(name).scale, nn.Parameter):
+            state[f"scales.{index}"] = distiller.pair_losses.of(name).scale.detach()
+    return state
+
+
+SHAPES = {"10x6": (10, 6), "3x6": (3, 6)}
+
+
+def test_checkpoints_of_version_0_1_load_where_shapes_say_which_pair_is_which():
+    pairs = [SEVERAL[3], SEVERAL[0]]
+    trained, resumed = make(pairs), make(pairs[::-1])
+    resumed.load_state_dict(saved_by_version_0_1(trained, ["wide", "a"]))
+    assert equal_projections(resumed, trained, ["a", "wide"])
+    inside = nn.ModuleDict({"distiller": make(pairs)})
+    state = saved_by_version_0_1(trained, ["wide", "a"])
+    inside.load_state_dict({f"distiller.{key}": value for key, value in state.items()})
+    assert equal_projections(inside["distiller"], trained, ["a", "wide"])
+
+
+def test_checkpoints_of_version_0_1_are_an_error_where_several_pairs_share_a_shape():
+    trained, resumed = make(SEVERAL), make(SEVERAL[::-1])
+    nn.init.constant_(trained.pair_losses.of("c").scale, 7.0)
+    state = saved_by_version_0_1(trained, ["a", "b", "c", "wide"])
+    before = copy.deepcopy(resumed.state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"which pair is which.*converted_state_dict\(state_dict, names\)"):
+            resumed.load_state_dict(state, strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in resumed.state_dict().items() if k.startswith("pair_losses"))
+    resumed.load_state_dict(resumed.converted_state_dict(state, ["a", "b", "c", "wide"]))
+    assert equal_projections(resumed, trained, OPTIONS) and resumed.pair_losses.of("c").scale == 7
+    with pytest.raises(ValueError, match=r"3x6.*1 projections, but of names these have the shape: \[\]"):
+        resumed.converted_state_dict(state, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="names must be one of 'wide', 'c', 'b', 'a'; got 'd'"):
+        resumed.converted_state_dict(state, ["a", "b", "d", "wide"])
+
+
+@pytest.mark.parametrize("kind", ["linear", "identity"])
+def test_projections_to_compare_with(kind):
+    pairs = [{**pair, "projection": kind} if pair["name"] in "ab" else pair for pair in SEVERAL]
+    distiller = make(pairs)
+    x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"][:, 1:].mean(1)
+    y = outputs_of(distiller.teacher, ["relu"], IMAGES)["relu"].mean((2, 3))
+    p = distiller.projection("a")
+    assert kind == "linear" or torch.equal(p, torch.eye(10, 6))
+    expected = vk.functional.ortho_proj_loss(x, y, p, scale=(10 / 6) ** 0.5, loss="mse")
+    torch.testing.assert_close(distiller(IMAGES)[1]["a"], expected)
+    spared = {id(p) for p in distiller.parameter_groups(weight_decay=0.1)[1]["params"]}
+    assert kind == "identity" or id(distiller.pair_losses.of("a").projection.weight) not in spared
+
+
+def test_pair_objects_serve_as_dicts_do():
+    assert make([vk.Pair(**pair) for pair in SEVERAL])(IMAGES)[1].keys() == make(SEVERAL)(IMAGES)[1].keys()
+
+
+# ------------------------------------------------------------------------------------------------------- denominators
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_accumulated_batches_of_unequal_length_have_the_gradient_of_the_whole(reduction):
+    """As Trainer accumulates: tokens of all micro-batches count alike, however they are spread."""
+    tokens = {"student": "norm", "student_pool": "tokens", "student_skip": 1, "teacher": "norm",
+              "teacher_pool": "tokens", "teacher_skip": 1}  # fmt: skip
+    pairs = [{**tokens, "name": "x"}, {**tokens, "name": "y", "loss": "mse", "scale": "match"}, CLASSES]
+    distiller = make(pairs, ViT(6), ViT(9), logit_weight=0.5)
+    mask = torch.arange(17) < torch.tensor([17, 3, 9, 2, 12])[:, None]
+    whole = distiller(IMAGES, masks={"x": mask, "y": mask})[1]
+    want = gradients(distiller, whole["total"])
+    kept = mask[:, 1:].sum()
+    rows = {"x": kept, "y": kept.item(), "head->head": 5, "logits": torch.tensor(5)}
+    distiller.zero_grad()
+    if reduction == "sum":
+        other = make(pairs, distiller.student, distiller.teacher, logit_weight=0.5, reduction="sum")
+        other.load_state_dict(distiller.state_dict())
+        distiller = other
+    sums = {}
+    for part in (slice(0, 2), slice(2, 5)):
+        masks = {"x": mask[part], "y": mask[part]}
+        options = {} if reduction == "sum" else {"total_rows": rows}
+        losses = distiller(IMAGES[part], masks=masks, **options)[1]
+        if reduction == "sum":
+            channels = {"x": 9, "y": 9, "head->head": 3, "logits": 1}
+            losses = {name: losses[name] / (rows[name] * channels[name]) for name in rows}
+            losses["total"] = sum(losses[name] for name in ("x", "y", "head->head")) + 0.5 * losses["logits"]
+        losses["total"].backward()
+        sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
+    torch.testing.assert_close(sums, {name: loss.detach() for name, loss in whole.items()})
+    for name, parameter in distiller.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
+
+
+CLASSES = {"student": "head", "teacher": "head"}
+
+
+def test_one_number_of_total_rows_serves_all_losses_and_bad_ones_are_refused():
+    distiller = make([CLASSES], logit_weight=1.0, teacher=ViT(9))
+    losses, tenth = distiller(IMAGES)[1], distiller(IMAGES, total_rows=50)[1]
+    for name, loss in losses.items():
+        torch.testing.assert_close(tenth[name], loss / 10)
+    with pytest.raises(ValueError, match="a key of total_rows must be one of 'head->head', 'logits'; got 'x'"):
+        distiller(IMAGES, total_rows={"x": 3})
+    with pytest.raises(ValueError, match="total_rows must be .*> 0; got 0"):
+        distiller(IMAGES, total_rows=0)
+    with pytest.raises(ValueError, match=r"total_rows must be a number or a 0-d tensor; got .*\(5,\)"):
+        distiller(IMAGES, total_rows=torch.ones(5))
+    with pytest.raises(ValueError, match="with reduction='sum' divide the losses"):
+        make([CLASSES], teacher=ViT(9), reduction="sum")(IMAGES, total_rows=5)
 
 
 def test_explicit_dims_need_no_example():
@@ -352,232 +407,6 @@ def test_logits_alone_with_masked_rows_and_entries():
         make([], TwoHeads(), logit_weight=1.0)(IMAGES)
     with pytest.raises(ValueError, match=r"same shape \(..., classes\); got \(5, 3\) and \(5, 4\)"):
         make([], teacher=CNN(classes=4), logit_weight=1.0)(IMAGES)
-
-
-# -------------------------------------------------------------------------------------------------- the frozen teacher
-
-
-def test_the_teacher_is_frozen_and_apart():
-    teacher = CNN()
-    distiller = make(teacher=teacher)
-    assert distiller.teacher is teacher
-    assert not any(p.requires_grad for p in teacher.parameters())
-    before = copy.deepcopy(teacher.state_dict())
-    distiller.train()
-    distiller(IMAGES)
-    assert not teacher.training
-    teacher.train()  # even so
-    distiller(IMAGES)
-    assert not teacher.training and distiller.student.training
-    recording = []
-    teacher.fc.register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
-    distiller(IMAGES.clone().requires_grad_())
-    assert recording == [False]
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    ids = {id(p) for p in teacher.parameters()}
-    assert not ids & {id(p) for p in distiller.parameters()}
-    assert all(name.startswith(("student.", "projections.")) for name in distiller.state_dict())
-
-
-def test_the_teacher_keeps_its_dtype_and_follows_the_device():
-    distiller = make(teacher=CNN().bfloat16())
-    assert distiller(IMAGES)[1]["total"].dtype == torch.float32  # images are cast for it
-    distiller.to(torch.float64)
-    assert {p.dtype for p in distiller.teacher.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in distiller.parameters()} == {torch.float64}
-    assert distiller(IMAGES.double())[1]["total"].dtype == torch.float64
-    distiller.to("meta")
-    assert {p.device.type for p in (*distiller.parameters(), *distiller.teacher.parameters())} == {"meta"}
-
-
-def test_16_bit_students_have_float32_projections():
-    distiller = make(student=ViT().bfloat16(), example_input=IMAGES[:1].bfloat16())
-    assert distiller.projection("norm->relu").dtype == torch.float32
-    assert distiller(IMAGES.bfloat16())[1]["total"].isfinite()
-
-
-def test_another_input_for_the_teacher():
-    """Another resolution, as a tensor, a tuple or keywords; the example as well. It is cast for the teacher."""
-    large = F.interpolate(IMAGES, scale_factor=2)
-    for given in (large, (large,), {"images": large}):
-        options = {"example_input": IMAGES, "example_teacher_input": given, "logit_weight": 1.0}
-        distiller = make(teacher=CNN().bfloat16(), **options).eval()
-        output, losses = distiller(IMAGES, teacher_input=given)
-        torch.testing.assert_close(output, distiller.student(IMAGES))
-        x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"]
-        found = outputs_of(distiller.teacher, ["relu", "fc"], large.bfloat16())
-        expected = loss_like(distiller, "norm->relu", 6, 10)(x[:, 1:].mean(1), found["relu"].mean((2, 3)))
-        torch.testing.assert_close(losses["norm->relu"], expected)
-        expected = F.kl_div(F.log_softmax(output, 1), F.softmax(found["fc"].float(), 1), reduction="batchmean")
-        torch.testing.assert_close(losses["logits"], expected)
-
-
-def test_stored_outputs_of_the_teacher():
-    """The teacher is then what returns what it is given: features of one tap, or of several with the logits."""
-    running = make(SEVERAL, logit_weight=0.5)
-    stored = outputs_of(running.teacher, ["relu", "conv", "fc"], IMAGES)
-
-    class Stored(nn.Module):
-        def forward(self, **outputs):
-            return outputs
-
-    pairs = [{**pair, "teacher": "", "teacher_output": pair["teacher"]} for pair in SEVERAL]
-    options = {"logit_weight": 0.5, "teacher_logits": "fc", "example_input": IMAGES, "example_teacher_input": stored}
-    distiller = make(pairs, running.student, Stored(), **options)
-    distiller.load_state_dict(running.state_dict())
-    torch.testing.assert_close(distiller(IMAGES, teacher_input=stored), running(IMAGES))
-
-    pair = {**TOKENS_TO_MAP, "teacher": "", "dims": (6, 10), "name": "a"}
-    alone = make([pair], running.student, nn.Identity(), example_input=None)
-    got = alone(IMAGES, teacher_input=stored["relu"])[1]["a"]
-    expected = loss_like(alone, "a", 6, 10)(
-        outputs_of(alone.student, ["norm"], IMAGES)["norm"][:, 1:].mean(1), stored["relu"].mean((2, 3))
-    )
-    torch.testing.assert_close(got, expected)
-
-
-# ----------------------------------------------------------------------------------------------------- the meta device
-
-
-def test_built_on_the_meta_device():
-    with torch.device("meta"):
-        distiller = make(SEVERAL, example_input=torch.empty(1, 3, 8, 8))
-    assert all(p.is_meta for p in (*distiller.parameters(), *distiller.teacher.parameters(), *distiller.buffers()))
-    distiller.to_empty(device="cpu")
-    models = ViT(), CNN()
-    distiller.student.load_state_dict(models[0].state_dict())
-    distiller.teacher.load_state_dict(models[1].state_dict())  # undefined till now, as the student's
-    for tensor in (*distiller.projections.parameters(), *distiller.projections.buffers(), *distiller.scales.values()):
-        nn.init.constant_(tensor, torch.nan)  # what to_empty() may leave
-    distiller.reset_parameters()
-    for name in ("a", "b", "c", "wide"):
-        p = distiller.projection(name)
-        torch.testing.assert_close(vk.diagnostics.orthogonality_error(p).item(), 0.0, rtol=0, atol=1e-5)
-    assert distiller.scales["2"].item() == pytest.approx((10 / 6) ** 0.5)
-    built = make(SEVERAL, *models)
-    built.load_state_dict(distiller.state_dict())
-    torch.testing.assert_close(distiller(IMAGES)[1], built(IMAGES)[1])
-
-
-def test_a_teacher_with_weights_keeps_them_when_the_student_starts_on_the_meta_device():
-    with torch.device("meta"):
-        student = ViT()
-    teacher = CNN()
-    before = copy.deepcopy(teacher.state_dict())
-    example = torch.empty(1, 3, 8, 8, device="meta")
-    distiller = make(student=student, teacher=teacher, example_input=example, example_teacher_input=IMAGES[:1])
-    assert distiller.projections["10x6"].unconstrained.is_meta
-    distiller.to_empty(device="cpu").reset_parameters()
-    distiller.student.load_state_dict(ViT().state_dict())
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert distiller(IMAGES)[1]["total"].isfinite()
-
-
-def test_reset_parameters_leaves_the_models_alone():
-    distiller = make(SEVERAL)
-    before = copy.deepcopy(distiller.state_dict())
-    nn.init.zeros_(distiller.scales["2"])
-    distiller.reset_parameters()
-    after = distiller.state_dict()
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed - {name for name in changed if name.endswith("map.signs")} == {
-        "projections.10x6.unconstrained", "projections.3x6.unconstrained"
-    }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------- hooks
-
-
-def test_hooks_are_gone_after_each_pass_also_a_failed_one():
-    distiller = make()
-    for model in (distiller.student, distiller.teacher):
-        distiller(IMAGES)
-        assert hooks_on(model) == 0
-        with pytest.raises(RuntimeError):
-            distiller(torch.randn(2, 7, 8, 8))
-        assert hooks_on(model) == 0
-    distiller(IMAGES)
-
-
-def test_attached_hooks_stay_until_removed_and_do_nothing_outside():
-    distiller = make()
-    expected = distiller(IMAGES)[1]["total"]
-    with distiller:
-        assert hooks_on(distiller.student) == hooks_on(distiller.teacher) == 1
-        distiller.student(IMAGES)  # validation between steps is not seen
-        torch.testing.assert_close(distiller(IMAGES)[1]["total"], expected)
-        twin = copy.deepcopy(distiller)
-        torch.testing.assert_close(twin(IMAGES)[1]["total"], expected)
-        twin.remove()
-        assert hooks_on(twin.student) == hooks_on(twin.teacher) == 0 and hooks_on(distiller.student) == 1
-    assert hooks_on(distiller.student) == hooks_on(distiller.teacher) == 0
-    assert distiller.attach().attach() is distiller and hooks_on(distiller.student) == 1
-    distiller.remove()
-    assert hooks_on(distiller.student) == 0
-
-
-def test_modules_that_run_twice_or_never_are_refused():
-    class Twice(ViT):
-        def forward(self, images):
-            return super().forward(images) + super().forward(images)
-
-    with pytest.raises(RuntimeError, match=r"'norm->relu': the output of student module 'norm'.*ran 2 times"):
-        make(student=Twice())
-    with pytest.raises(RuntimeError, match="student module 'blocks'.*ran 0 times"):
-        student = ViT()
-        student.blocks.forward = None
-        student.norm = nn.Sequential(nn.LayerNorm(6), nn.Identity())
-        student.norm.add_module("unused", nn.Identity())
-        student.forward = lambda images: student.norm(student.embed(images).flatten(2).mT)
-        make([{**TOKENS_TO_MAP, "student": "blocks"}], student)
-
-
-def test_features_changed_in_place_are_refused():
-    with pytest.raises(RuntimeError, match="teacher module 'bn' was changed in place afterwards"):
-        make([{**TOKENS_TO_MAP, "teacher": "bn"}])
-
-
-# ---------------------------------------------------------------------------------------------------------- optimisers
-
-
-def test_parameter_groups():
-    student = ViT()
-    student.head.weight.requires_grad_(False)
-    distiller = make(SEVERAL, student)
-    decayed, spared = distiller.parameter_groups(weight_decay=0.05)
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
-    names = {id(p): name for name, p in distiller.named_parameters()}
-    assert {names[id(p)] for p in decayed["params"]} == {
-        "student.embed.weight", "student.blocks.0.0.weight", "student.blocks.1.0.weight"
-    }  # fmt: skip
-    trained = {name for name, p in distiller.named_parameters() if p.requires_grad}
-    assert {names[id(p)] for g in (decayed, spared) for p in g["params"]} == trained
-    assert len(decayed["params"]) + len(spared["params"]) == len(trained)
-    assert distiller.no_weight_decay() == {
-        "student.cls_token", "scales.2", "projections.10x6.unconstrained", "projections.3x6.unconstrained"
-    }  # fmt: skip
-    torch.optim.AdamW([decayed, spared])
-
-
-def test_training_with_accumulated_gradients_brings_the_loss_down():
-    distiller = make(SEVERAL, logit_weight=1.0)
-    optimizer = torch.optim.AdamW(distiller.parameter_groups(weight_decay=0.05), lr=1e-2)
-    totals = []
-    for _ in range(30):
-        for part in IMAGES.split(3):
-            total = distiller(part)[1]["total"] * len(part) / len(IMAGES)
-            total.backward()
-        totals.append(total.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert totals[-1] < 0.8 * totals[0]
-    whole = make([TOKENS_TO_MAP], logit_weight=1.0).eval()
-    want = gradients(whole, whole(IMAGES)[1]["total"])
-    whole.zero_grad()
-    for part in IMAGES.split(3):
-        (whole(part)[1]["total"] * len(part) / len(IMAGES)).backward()
-    for name, parameter in whole.named_parameters():
-        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -623,13 +452,14 @@ def test_bad_pairs(pair, error, message):
          ValueError, "example_teacher_input needs an example_input"),
         ({"pairs": [TOKENS_TO_MAP, TOKENS_TO_MAP]}, ValueError, "names of their own.*'norm->relu', 'norm->relu'"),
         ({"pairs": []}, ValueError, "there must be a loss"),
-        ({"pairs": ["norm", "relu"]}, TypeError, "pairs must be a list of dicts with the fields of Pair; got list"),
+        ({"pairs": ["norm", "relu"]}, TypeError, "list of dicts with the fields of Pair, or of Pairs; got list"),
         ({"teacher": "resnet50"}, TypeError, "teacher must be a torch.nn.Module; got str 'resnet50'"),
+        ({"reduction": "none"}, ValueError, "reduction must be one of 'mean', 'sum'; got 'none'"),
         ({"temperature": 0}, ValueError, "temperature must be .*> 0; got 0"),
         ({"logit_weight": "1"}, TypeError, "logit_weight must be a number"),
         ({"process_group": "world"}, TypeError, "process_group must be None or"),
         ({"backend": "cuda"}, ValueError, "backend must be None or one of"),
-        ({"dtype": torch.bfloat16}, TypeError, "float32, float64"),
+        ({"dtype": torch.bfloat16}, TypeError, "None, float32 or float64"),
     ],
 )  # fmt: skip
 def test_bad_options(options, error, message):
@@ -652,142 +482,3 @@ def test_bad_masks_and_shared_parameters():
     with pytest.raises(ValueError, match="teacher must share no parameter with student"):
         student = ViT()
         make(student=student, teacher=student)
-
-
-# ----------------------------------------------------------------------------------------------- the loops people have
-
-
-def test_copies_pickles_and_state_dicts():
-    distiller = make(SEVERAL, logit_weight=1.0)
-    expected = distiller(IMAGES)[1]["total"]
-    other = make(SEVERAL, teacher=distiller.teacher, logit_weight=1.0)
-    nn.init.normal_(other.projections["10x6"].unconstrained)
-    stream = io.BytesIO()
-    torch.save(distiller.state_dict(), stream)
-    stream.seek(0)
-    other.load_state_dict(torch.load(stream, weights_only=True))
-    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller)), other):
-        assert torch.equal(twin(IMAGES)[1]["total"], expected)
-    twin = copy.deepcopy(distiller)
-    gradients(twin, twin(IMAGES)[1]["total"])
-    assert twin.teacher is not distiller.teacher and all(p.grad is None for p in distiller.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    distiller = make([{**TOKENS_TO_MAP, "normalization": "none"}], logit_weight=1.0)
-    expected = distiller(IMAGES)[1]
-    with torch.autocast("cpu", dtype=dtype):
-        output, losses = distiller(IMAGES)
-        p = distiller.projection("norm->relu")
-    assert output.dtype == dtype and p.dtype == torch.float32
-    torch.testing.assert_close(p.T @ p, torch.eye(6), rtol=0, atol=1e-5)
-    for name, loss in losses.items():
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0.01)
-    assert all(g.isfinite().all() for g in gradients(distiller, losses["total"]).values())
-
-
-@pytest.mark.parametrize("full_graph", [False, True])
-def test_compile(full_graph):
-    """With the hooks attached all of it is one graph; without, putting them on is the one break before that graph."""
-    torch._dynamo.reset()
-    distiller = make(SEVERAL, logit_weight=1.0)
-    output, losses = distiller(IMAGES)
-    want = gradients(distiller, losses["total"])
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    if full_graph:
-        distiller.attach()
-    compiled = torch.compile(distiller, backend=backend, fullgraph=full_graph)
-    for _ in range(10):  # recompilation in every step would end in an error of Dynamo's or in eager mode
-        got, compiled_losses = compiled(IMAGES)
-    assert len(graphs) == 1
-    torch.testing.assert_close(got, output)
-    torch.testing.assert_close(compiled_losses, losses)
-    for name, gradient in gradients(distiller, compiled_losses["total"]).items():
-        torch.testing.assert_close(gradient, want[name])
-    distiller.remove()
-    assert hooks_on(distiller.student) == hooks_on(distiller.teacher) == 0
-
-
-def test_compiled_models_inside():
-    torch._dynamo.reset()
-    distiller = make()
-    expected = distiller(IMAGES)[1]["total"]
-    distiller.student = torch.compile(distiller.student, backend="aot_eager")
-    torch.testing.assert_close(distiller(IMAGES)[1]["total"], expected)
-    assert distiller.no_weight_decay() == {"student._orig_mod.cls_token", "projections.10x6.unconstrained"}
-
-
-def test_activation_checkpointing():
-    class Checkpointed(ViT):
-        def forward(self, images):
-            return checkpoint(super().forward, images, use_reentrant=False)
-
-    want, got = make(), make(student=Checkpointed())
-    got.load_state_dict(want.state_dict())
-    got.teacher.load_state_dict(want.teacher.state_dict())
-    want = gradients(want, want(IMAGES)[1]["total"])
-    got = gradients(got, got(IMAGES)[1]["total"])
-    assert want.keys() == got.keys()
-    for name, gradient in want.items():
-        torch.testing.assert_close(got[name], gradient)
-
-
-def test_functional_call_and_inference_mode():
-    distiller, other = make(), make()
-    nn.init.normal_(other.projections["10x6"].unconstrained)
-    got = torch.func.functional_call(distiller, dict(other.named_parameters()), (IMAGES,))[1]["total"]
-    torch.testing.assert_close(got, other(IMAGES)[1]["total"])
-    with torch.inference_mode():
-        torch.testing.assert_close(distiller(IMAGES)[1]["total"], make()(IMAGES)[1]["total"])
-
-
-# ----------------------------------------------------------------------------------------------------------- two ranks
-
-IN_RANKS = [
-    {**TOKENS_TO_MAP, "name": "a", "scale": "learned"},
-    {**TOKENS_TO_MAP, "name": "b", "student": "blocks.1", "normalization": "batch_norm", "weight": 0.5, "eps": 1e-2},
-    {"student": "head", "teacher": "fc", "name": "c", "normalization": "whiten", "eps": 1e-1},
-]
-
-
-def double(group=None):
-    torch.manual_seed(0)
-    images = IMAGES.double()
-    options = {"logit_weight": 0.7, "temperature": 2.0, "example_input": images[:1], "process_group": group}
-    return make(IN_RANKS, ViT().double(), CNN().double(), **options), images
-
-
-def sharded(module):
-    for block in module.student.blocks:
-        fully_shard(block)
-    return fully_shard(module)
-
-
-def worker(rank):
-    whole, images = double()
-    mask = torch.tensor([True, True, False, True, True])
-    expected = whole(images, masks={"a": mask, "logits": mask})[1]
-    want = gradients(whole, expected["total"])
-    mine = slice(0, 2) if rank == 0 else slice(2, 5)
-    for wrap in (DistributedDataParallel, sharded):
-        module, _ = double(dist.group.WORLD)
-        ranks = wrap(module)  # kept, for it holds what reduces the gradients
-        losses = ranks(images[mine], masks={"a": mask[mine], "logits": mask[mine]})[1]
-        torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
-        got = gradients(module, losses["total"])
-        assert got.keys() == want.keys()
-        for name, gradient in want.items():
-            whole_gradient = got[name].full_tensor() if wrap is sharded else got[name]
-            torch.testing.assert_close(whole_gradient, gradient, rtol=1e-8, atol=1e-11)
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_two_ranks_equal_one_process(tmp_path):
-    processes.run_ranks(worker, tmp_path)

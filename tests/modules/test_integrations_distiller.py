@@ -1,6 +1,6 @@
 """FeatureDistiller with the real libraries: timm, torchvision, transformers, Lightning; EMA, GradScaler, export.
 
-Its own behaviour, compiled, checkpointed, copied, on two ranks: test_distiller.py. docs/integrations.md is the table.
+Its own behavior: test_distiller*.py. docs/integrations.md is the table.
 """
 
 import copy
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.distillers import CNN, IMAGES, ViT, gradients, hooks_on, loss_like, make
 from tests.helpers.stacks import orthogonality_error
-from tests.modules.test_distiller import CNN, IMAGES, ViT, gradients, hooks_on, loss_like, make
 from tests.modules.test_integrations import averaged_by_timm, averaged_by_torch
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.modules.test_distiller import IMAGES, TOKENS_TO_MAP, make
+from tests.helpers.distillers import IMAGES, TOKENS_TO_MAP, make
 from vkd_kernels import cli
 from vkd_kernels.recipes import inspect
 from vkd_kernels.recipes.runs import RunError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..taps import Pair
+from ..pairs import Pair
 from .manifest import (
     MANIFEST,
     OWN_FILE,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .. import _version
-from ..taps import Pair
+from ..pairs import Pair
 
 FORMAT = "vkd_kernels feature store 1"
 MANIFEST, PROBE = "store.json", "probe.safetensors"

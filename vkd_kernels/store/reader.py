@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..ops import checks
-from ..taps import Pair
+from ..pairs import Pair
 from .manifest import Manifest, StoredTap, missing_shards, shard_path
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..ops import checks
-from ..taps import Pair, Tap, as_arguments, cast, find_module
+from ..pairs import Pair
+from ..taps import Tap, as_arguments, cast, find_module
 from .manifest import StoredTap, tap_keys
 from .options import Options
 
