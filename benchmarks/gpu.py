@@ -24,7 +24,7 @@ from benchmarks import records
 TOTAL_S = 470
 PREFIX = records.ROOT / "build" / "gpu-prefix"  # pip's own bookkeeping; the extension lands in vkd_kernels/
 # Small shapes that together launch every kernel: the sanitizer is some hundred times slower than the GPU.
-KERNEL_TESTS = [f"tests/test_ortho_proj_loss_{part}.py" for part in ("triton", "levels", "orthonormal")]
+KERNEL_TESTS = [f"tests/ops/test_ortho_proj_loss_{part}.py" for part in ("triton", "levels", "orthonormal")]
 SANITIZED = [
     "tests/ops/test_cayley_cuda.py::TestOnTheGPU::test_every_kernel",
     "tests/ops/test_ortho_proj_loss_triton.py::test_strided_inputs",

@@ -42,13 +42,12 @@ struct Tile {
   template <class Ctx, class F>
   VKD_HD void each(const Ctx& ctx, F f) {
     const int tx = unsigned(ctx.tid()) % S::TX, ty = unsigned(ctx.tid()) / S::TX;
-    VKD_UNROLL for (int r = 0; r < S::TM; ++r)
-      VKD_UNROLL for (int c = 0; c < S::TN; ++c) f(r * S::TY + ty, c * S::TX + tx, v[r][c]);
+    VKD_UNROLL for (int r = 0; r < S::TM; ++r) VKD_UNROLL for (int c = 0; c < S::TN; ++c)
+        f(r * S::TY + ty, c * S::TX + tx, v[r][c]);
   }
 
   VKD_HD void zero() {
-    VKD_UNROLL for (int r = 0; r < S::TM; ++r)
-      VKD_UNROLL for (int c = 0; c < S::TN; ++c) v[r][c] = 0.0;
+    VKD_UNROLL for (int r = 0; r < S::TM; ++r) VKD_UNROLL for (int c = 0; c < S::TN; ++c) v[r][c] = 0.0;
   }
 };
 
@@ -63,8 +62,8 @@ VKD_HD void multiply_add(const Ctx& ctx, Tile<S>& tile, double sign, const doubl
     double a[S::TM], b[S::TN];
     VKD_UNROLL for (int r = 0; r < S::TM; ++r) a[r] = sign * A[(r * S::TY + ty) * S::LD + k];
     VKD_UNROLL for (int c = 0; c < S::TN; ++c) b[c] = B[k * S::LD + c * S::TX + tx];
-    VKD_UNROLL for (int r = 0; r < S::TM; ++r)
-      VKD_UNROLL for (int c = 0; c < S::TN; ++c) tile.v[r][c] = fma(a[r], b[c], tile.v[r][c]);
+    VKD_UNROLL for (int r = 0; r < S::TM; ++r) VKD_UNROLL for (int c = 0; c < S::TN; ++c) tile.v[r][c] =
+        fma(a[r], b[c], tile.v[r][c]);
   }
 }
 
@@ -113,8 +112,8 @@ VKD_HD void accumulate(Ctx& ctx, double* smem, Tile<S>& tile, int k_begin, int k
       double x[S::TM], y[S::TN];
       VKD_UNROLL for (int r = 0; r < S::TM; ++r) x[r] = A[k * S::LD + r * S::TY + ty];
       VKD_UNROLL for (int c = 0; c < S::TN; ++c) y[c] = B[k * S::LD + c * S::TX + tx];
-      VKD_UNROLL for (int r = 0; r < S::TM; ++r)
-        VKD_UNROLL for (int c = 0; c < S::TN; ++c) tile.v[r][c] = fma(x[r], y[c], tile.v[r][c]);
+      VKD_UNROLL for (int r = 0; r < S::TM; ++r) VKD_UNROLL for (int c = 0; c < S::TN; ++c) tile.v[r][c] =
+          fma(x[r], y[c], tile.v[r][c]);
     }
     buffer ^= 1;
   }
@@ -198,9 +197,13 @@ VKD_HD void factor(Ctx& ctx, double* smem, Tile<S>& tile) {
 
 // Elements of the factors' inverses, from where factor() and the elimination keep them; (i, j) in the whole matrix.
 template <class Load>
-VKD_HD double upper_inverse(int i, int j, Load packed) { return i <= j ? packed(i, j) : 0.0; }
+VKD_HD double upper_inverse(int i, int j, Load packed) {
+  return i <= j ? packed(i, j) : 0.0;
+}
 template <class Load>
-VKD_HD double lower_inverse(int i, int j, Load packed) { return i > j ? packed(i, j) : i == j ? 1.0 : 0.0; }
+VKD_HD double lower_inverse(int i, int j, Load packed) {
+  return i > j ? packed(i, j) : i == j ? 1.0 : 0.0;
+}
 
 // tile <- tile^-1 = U^-1 L^-1, for a matrix of one tile. smem: S::INVERT_SMEM. Sync before using it again.
 template <class S, class Ctx>
@@ -235,7 +238,7 @@ struct PanelStep {
   template <class Ctx, class Load, class Store>
   VKD_HD static void run(Ctx& ctx, double* smem, int k, int bi, int bj, Load load, Store store) {
     constexpr int B = S::TILE;
-    double* upper = smem;              // U^-1
+    double* upper = smem;               // U^-1
     double* lower = upper + B * S::LD;  // L^-1
     double* left = lower + B * S::LD;   // A_ik, then C
     double* above = left + B * S::LD;   // A_kj, then T
@@ -273,11 +276,16 @@ struct PanelStep {
         if (!pivot_col) multiply(ctx, work, lower, above), ctx.sync(), keep(work, above);
         if (!pivot_row) multiply(ctx, work, left, upper), ctx.sync(), keep(work, left);
         ctx.sync();
-        if (pivot_row && bj < k) out = work;
-        else if (pivot_row) multiply(ctx, out, upper, above);
-        else if (pivot_col && bi < k) out.each(ctx, [&](int i, int j, double& v) { v = -left[i * S::LD + j]; });
-        else if (pivot_col) out.zero(), multiply_add<S>(ctx, out, -1.0, left, lower);
-        else multiply_add<S>(ctx, out, -1.0, left, above);
+        if (pivot_row && bj < k)
+          out = work;
+        else if (pivot_row)
+          multiply(ctx, out, upper, above);
+        else if (pivot_col && bi < k)
+          out.each(ctx, [&](int i, int j, double& v) { v = -left[i * S::LD + j]; });
+        else if (pivot_col)
+          out.zero(), multiply_add<S>(ctx, out, -1.0, left, lower);
+        else
+          multiply_add<S>(ctx, out, -1.0, left, above);
       }
     }
     if (bi == k + 1 && bj == k + 1) factor<S>(ctx, scratch, out);

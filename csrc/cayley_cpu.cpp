@@ -1,4 +1,5 @@
-// The Cayley transform on the CPU, on PyTorch's matrix products (vkd_kernels/ops/cayley/reference.py is the definition).
+// The Cayley transform on the CPU, on PyTorch's matrix products (vkd_kernels/ops/cayley/reference.py is the
+// definition).
 //
 //   forward    M = I + U - U^T + V^T V,  R = M^-1,  Q = [2R - I; -2 V R]          all in float64
 //   backward   dR = 2 (G1 - V^T G2),     dM = -R^T dR R^T                          S x S, float64
@@ -113,8 +114,10 @@ void forward(const Tensor& weight, const Tensor& q, const Tensor& r) {
         m(i, j) = i == j ? 1.0 + sum : sum + skew;
       });
       // sym(M) >= I: never singular, so LAPACK's status needs no look.
-      if (side_by_side) inverse(m, inverted);
-      else r[z].copy_(std::get<0>(at::linalg_inv_ex(memory)));
+      if (side_by_side)
+        inverse(m, inverted);
+      else
+        r[z].copy_(std::get<0>(at::linalg_inv_ex(memory)));
       const Matrix<T> q1 = mutable_matrix<T>(q, z);
       for (int64_t i = 0; i < s; ++i)
         for (int64_t j = 0; j < s; ++j) q1(i, j) = T(2.0 * inverted(i, j) - (i == j ? 1.0 : 0.0));
@@ -189,8 +192,10 @@ std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
   const Tensor w = as_batch(weight);
   const Tensor q = at::empty(w.sizes(), w.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor r = empty_float64({w.size(0), w.size(2), w.size(2)});
-  if (w.scalar_type() == at::kFloat) forward<float>(w, q, r);
-  else forward<double>(w, q, r);
+  if (w.scalar_type() == at::kFloat)
+    forward<float>(w, q, r);
+  else
+    forward<double>(w, q, r);
   return {q.view(weight.sizes()), r.view(r_sizes(weight))};
 }
 
@@ -198,8 +203,10 @@ Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor&
   check_gradient(grad_q, weight, r);
   const Tensor w = as_batch(weight);
   const Tensor grad = at::empty(w.sizes(), w.options().memory_format(at::MemoryFormat::Contiguous));
-  if (w.scalar_type() == at::kFloat) backward<float>(as_batch(grad_q), w, as_batch(r), grad);
-  else backward<double>(as_batch(grad_q), w, as_batch(r), grad);
+  if (w.scalar_type() == at::kFloat)
+    backward<float>(as_batch(grad_q), w, as_batch(r), grad);
+  else
+    backward<double>(as_batch(grad_q), w, as_batch(r), grad);
   return grad.view(weight.sizes());
 }
 

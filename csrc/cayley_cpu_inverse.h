@@ -1,8 +1,8 @@
 // The inverse of one matrix on one thread: block elimination with row exchanges, on PyTorch's matrix products.
 //
-// For the matrices of a batch, side by side on PyTorch's threads. LAPACK can't do that: MKL's LU (seen with PyTorch 2.14)
-// may hang inside a parallel region. On one thread it is also slower than this; where one large matrix has all threads
-// to itself it is faster.
+// For the matrices of a batch, side by side on PyTorch's threads. LAPACK can't do that: MKL's LU (seen with
+// PyTorch 2.14) may hang inside a parallel region. On one thread it is also slower than this; where one large matrix
+// has all threads to itself it is faster.
 #pragma once
 #include <ATen/ops/empty.h>
 
@@ -16,7 +16,7 @@
 namespace vkd::cayley {
 
 class Inverse {
- public:
+public:
   explicit Inverse(int64_t n)
       : n_(n),
         panel_(std::min<int64_t>(n, 32)),
@@ -62,7 +62,7 @@ class Inverse {
     }
   }
 
- private:
+private:
   // row <- row - factor · other, in columns [begin, end)
   static void subtract(double* __restrict row, double factor, const double* __restrict other, int64_t begin,
                        int64_t end) {

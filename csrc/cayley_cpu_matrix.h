@@ -95,7 +95,8 @@ void share(int64_t pieces, int64_t multiplications, bool side_by_side, Work work
   // A single piece has one thread to itself, as each of many has, only inside a parallel region: of two, one empty.
   if (side_by_side && pieces * multiplications >= WORTH_THREADS)
     at::parallel_for(0, std::max<int64_t>(pieces, 2), 1, run);
-  else run(0, pieces);
+  else
+    run(0, pieces);
 }
 
 }  // namespace vkd::cayley

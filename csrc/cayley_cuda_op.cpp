@@ -19,9 +19,7 @@ namespace {
 using at::Tensor;
 namespace cayley = vkd::cayley;
 
-cayley::MatrixBatch strided(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
+cayley::MatrixBatch strided(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Tensor empty_float64(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().dtype(at::kDouble));
@@ -42,8 +40,10 @@ std::tuple<Tensor, Tensor> cayley_forward(const Tensor& weight) {
                                         workspace.mutable_data_ptr<double>(), batch, t, s,
                                         c10::cuda::getCurrentCUDAStream()));
   };
-  if (weight.scalar_type() == at::kFloat) run(q.mutable_data_ptr<float>());
-  else run(q.mutable_data_ptr<double>());
+  if (weight.scalar_type() == at::kFloat)
+    run(q.mutable_data_ptr<float>());
+  else
+    run(q.mutable_data_ptr<double>());
   return {q, r};
 }
 
@@ -61,8 +61,10 @@ Tensor cayley_backward(const Tensor& grad_q, const Tensor& weight, const Tensor&
                                          workspace.mutable_data_ptr<double>(), batch, t, s,
                                          c10::cuda::getCurrentCUDAStream()));
   };
-  if (weight.scalar_type() == at::kFloat) run(grad.mutable_data_ptr<float>());
-  else run(grad.mutable_data_ptr<double>());
+  if (weight.scalar_type() == at::kFloat)
+    run(grad.mutable_data_ptr<float>());
+  else
+    run(grad.mutable_data_ptr<double>());
   return grad;
 }
 

@@ -178,12 +178,11 @@ VKD_HD void grad_u_tiles(Ctx& ctx, double* smem, const Backward<T>& b, int64_t z
       ctx, smem, mirror, 0, b.s, [&](int i, int k) { return i0 + i < b.s ? b.R(z, i0 + i, k) : 0.0; },
       [&](int k, int j) { return j0 + j < b.s ? b.L(z, j0 + j, k) : 0.0; });
   mirror.each(ctx, [&](int, int, double& value) { value = -value; });
-  VKD_UNROLL for (int r = 0; r < S::TM; ++r)
-    VKD_UNROLL for (int c = 0; c < S::TN; ++c) {
-      const double forth = -direct.v[r][c], back = mirror.v[r][c];  // dM_ij, dM_ji
-      direct.v[r][c] = forth - back;
-      mirror.v[r][c] = forth + back;
-    }
+  VKD_UNROLL for (int r = 0; r < S::TM; ++r) VKD_UNROLL for (int c = 0; c < S::TN; ++c) {
+    const double forth = -direct.v[r][c], back = mirror.v[r][c];  // dM_ij, dM_ji
+    direct.v[r][c] = forth - back;
+    mirror.v[r][c] = forth + back;
+  }
   direct.each(ctx, [&](int i, int j, double value) {
     if (i0 + i >= b.s || j0 + j >= b.s) return;
     b.grad_weight[(z * b.t + i0 + i) * b.s + j0 + j] = T(value);
@@ -310,7 +309,9 @@ struct PanelKernel {
     PanelStep<S>::run(
         ctx, smem, k, int(block / tiles % tiles), int(block % tiles),
         // M padded with the identity stays padded with the identity, so the padding is never stored.
-        [&](int i, int j) { return i < s && j < s ? in[int64_t(i) * s + j] : i == j ? 1.0 : 0.0; },
+        [&](int i, int j) { return i < s && j < s ? in[int64_t(i) * s + j]
+                                   : i == j       ? 1.0
+                                                  : 0.0; },
         [&](int i, int j, double value) {
           if (i < s && j < s) out[int64_t(i) * s + j] = value;
         });
@@ -437,10 +438,10 @@ struct SmallBackwardKernel {
 
 // ---- The plan ----
 
-constexpr int PANEL = 32;     // pivots per launch of the elimination, and the smaller tile of the products
-constexpr int WIDE = 64;      // the larger tile: fewer reads per flop, for when there are enough tiles to fill the GPU
+constexpr int PANEL = 32;      // pivots per launch of the elimination, and the smaller tile of the products
+constexpr int WIDE = 64;       // the larger tile: fewer reads per flop, for when there are enough tiles to fill the GPU
 constexpr int SMALL_MAX = 64;  // the widest matrix that one team inverts alone
-constexpr int FILL = 128;     // teams that fill a GPU (108 to 148 SMs); a constant, for the same bits everywhere
+constexpr int FILL = 128;      // teams that fill a GPU (108 to 148 SMs); a constant, for the same bits everywhere
 
 // The thread grids of the GPU. 16: one warp; 32: 4 warps; 64: 8 warps, whose threads hold 4 x 4 elements each.
 template <int TILE>
@@ -495,8 +496,10 @@ void forward(Launch&& launch, Forward<T> f, double* workspace, int64_t batch) {
 
   if (f.parts > 0) {
     const int64_t wide = batch * f.parts * square_tiles(s, WIDE, true);
-    if (use_wide(wide)) launch(GramKernel<Wide, T>{f}, wide);
-    else launch(GramKernel<Narrow, T>{f}, batch * f.parts * square_tiles(s, PANEL, true));
+    if (use_wide(wide))
+      launch(GramKernel<Wide, T>{f}, wide);
+    else
+      launch(GramKernel<Narrow, T>{f}, batch * f.parts * square_tiles(s, PANEL, true));
   }
   if (s <= 16) {
     launch(SmallForwardKernel<Tiny, T>{f, all}, batch);
@@ -509,13 +512,17 @@ void forward(Launch&& launch, Forward<T> f, double* workspace, int64_t batch) {
     launch(FirstPanelKernel<Narrow, T>{f}, blocks);
     for (int k = 1; k < ceil_div(s, PANEL); ++k) launch(PanelKernel<Narrow>{f.r, f.other, s, k}, blocks);
     const int64_t wide = batch * square_tiles(s, WIDE, false);
-    if (use_wide(wide)) launch(InverseKernel<Wide, T>{f}, wide);
-    else launch(InverseKernel<Narrow, T>{f}, blocks);
+    if (use_wide(wide))
+      launch(InverseKernel<Wide, T>{f}, wide);
+    else
+      launch(InverseKernel<Narrow, T>{f}, blocks);
   }
   if (m > 0 && !all) {
     const int64_t wide = batch * ceil_div(m, WIDE) * ceil_div(s, WIDE);
-    if (use_wide(wide)) launch(Q2Kernel<Wide, T>{f}, wide);
-    else launch(Q2Kernel<Narrow, T>{f}, batch * ceil_div(m, PANEL) * ceil_div(s, PANEL));
+    if (use_wide(wide))
+      launch(Q2Kernel<Wide, T>{f}, wide);
+    else
+      launch(Q2Kernel<Narrow, T>{f}, batch * ceil_div(m, PANEL) * ceil_div(s, PANEL));
   }
 }
 
@@ -531,25 +538,36 @@ void backward(Launch&& launch, Backward<T> b, double* workspace, int64_t batch) 
   b.sym = b.gram + batch * b.parts * s * s;
 
   if (in_one_launch(batch, b.t, s)) {
-    if (s <= 16) launch(SmallBackwardKernel<Tiny, T>{b}, batch);
-    else if (s <= PANEL) launch(SmallBackwardKernel<Narrow, T>{b}, batch);
-    else launch(SmallBackwardKernel<Wide, T>{b}, batch);
+    if (s <= 16)
+      launch(SmallBackwardKernel<Tiny, T>{b}, batch);
+    else if (s <= PANEL)
+      launch(SmallBackwardKernel<Narrow, T>{b}, batch);
+    else
+      launch(SmallBackwardKernel<Wide, T>{b}, batch);
     return;
   }
   const int64_t wide = batch * square_tiles(s, WIDE, false), narrow = batch * square_tiles(s, PANEL, false);
   if (b.parts > 0) {
-    if (use_wide(wide * b.parts)) launch(GradGramKernel<Wide, T>{b}, wide * b.parts);
-    else launch(GradGramKernel<Narrow, T>{b}, narrow * b.parts);
+    if (use_wide(wide * b.parts))
+      launch(GradGramKernel<Wide, T>{b}, wide * b.parts);
+    else
+      launch(GradGramKernel<Narrow, T>{b}, narrow * b.parts);
   }
-  if (use_wide(wide)) launch(LeftKernel<Wide, T>{b}, wide);
-  else launch(LeftKernel<Narrow, T>{b}, narrow);
+  if (use_wide(wide))
+    launch(LeftKernel<Wide, T>{b}, wide);
+  else
+    launch(LeftKernel<Narrow, T>{b}, narrow);
   const int64_t wide_pairs = batch * square_tiles(s, WIDE, true);
-  if (use_wide(wide_pairs)) launch(GradUKernel<Wide, T>{b}, wide_pairs);
-  else launch(GradUKernel<Narrow, T>{b}, batch * square_tiles(s, PANEL, true));
+  if (use_wide(wide_pairs))
+    launch(GradUKernel<Wide, T>{b}, wide_pairs);
+  else
+    launch(GradUKernel<Narrow, T>{b}, batch * square_tiles(s, PANEL, true));
   if (m > 0) {
     const int64_t wide_rows = batch * ceil_div(m, WIDE) * ceil_div(s, WIDE);
-    if (use_wide(wide_rows)) launch(GradVKernel<Wide, T>{b}, wide_rows);
-    else launch(GradVKernel<Narrow, T>{b}, batch * ceil_div(m, PANEL) * ceil_div(s, PANEL));
+    if (use_wide(wide_rows))
+      launch(GradVKernel<Wide, T>{b}, wide_rows);
+    else
+      launch(GradVKernel<Narrow, T>{b}, batch * ceil_div(m, PANEL) * ceil_div(s, PANEL));
   }
 }
 

@@ -39,8 +39,8 @@ void launches(int64_t batch, int t, int s, int forward, int backward) {
   const auto w = random_weight<float>(batch, t, s), g = random_weight<float>(batch, t, s);
   const auto got = run<OneThread>(w, g, batch, t, s);
   CHECK(got.forward_launches == forward && got.backward_launches == backward,
-        "t %d s %d: %d and %d launches, not %d and %d",
-        t, s, got.forward_launches, got.backward_launches, forward, backward);
+        "t %d s %d: %d and %d launches, not %d and %d", t, s, got.forward_launches, got.backward_launches, forward,
+        backward);
 }
 
 int main() {
@@ -52,9 +52,9 @@ int main() {
     same_bits<double>(1, s, s);
     same_bits<float>(2, s + 40, s, s == 96);
   }
-  same_bits<float>(1, 70 + 300, 70, true);    // V^T V in parts
-  same_bits<float>(130, 9, 5);         // a batch that fills the GPU
-  same_bits<float>(12, 200, 130);      // wide tiles
+  same_bits<float>(1, 70 + 300, 70, true);  // V^T V in parts
+  same_bits<float>(130, 9, 5);              // a batch that fills the GPU
+  same_bits<float>(12, 200, 130);           // wide tiles
   same_bits<double>(1, 300, 250);
   same_bits<float>(1, 3024, 192);
 

@@ -127,8 +127,8 @@ void against_differences(int t, int s) {
   const double slope = std::inner_product(grad.begin(), grad.end(), d.begin(), 0.0);
   const double h = 1e-4;  // fourth order: h^4 = 1e-16
   const double difference = (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h);
-  CHECK(std::fabs(slope - difference) <= 1e-9 * (1 + std::fabs(slope)),
-        "t %d s %d: %.12g against %.12g", t, s, slope, difference);
+  CHECK(std::fabs(slope - difference) <= 1e-9 * (1 + std::fabs(slope)), "t %d s %d: %.12g against %.12g", t, s, slope,
+        difference);
 }
 
 // Rows of R M - I and of Q^T Q - I, a sample of them, in long double.

@@ -20,14 +20,14 @@ namespace vkd::cayley::host {
 
 constexpr double NaN = std::numeric_limits<double>::quiet_NaN();
 
-#define CHECK(condition, ...)                                                     \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::printf("%s:%d: failed: %s  (", __FILE__, __LINE__, #condition);        \
-      std::printf(__VA_ARGS__);                                                   \
-      std::printf(")\n");                                                         \
-      std::exit(1);                                                               \
-    }                                                                             \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::printf("%s:%d: failed: %s  (", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                            \
+      std::printf(")\n");                                                  \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (0)
 
 // Thread grids beside DeviceShape (32 to 256 threads): one thread, and two by two.
@@ -96,8 +96,8 @@ struct Output {
   std::vector<T> values() const { return {all.begin() + BORDER, all.end() - BORDER}; }
   void check(const char* name, bool full) const {
     for (int i = 0; i < BORDER; ++i)
-      CHECK(std::isnan(all[i]) && std::isnan(all[all.size() - 1 - i]),
-            "%s: written outside, %d from the border", name, i);
+      CHECK(std::isnan(all[i]) && std::isnan(all[all.size() - 1 - i]), "%s: written outside, %d from the border", name,
+            i);
     for (int64_t i = BORDER; full && i < int64_t(all.size()) - BORDER; ++i)
       CHECK(std::isfinite(all[i]), "%s: element %lld is missing or not finite", name,
             static_cast<long long>(i - BORDER));

@@ -75,7 +75,7 @@ class DistilledViT(VisionTransformerDistilled):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(patch_size=16, embed_layer=ConvStem, **options)
-        self.dist_token = None  # the mean takes the place of the learned token
+        self.dist_token = None  # type: ignore[assignment]  # the mean takes the place of the learned token
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:  # (N, P, C) -> (N, 2 + P, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.mean(dim=1, keepdim=True), x], dim=1)

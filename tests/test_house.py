@@ -1,0 +1,197 @@
+"""How this code base is written, where a formatter does not see to it: CONTRIBUTING.md has the rules.
+
+A file that does not keep a rule yet stands in NOT_YET, under that rule. The lists only get shorter: a file that keeps the
+rule has no place there, and nothing is added.
+"""
+
+import ast
+import fnmatch
+import itertools
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MOST_POSITIONAL = 6
+MOST_LINES = 500
+NOT_YET: dict[str, list[str]] = {
+    "at most six positional arguments": [
+        "benchmarks/bench_operators.py",
+        "benchmarks/bench_ortho_proj_loss.py",
+        "benchmarks/harness.py",
+        "tests/helpers/loss_cases.py",
+        "tests/modules/test_properties.py",
+        "tests/ops/test_backend.py",
+        "tests/ops/test_ortho_proj_loss_aot.py",
+        "tests/ops/test_ortho_proj_loss_levels.py",
+        "tests/ops/test_ortho_proj_loss_orthonormal.py",
+        "tests/ops/test_ortho_proj_loss_triton.py",
+        "tests/recipes/test_recipes_classification.py",
+        "tests/recipes/test_recipes_engine.py",
+        "tests/recipes/test_recipes_generation.py",
+        "tests/test_benchmarks.py",
+        "tests/test_build.py",
+        "vkd_kernels/ops/ortho_proj_loss/api.py",
+        "vkd_kernels/ops/ortho_proj_loss/chunked.py",
+        "vkd_kernels/ops/ortho_proj_loss/operators.py",
+        "vkd_kernels/ops/ortho_proj_loss/triton/launch.py",
+        "vkd_kernels/ops/ortho_proj_loss/triton/tiles.py",
+        "vkd_kernels/recipes/compare.py",
+        "vkd_kernels/recipes/detection/__init__.py",
+        "vkd_kernels/recipes/devices.py",
+        "vkd_kernels/recipes/generation/models.py",
+        "vkd_kernels/recipes/report.py",
+    ],
+    "no formatting by hand": [
+        "benchmarks/bench_cayley.py",
+        "benchmarks/bench_ortho_proj_loss.py",
+        "benchmarks/bench_training_step.py",
+        "benchmarks/gpu.py",
+        "benchmarks/harness.py",
+        "benchmarks/report.py",
+        "examples/huggingface_trainer.py",
+        "tests/distributed/test_distributed.py",
+        "tests/helpers/fuzz_arguments.py",
+        "tests/helpers/loss_cases.py",
+        "tests/helpers/toy_task.py",
+        "tests/modules/test_diagnostics.py",
+        "tests/modules/test_distiller.py",
+        "tests/modules/test_integrations.py",
+        "tests/modules/test_integrations_distiller.py",
+        "tests/modules/test_properties.py",
+        "tests/ops/test_ortho_proj_loss_aot.py",
+        "tests/ops/test_ortho_proj_loss_chunked.py",
+        "tests/ops/test_ortho_proj_loss_gpu.py",
+        "tests/ops/test_ortho_proj_loss_levels.py",
+        "tests/ops/test_ortho_proj_loss_orthonormal.py",
+        "tests/ops/test_ortho_proj_loss_triton.py",
+        "tests/recipes/test_recipes_classification.py",
+        "tests/recipes/test_recipes_config.py",
+        "tests/recipes/test_recipes_detection.py",
+        "tests/recipes/test_recipes_engine.py",
+        "tests/recipes/test_recipes_generation.py",
+        "tests/recipes/test_recipes_inspect.py",
+        "tests/test_benchmarks.py",
+        "tests/test_docs.py",
+        "vkd_kernels/distiller.py",
+        "vkd_kernels/loss.py",
+        "vkd_kernels/ops/ortho_proj_loss/api.py",
+        "vkd_kernels/ops/ortho_proj_loss/chunked.py",
+        "vkd_kernels/ops/ortho_proj_loss/operators.py",
+        "vkd_kernels/ops/ortho_proj_loss/statistics.py",
+        "vkd_kernels/ops/ortho_proj_loss/triton/kernels.py",
+        "vkd_kernels/ops/ortho_proj_loss/triton/launch.py",
+        "vkd_kernels/recipes/ablate.py",
+        "vkd_kernels/recipes/classification/__init__.py",
+        "vkd_kernels/recipes/classification/digits.py",
+        "vkd_kernels/recipes/classification/images.py",
+        "vkd_kernels/recipes/classification/losses.py",
+        "vkd_kernels/recipes/classification/models.py",
+        "vkd_kernels/recipes/classification/options.py",
+        "vkd_kernels/recipes/compare.py",
+        "vkd_kernels/recipes/config.py",
+        "vkd_kernels/recipes/detection/__init__.py",
+        "vkd_kernels/recipes/detection/coco.py",
+        "vkd_kernels/recipes/detection/deformable.py",
+        "vkd_kernels/recipes/detection/losses.py",
+        "vkd_kernels/recipes/detection/options.py",
+        "vkd_kernels/recipes/detection/scenes.py",
+        "vkd_kernels/recipes/devices.py",
+        "vkd_kernels/recipes/engine.py",
+        "vkd_kernels/recipes/generation/__init__.py",
+        "vkd_kernels/recipes/generation/losses.py",
+        "vkd_kernels/recipes/generation/models.py",
+        "vkd_kernels/recipes/generation/options.py",
+        "vkd_kernels/recipes/loading.py",
+        "vkd_kernels/recipes/report.py",
+        "vkd_kernels/recipes/workers.py",
+    ],
+    "at most 500 lines": [
+        "csrc/cayley_plan.h",
+        "tests/modules/test_distiller.py",
+        "tests/modules/test_properties.py",
+        "tests/ops/test_ortho_proj_loss_levels.py",
+        "tests/recipes/test_recipes_classification.py",
+        "tests/recipes/test_recipes_detection.py",
+        "tests/recipes/test_recipes_engine.py",
+        "tests/recipes/test_recipes_generation.py",
+        "vkd_kernels/ops/ortho_proj_loss/triton/kernels.py",
+        "vkd_kernels/ops/ortho_proj_loss/triton/launch.py",
+    ],
+}
+
+
+def files(*suffixes: str) -> list[str]:
+    """The tracked and the new files of these suffixes; without git (in an sdist) those of the code's folders."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        names = listed.stdout.splitlines()
+    else:
+        folders = ("vkd_kernels", "tests", "benchmarks", "examples", "csrc")
+        names = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    return sorted(name for name in names if name.endswith(suffixes) and (ROOT / name).is_file())
+
+
+def is_triton(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+def outside_triton(node: ast.AST) -> itertools.chain[ast.AST]:
+    children = (child for child in ast.iter_child_nodes(node) if not is_triton(child))
+    return itertools.chain([node], itertools.chain.from_iterable(map(outside_triton, children)))
+
+
+def too_many_positional(name: str) -> list[str]:
+    faults = []
+    for node in outside_triton(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            what = getattr(node, "name", "lambda")
+        elif isinstance(node, ast.Call):
+            count, what = len(node.args), ast.unparse(node.func)[:60] + "(...)"
+        else:
+            continue
+        if count > MOST_POSITIONAL:
+            faults.append(f"{name}:{node.lineno}: {what} has {count} positional arguments, {MOST_POSITIONAL} at most")
+    return faults
+
+
+def switched_off_formatter(name: str) -> list[str]:
+    lines = enumerate((ROOT / name).read_text().splitlines(), start=1)
+    return [
+        f"{name}:{n}: formatted by hand" for n, line in lines if "# fmt: " + "skip" in line or "# fmt: " + "off" in line
+    ]
+
+
+def too_long(name: str) -> list[str]:
+    lines = len((ROOT / name).read_text().splitlines())
+    return [f"{name}: {lines} lines, {MOST_LINES} at most"] if lines > MOST_LINES else []
+
+
+RULES = {
+    "at most six positional arguments": (too_many_positional, (".py",)),
+    "no formatting by hand": (switched_off_formatter, (".py",)),
+    "at most 500 lines": (too_long, (".py", ".cpp", ".h", ".cu")),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_code_keeps_the_house_rule(rule):
+    check, suffixes = RULES[rule]
+    faults = [fault for name in files(*suffixes) if name not in NOT_YET.get(rule, ()) for fault in check(name)]
+    assert not faults, "\n".join([rule, *faults])
+
+
+def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_house.ROOT", tmp_path)
+    (tmp_path / "bad.py").write_text(
+        "def f(a, b, c, d, e, g, h): ...  # fmt: " + "skip\nf(1, 2, 3, 4, 5, 6, 7)\n" + "\n" * 500
+    )
+    (tmp_path / "good.py").write_text("@triton.jit\ndef f(a, b, c, d, e, g, h):\n    g(1, 2, 3, 4, 5, 6, 7)\n")
+    for check, _ in RULES.values():
+        assert check("bad.py")
+        assert not check("good.py")
+    assert len(too_many_positional("bad.py")) == 2
