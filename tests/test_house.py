@@ -1,11 +1,10 @@
 """How this code base is written, where a formatter does not see to it: CONTRIBUTING.md has the rules.
 
-A file that does not keep a rule yet stands in NOT_YET, under that rule. The lists only get shorter: a file that keeps the
-rule has no place there, and nothing is added.
+A file that does not keep a rule yet stands in NOT_YET, under that rule. The lists only get shorter: a file that keeps
+the rule has no place there, and nothing is added.
 """
 
 import ast
-import fnmatch
 import itertools
 import subprocess
 from pathlib import Path
