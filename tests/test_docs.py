@@ -15,7 +15,7 @@ import vkd_kernels as vk
 ROOT = Path(__file__).parents[1]
 MODULES = [
     "loss", "projection", "pairs", "distiller", "diagnostics", "ops.cayley.api", "ops.normalization.api",
-    "ops.ortho_proj_loss.api", "_info", "store.reader", "store.samples",
+    "ops.ortho_proj_loss.api", "_info", "images", "store.reader", "store.samples",
 ]  # fmt: skip
 
 

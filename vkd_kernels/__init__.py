@@ -4,6 +4,7 @@ from . import diagnostics, functional
 from ._info import info
 from ._version import __version__
 from .distiller import FeatureDistiller
+from .images import renormalize
 from .loss import OrthoProjLoss
 from .ops.cayley import cayley
 from .ops.normalization import Whitening
@@ -25,4 +26,5 @@ __all__ = [
     "functional",
     "info",
     "orthogonal",
+    "renormalize",
 ]
