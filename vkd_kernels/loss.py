@@ -118,7 +118,7 @@ class OrthoProjLoss(nn.Module):
         """A fresh projection, and a learned scale back at √(T / S): also for modules built on the meta device."""
         self.projection.reset_parameters()
         if isinstance(self.scale, nn.Parameter):
-            self.scale.fill_(math.sqrt(self.teacher_dim / self.student_dim))
+            nn.init.constant_(self.scale, math.sqrt(self.teacher_dim / self.student_dim))
 
     @classmethod
     def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options) -> "OrthoProjLoss":

@@ -1,16 +1,17 @@
 """From the student's channels to the teacher's: ``OrthogonalLinear`` and the projections that it is compared with."""
 
 from collections.abc import Sequence
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .map_state import prepare_map_state
 from .ops import checks
 from .ops.cayley import cayley
 from .ops.implementations import autocast_dtype
-from .parametrization import CayleyMap, at_least_float32, check_map_weight, make_map, sharded_as, whole_as
+from .parametrization import CayleyMap, assign, at_least_float32, make_map, start, was_loaded
 
 PROJECTIONS = ("orthogonal", "linear", "identity")
 Projection: TypeAlias = Union["OrthogonalLinear", "LinearProjection", "IdentityProjection"]
@@ -55,7 +56,7 @@ def stacked_weights(projections: Sequence[Projection]) -> torch.Tensor:  # G of 
     for projection in projections:
         if isinstance(projection, OrthogonalLinear) and isinstance(projection.map, CayleyMap):
             unconstrained.append(at_least_float32(projection.unconstrained))
-            signs.append(projection.map.signs)
+            signs.append(projection.map.checked_signs())
     if len(unconstrained) > 1 and len(unconstrained) == len(projections):
         return cayley(torch.stack(unconstrained)) * torch.stack(signs)
     return torch.stack([projection.weight for projection in projections])
@@ -65,16 +66,17 @@ def full_precision(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype asked for; by default PyTorch's, or float32 where that has 16 bit, as in ``from_pretrained``."""
     if dtype is None:
         return torch.promote_types(torch.get_default_dtype(), torch.float32)
-    if dtype not in checks.FULL_PRECISION:
-        raise TypeError(f"dtype must be None, float32 or float64: a projection stays there; got {dtype!r:.200}")
+    if not isinstance(dtype, torch.dtype) or dtype not in checks.FULL_PRECISION:
+        raise TypeError(f"dtype must be None, float32 or float64, where it stays; got {checks.describe(dtype)}")
     return dtype
 
 
 class OrthogonalLinear(nn.Module):
     r"""A linear projection by a semi-orthogonal matrix: ``x Pᵀ``, or ``x Pᵀ · gain + bias`` with ``affine=True``.
 
-    P starts uniformly distributed over the semi-orthogonal matrices. Every access to ``weight`` computes it from the
-    unconstrained parameter; assigning a matrix to ``weight`` sets P to that matrix's orthonormal QR factor.
+    P is a point on the Stiefel manifold, at the start uniformly distributed up to the signs of its columns. Every
+    access to ``weight`` computes it from the unconstrained parameter; assigning a matrix (of any floating-point dtype,
+    on any device) sets P to that matrix's orthonormal QR factor.
 
     Args:
         in_features: S.
@@ -115,7 +117,6 @@ class OrthogonalLinear(nn.Module):
         dtype = full_precision(dtype)
         self.in_features, self.out_features = in_features, out_features
         self.unconstrained = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        check_map_weight("dtype", self.unconstrained)
         self.map = make_map(self.unconstrained, orthogonal_map)
         if affine:
             self.gain = nn.Parameter(torch.ones(out_features, device=device, dtype=dtype))
@@ -127,9 +128,11 @@ class OrthogonalLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """A fresh P: also after ``to_empty()``, and in ``_init_weights`` of a transformers model."""
         if self.unconstrained.is_meta:
             return
-        self.weight = torch.randn_like(self.unconstrained)
+        if not was_loaded(self.unconstrained):
+            start(self.map, self.unconstrained)
         if self.gain is not None:
             nn.init.ones_(self.gain)
             nn.init.zeros_(self.bias)
@@ -140,14 +143,24 @@ class OrthogonalLinear(nn.Module):
 
     @weight.setter
     def weight(self, matrix: torch.Tensor) -> None:  # (T, S)
-        parameter = self.unconstrained
         if not checks.is_sharded(matrix):
             checks.check_tensor("weight", matrix)
-        if matrix.shape != parameter.shape or (matrix.is_meta and not parameter.is_meta):
-            raise ValueError(f"weight takes a tensor of shape {tuple(parameter.shape)}; got {checks.describe(matrix)}")
-        with torch.no_grad():
-            matrix = whole_as(matrix.to(device=parameter.device, dtype=parameter.dtype), parameter)
-            parameter.copy_(sharded_as(self.map.right_inverse(matrix), parameter))
+        assign(self.map, self.unconstrained, matrix)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, nn.Parameter):  # nn.Module would register it
+            value = value.detach()
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        prepare_map_state(
+            self.map,
+            state_dict,
+            parameter_key=f"{prefix}unconstrained",
+            map_prefix=f"{prefix}map.",
+            error_messages=arguments[-1],
+        )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def keeps_lengths(self) -> bool:

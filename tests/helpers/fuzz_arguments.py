@@ -155,7 +155,7 @@ CALLS = {
         {
             "student_dim": DIMS, "teacher_dim": DIMS, **LOSS_OPTIONS, "scale": numbers(typo="matched"),
             "backend": ANY_BACKEND,  # what the constructor knows; whether it can serve is seen with the tensors
-            "orthogonal_map": MAPS, "dtype": DTYPE, "device": DEVICE,
+            "orthogonal_map": MAPS, "projection": NAMES, "dtype": DTYPE, "device": DEVICE,
         },
     ),
     "OrthoProjLoss.for_task": (
@@ -175,7 +175,7 @@ CALLS = {
     "OrthogonalLinear.weight =": (
         assign,
         {"weight": weight},
-        # Modules and parameters are nn.Module's own business: it registers them before a property is asked.
+        # Modules are nn.Module's own business: it registers them before a property is asked.
         {"weight": tensors(T, S, shapes=[(), (5,), (3, 5), (5, 4), (1, 5, 3), (0,)], but=("module",))},
     ),
     "orthogonal": (
@@ -184,12 +184,12 @@ CALLS = {
         {
             "module": {
                 **{name: (lambda value=value: value) for name, value in things(but=("module",)).items()},
-                "half": lambda: nn.Linear(S, T).half(),
+                "float8": lambda: nn.Linear(S, T).to(torch.float8_e4m3fn),
                 "complex weight": lambda: nn.Linear(S, T).to(torch.cfloat),
                 "no weight": nn.Identity,
             },
             "name": things(bias="bias", typo="wieght", method="forward", private="_parameters"),
-            "orthogonal_map": MAPS,
+            "orthogonal_map": {name: value for name, value in MAPS.items() if value is not None},
         },
     ),
     "cayley": (vk.cayley, {"weight": weight}, {"weight": MATRIX, "backend": CAYLEY_BACKEND}),
