@@ -20,15 +20,20 @@ BACKENDS = ("triton", "extension", "torch")
 TRITON_FROM = (3, 4)  # what PyTorch 2.8, the oldest that the tests run on, brings
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.11 and older can't trace the call
+def autocast_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def no_autocast(device_type: str):
     """Autocast switched off, on devices that have it ("meta" has not)."""
-    available = torch.amp.is_autocast_available(device_type)
+    available = autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives matrix products here, or None while it is off."""
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    enabled = autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
