@@ -73,7 +73,8 @@ class FeatureDistiller(nn.Module):
 
     ``total_rows``: how many rows (or what weight of rows) all micro-batches of an accumulated step have, on all ranks
     of ``process_group``: a number, or ``{name: number}`` for some of the losses. A loss is then divided by that, not by
-    its own rows, so that losses, and gradients, add up to the mean over the accumulated batch.
+    its own rows, so that losses, and gradients, add up to the mean over the accumulated batch. In its place the
+    ``num_items_in_batch`` of Hugging Face's Trainer weighs a batch by its share of the labels.
 
     Example:
         >>> import torch, vkd_kernels as vk
@@ -209,7 +210,9 @@ class FeatureDistiller(nn.Module):
         **kwargs: Any,
     ) -> tuple:
         masks = {} if masks is None else masks
-        teacher = (args, kwargs) if teacher_input is None else as_arguments(teacher_input)
+        # Trainer's count of labels is for the student's loss and for the losses here.
+        known = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        teacher = (args, known) if teacher_input is None else as_arguments(teacher_input)
         if self._attached:
             return self._losses((args, kwargs), teacher, masks, total_rows, metrics)
         with self:
@@ -225,6 +228,9 @@ class FeatureDistiller(nn.Module):
             losses["logits"], row_weights["logits"] = self._logit_loss(output, teacher_output, masks.get("logits"))
         if total_rows is not None:
             losses = self._over_total_rows(losses, row_weights, total_rows)
+        elif self.reduction == "mean" and student_arguments[1].get("num_items_in_batch") is not None:
+            share = self._share_of_items(student_arguments[1])
+            losses = {name: loss * share for name, loss in losses.items()}
         weights = {pair.name: pair.weight for pair in self.pairs} | {"logits": self.logit_weight}
         total = sum(weights[name] * loss for name, loss in losses.items())
         if not metrics:
@@ -270,6 +276,22 @@ class FeatureDistiller(nn.Module):
         shares = {name: count / total for name, count, total in zip(names, own.unbind(0), totals, strict=True)}
         return {name: loss * shares[name] if name in shares else loss for name, loss in losses.items()}
 
+    def _share_of_items(self, kwargs):
+        """This batch's share of ``num_items_in_batch``, Trainer's number of labels in an accumulated step.
+
+        Trainer hands it to a model whose forward takes ``**kwargs``, and relies on every loss being divided by it.
+        """
+        labels = kwargs.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                "num_items_in_batch needs labels beside it, to know this batch's share; got labels "
+                f"{checks.describe(labels)}. Set accepts_loss_kwargs = False on the model that Trainer gets, or give "
+                "total_rows"
+            )
+        group = self.process_group.group
+        own = all_reduce(labels.ne(-100).sum().float(), group)  # the mean over the ranks: DDP averages, too
+        return own / (kwargs["num_items_in_batch"] * (1 if group is None else group.size()))
+
     def _run(self, student_arguments, teacher_arguments, masks):
         """(student's output, teacher's output, what every pair compares)."""
         for tap in chain(*self._taps):
@@ -279,7 +301,9 @@ class FeatureDistiller(nn.Module):
             output = self.student(*args, **kwargs)
             if self.teacher.training:  # someone called teacher.train()
                 self.teacher.eval()
-            dtype = next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), None)
+            # A list, because torch.compile of PyTorch 2.8 can't trace next() of a generator with a default.
+            dtypes = [p.dtype for p in self.teacher.parameters() if p.is_floating_point()]
+            dtype = dtypes[0] if dtypes else None
             args, kwargs = teacher_arguments
             args, kwargs = [cast(x, dtype) for x in args], {name: cast(x, dtype) for name, x in kwargs.items()}
             with torch.no_grad():

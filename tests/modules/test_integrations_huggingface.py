@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import vkd_kernels as vk
 from tests.helpers.stacks import assert_same, bert, example, needs, orthogonality_error, sentences
 
 LENGTHS = {
@@ -124,6 +126,79 @@ def test_trainers_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
     trainer_of(tmp_path, copy.deepcopy(model), data, callbacks=[Seen()], **options).train()
     ours = gradients_of_a_step(tmp_path, model, data[8:], per_device_train_batch_size=2, teacher=teacher)[0]
     assert_same(seen[1], ours.values(), rtol=1e-4, atol=1e-6)
+
+
+TOKENS = {"student": "bert.encoder", "teacher": "bert.encoder", "name": "tokens", "dims": (16, 24)}
+TOKENS |= {f"{side}_output": "last_hidden_state" for side in ("student", "teacher")}
+TOKENS |= {f"{side}_pool": "tokens" for side in ("student", "teacher")}
+
+
+class Wrapped(nn.Module):
+    """A FeatureDistiller as people put it into a Trainer: every argument is passed on."""
+
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.distiller = vk.FeatureDistiller(student, teacher, [TOKENS])
+
+    def forward(self, **inputs):
+        output, losses = self.distiller(**inputs, masks={"tokens": inputs["attention_mask"].bool()})
+        output["loss"] = losses["total"]
+        return output
+
+
+@pytest.mark.parametrize(
+    ("labels", "lengths"),
+    [("sentences", [12] * 8), ("tokens", [12] * 8), ("tokens", [2, 2, 2, 2, 12, 12, 12, 12])],
+    ids=["labels of sentences", "labels of tokens", "labels of tokens, unequal lengths"],
+)
+def test_trainer_with_a_wrapped_distiller_that_takes_any_argument(tmp_path, labels, lengths):
+    """Trainer then leaves the division to the model, by ``num_items_in_batch``: every batch weighs by its labels."""
+    transformers = needs("transformers")
+    data = sentences(lengths, labels)
+    model = Wrapped(*pair_of_models(KINDS[labels]))
+    steps = []
+    for size, micro_batches in ((8, 1), (2, 4)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro_batches}
+        steps.append(gradients_of_a_step(tmp_path, copy.deepcopy(model), data, cls=transformers.Trainer, **options))
+    (whole, loss), (parts, loss_of_parts) = steps
+    assert whole.keys() == parts.keys() and any(name.endswith("unconstrained") for name in whole)
+    assert_same(parts.values(), whole.values(), rtol=1e-4, atol=1e-6)
+    assert loss_of_parts == pytest.approx(loss, rel=1e-5)
+
+
+def test_trainer_with_a_distiller_whose_rows_are_counted(tmp_path):
+    """Labels of sentences, features of tokens: with ``total_rows`` any lengths make one large batch."""
+    transformers = needs("transformers")
+    needs("accelerate")
+
+    class Counting(transformers.Trainer):
+        def get_batch_samples(self, *arguments):
+            batches, items = super().get_batch_samples(*arguments)
+            # FeatureDistiller says accepts_loss_kwargs = False: Trainer divides by the number of micro-batches.
+            self.rows = sum(batch["attention_mask"].sum() for batch in batches) / len(batches)
+            return batches, items
+
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            mask = inputs["attention_mask"].bool()
+            output, losses = model(**inputs, masks={"tokens": mask}, total_rows=self.rows)
+            return (losses["total"], output) if return_outputs else losses["total"]
+
+    data = sentences([2, 2, 2, 2, 12, 12, 12, 12], "sentences")
+    model = vk.FeatureDistiller(*pair_of_models("BertForSequenceClassification"), [TOKENS])
+    together = {name: torch.stack([sample[name] for sample in data]) for name in data[0]}
+    model(**together, masks={"tokens": together["attention_mask"].bool()})[1]["total"].backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "cls": Counting}
+    ours, _ = gradients_of_a_step(tmp_path, model, data, **options)
+    assert_same(ours.values(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_count_of_items_without_labels_is_refused():
+    model = Wrapped(*pair_of_models("BertForSequenceClassification"))
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    with pytest.raises(ValueError, match="num_items_in_batch needs labels.*accepts_loss_kwargs = False"):
+        model(**batch, num_items_in_batch=4)
 
 
 # ------------------------------------------------------------------------------- saving, resuming, evaluation, loading
