@@ -23,7 +23,7 @@ from benchmarks import (
     report,
 )
 from benchmarks.harness import Calls, Candidate, Case
-from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss import dispatch
 
 RATES = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}}
 
@@ -202,7 +202,7 @@ def test_peak_memory_counts_temporaries_and_results():
 
 def test_chunked_loss_needs_less_memory_than_the_reference():
     n, s, t = 3072, 8, 6000
-    assert n * t > api.CHUNKED_FROM, "where the library goes by chunks"
+    assert n * t > dispatch.CHUNKED_FROM, "where the library goes by chunks"
     one = bench_ortho_proj_loss.loss_case("token", n, s, t, "layer_norm", 1, torch.float32, "cpu")
     one.candidates, one.passes = one.candidates[:2], ("both",)
     one.truth = lambda inputs: None  # their values are tested elsewhere

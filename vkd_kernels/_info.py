@@ -1,8 +1,10 @@
-"""``vkd_kernels.info()``: versions, devices, and which backend serves which op, with the reasons why not the others."""
+"""``vkd_kernels.info()``: versions, devices, and which implementation serves which op, and why not the others."""
 
 import argparse
 import json
+import os
 import platform
+from typing import Any
 
 import torch
 
@@ -10,32 +12,28 @@ from ._version import __version__
 from .ops import implementations
 
 
-def info() -> dict:
+def info() -> dict[str, Any]:
     """What this installation is and can do, as a dictionary of JSON types.
 
     Keys: ``vkd_kernels``, ``python``, ``torch``, ``cuda`` (of PyTorch), ``triton`` (versions or None), ``devices``
-    (names), ``extension`` (build facts, or ``{"missing": reason}``), and ``ops``: for every op and device type the
-    backend that serves it in float32 and, for each other backend, the reason why it can't serve.
+    (names), ``extension`` (build facts, or ``{"missing": reason}``), ``requested`` (VKD_KERNELS_BACKEND, or None), and
+    ``ops``: for every op and device type, in float32 and unless a backend is asked for, ``served_by``, a list of
+    ``{"implementation", "when"}`` of which the first that holds serves, and ``not``, the reasons why the others can't.
 
     Example:
         >>> import vkd_kernels as vk
-        >>> vk.info()["ops"]["cayley"]["cpu"]["served_by"] in ("extension", "torch")
-        True
+        >>> [row["implementation"] for row in vk.info()["ops"]["ortho_proj_loss"]["cpu"]["served_by"]]
+        ['chunked', 'reference']
     """
     try:
         from triton import __version__ as triton_version
     except ImportError:
         triton_version = None
     module, reason = implementations.extension()
-    ops: dict[str, dict] = {}
-    for op, backends in implementations.SERVES.items():
-        for device in ("cpu", "cuda"):
-            reasons = {b: implementations.why_not(op, b, device, torch.float32) for b in backends}
-            served_by = next(b for b, why in reasons.items() if why is None)
-            ops.setdefault(op, {})[device] = {
-                "served_by": served_by,
-                "not": {b: why for b, why in reasons.items() if why is not None},
-            }
+    ops = {
+        op: {device: implementations.served_by(op, device) for device in ("cpu", "cuda")}
+        for op in implementations.CANDIDATES
+    }
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "vkd_kernels": __version__,
@@ -45,6 +43,7 @@ def info() -> dict:
         "triton": triton_version,
         "devices": ["cpu", *gpus],
         "extension": module.build_info() if module else {"missing": reason},
+        "requested": os.environ.get(implementations.ENVIRONMENT),
         "ops": ops,
     }
 
@@ -66,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:12} {value}")
     for op, devices in ops.items():
         for device, row in devices.items():
-            print(f"{op} on {device}: {row['served_by']}")
-            for backend, reason in row["not"].items():
-                print(f"    not {backend}: {reason}")
+            print(f"{op} on {device}:")
+            for served in row["served_by"]:
+                print(f"    {served['implementation']:10} {served['when']}")
+            for implementation, reason in row["not"].items():
+                print(f"    not {implementation}: {reason}")

@@ -4,12 +4,15 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import diagnostics
 from .ops import checks, implementations
 from .ops.normalization.all_reduce import GroupHandle
 from .ops.ortho_proj_loss import api
+from .ops.ortho_proj_loss.ranks import RankAgreement
+from .ops.ortho_proj_loss.spec import Execution, LossSpec
 from .projection import full_precision, make_projection
 
 TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
@@ -19,7 +22,13 @@ TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of it
 }
 
 
-def starting_scale(scale, student_dim: int, teacher_dim: int, device=None, dtype=None) -> float | nn.Parameter:
+def starting_scale(
+    scale: Any,
+    student_dim: int,
+    teacher_dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> float | nn.Parameter:
     """What the option ``scale`` stands for: the number, √(T / S), or the parameter that starts there."""
     if not isinstance(scale, str):
         checks.check_number("scale", scale)
@@ -89,10 +98,10 @@ class OrthoProjLoss(nn.Module):
         eps: float = 1e-5,
         orthogonal_map: str = "cayley",
         projection: str = "orthogonal",
-        process_group=None,
+        process_group: "dist.ProcessGroup | None" = None,
         backend: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         checks.check_dim("student_dim", student_dim)
@@ -102,6 +111,7 @@ class OrthoProjLoss(nn.Module):
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
+        self._agreement = RankAgreement()  # whether the ranks train one projection
         self.projection = make_projection(
             projection,
             student_dim,
@@ -121,7 +131,7 @@ class OrthoProjLoss(nn.Module):
             nn.init.constant_(self.scale, math.sqrt(self.teacher_dim / self.student_dim))
 
     @classmethod
-    def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options) -> "OrthoProjLoss":
+    def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options: Any) -> "OrthoProjLoss":
         """The paper's choices for ``"classification"``, ``"detection"`` or ``"generation"``; options override them."""
         checks.check_choice("task", task, TASKS)
         return cls(student_dim, teacher_dim, **{**TASKS[task], **options})
@@ -141,16 +151,46 @@ class OrthoProjLoss(nn.Module):
         elif scale == 1.0:
             scale = None
         return api.projected_loss(
-            student, teacher, self.projection.weight, scale=scale, bias=self.projection.bias, mask=mask,
-            normalization=self.normalization, loss=self.loss, beta=self.beta, eps=self.eps, reduction=self.reduction,
-            process_group=self.process_group.group, backend=self.backend,
-            orthonormal=self.projection.keeps_lengths,
-        )  # fmt: skip
+            student,
+            teacher,
+            self.projection.weight,
+            scale=scale,
+            bias=self.projection.bias,
+            mask=mask,
+            spec=self.spec,
+            execution=self.execution(self.process_group.group),
+        )
 
-    def metrics(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None):
+    @property
+    def spec(self) -> LossSpec:
+        """The options of the loss, as its implementations take them."""
+        return LossSpec(
+            normalization=self.normalization,
+            eps=self.eps,
+            loss=LossSpec.shares(self.loss),
+            beta=self.beta,
+            reduction=self.reduction,
+        )
+
+    def execution(self, process_group: "dist.ProcessGroup | None") -> Execution:
+        """How the loss is to be computed over the ranks of a group; by this process alone in eval mode."""
+        return Execution(
+            process_group=process_group if self.training else None,  # evaluation may run on one rank
+            backend=self.backend,
+            semi_orthogonal=self.projection.keeps_lengths,
+            agreement=self._agreement,
+        )
+
+    def metrics(
+        self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Diagnostics of features and projection, for a logger now and then: see ``diagnostics.metrics``."""
         return diagnostics.metrics(
-            student, teacher, self.projection.weight, mask=mask, process_group=self.process_group.group
+            student,
+            teacher,
+            self.projection.weight,
+            mask=mask,
+            process_group=self.process_group.group if self.training else None,
         )
 
     def extra_repr(self) -> str:

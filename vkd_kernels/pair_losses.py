@@ -10,6 +10,7 @@ from torch import nn
 
 from .loss import OrthoProjLoss
 from .ops.ortho_proj_loss import api
+from .ops.ortho_proj_loss.spec import LossSpec
 from .pairs import Pair
 from .projection import stacked_weights
 
@@ -67,7 +68,7 @@ class PairLosses(nn.ModuleDict):
                 **options,
             )
             scale = "learned" if isinstance(self.of(pair.name).scale, nn.Parameter) else pair.scale
-            kind = pair.normalization, pair.loss, pair.beta, pair.eps, scale
+            kind = pair.normalization, LossSpec.shares(pair.loss), pair.beta, pair.eps, scale
             shape = pair.projection, student_dim, teacher_dim
             by_shape.setdefault(shape, {}).setdefault(kind, []).append(pair.name)
         self.shapes = tuple(
@@ -127,11 +128,7 @@ def _losses_of_group(
         scale = torch.cat([loss.scale for loss, _ in members])  # type: ignore[misc]
     else:
         scale = None if first.scale == 1.0 else first.scale
-    options: dict[str, Any] = {
-        "bias": None, "normalization": first.normalization, "loss": first.loss, "beta": first.beta, "eps": first.eps,
-        "reduction": first.reduction, "process_group": process_group, "backend": first.backend,
-        "orthonormal": first.projection.keeps_lengths,
-    }  # fmt: skip
+    options: dict[str, Any] = {"spec": first.spec, "execution": first.execution(process_group)}
     if len(members) == 1:
         if isinstance(scale, torch.Tensor):
             scale = scale.reshape(())

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import vkd_kernels as vk
-from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch
 
 OPTIONS = {
     **{name: {"normalization": name} for name in api.NORMALIZATIONS},
@@ -42,7 +42,7 @@ def _one_thread():
 @pytest.fixture(params=["reference", "chunked"])
 def path(request, monkeypatch):
     """Both ways PyTorch takes: the definition, and the operators of large problems."""
-    monkeypatch.setattr(api, "CHUNKED_FROM", -1 if request.param == "chunked" else math.inf)
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1 if request.param == "chunked" else math.inf)
     return request.param
 
 
@@ -209,7 +209,7 @@ def test_memory_does_not_grow_over_ten_thousand_steps(monkeypatch):
     def run(steps):
         for step in range(steps):
             i = step % len(modules)
-            api.CHUNKED_FROM = -1 if step % 2 else math.inf
+            dispatch.CHUNKED_FROM = -1 if step % 2 else math.inf
             for _ in train(modules[i], optimizers[i], [(x, y)], 1):
                 pass
             if step % 50 == 0:
@@ -218,7 +218,7 @@ def test_memory_does_not_grow_over_ten_thousand_steps(monkeypatch):
         gc.collect()
         return resident_bytes(), sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-    monkeypatch.setattr(api, "CHUNKED_FROM", api.CHUNKED_FROM)  # put back at the end
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", dispatch.CHUNKED_FROM)  # put back at the end
     run(1000)
     seen = [run(100), *(run(2000) for _ in range(5))]
     (growth, tensors) = (min(b - a for a, b in itertools.pairwise(column)) for column in zip(*seen, strict=True))

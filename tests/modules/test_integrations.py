@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vkd_kernels as vk
 from tests.helpers.stacks import assert_same, orthogonality_error
-from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch
 
 S, T = 6, 10
 OPTIONS = {
@@ -52,7 +52,7 @@ def _one_thread():
 def path(request, monkeypatch):
     """Both ways PyTorch takes: the definition, and the operators of large problems."""
     if request.param == "chunked":
-        monkeypatch.setattr(api, "CHUNKED_FROM", -1)
+        monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1)
     return request.param
 
 

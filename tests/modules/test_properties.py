@@ -15,7 +15,7 @@ from torch import nn
 import vkd_kernels as vk
 from tests.modules.test_diagnostics import cka_of, hsic_of, rank_of
 from tests.ops.test_ortho_proj_loss import literal
-from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch
 
 EXAMPLES = collections.Counter()
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -270,7 +270,7 @@ def test_ortho_proj_loss(
     mask = mask_of(mask_kind, shape, seed)
     options = {"normalization": normalization, "loss": loss[0], "beta": loss[1], "eps": eps}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "CHUNKED_FROM", -1 if path == "chunked" else math.inf)
+        patch.setattr(dispatch, "CHUNKED_FROM", -1 if path == "chunked" else math.inf)
         value = vk.functional.ortho_proj_loss(
             student, teacher, weight, scale=scale, bias=bias, mask=mask, reduction=reduction,
             backend="torch" if path == "torch" else None, **options,
@@ -330,7 +330,7 @@ def test_several_losses_are_each_its_own(
     scale = scales.get(scale)
     options = {"normalization": normalization, "loss": loss, "reduction": reduction, "eps": 0.1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "CHUNKED_FROM", chunked_from)
+        patch.setattr(dispatch, "CHUNKED_FROM", chunked_from)
         values = vk.functional.ortho_proj_losses(students, teachers, weights, scale=scale, masks=found_masks, **options)
     apart = [
         vk.functional.ortho_proj_loss(
@@ -373,7 +373,7 @@ def test_module_equals_function(s, t, dtype, affine, scale, normalization, loss,
     p, gain, bias = module.projection.weight, module.projection.gain, module.projection.bias
     assert orthogonality_error(p) <= 1e-5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "CHUNKED_FROM", chunked_from)
+        patch.setattr(dispatch, "CHUNKED_FROM", chunked_from)
         value = module(x, y, mask)
     expected = vk.functional.ortho_proj_loss(
         x, y, p, scale=number if gain is None else number * gain, bias=bias, mask=mask, backend="torch", **options

@@ -14,6 +14,7 @@ import torch
 
 import vkd_kernels as vk
 from vkd_kernels.ops import implementations
+from vkd_kernels.ops.implementations import Implementation
 
 WITHOUT = """
 import sys
@@ -43,13 +44,13 @@ def test_imports_without_the_extension():
         + "assert (q.T @ q - torch.eye(3)).abs().max() < 1e-6\n"
         + "print(len(seen), seen[0].message)\n"
     )
-    assert "'served_by': 'torch'" in out
-    assert "1 vkd_kernels: cayley falls back to the PyTorch reference because" in out
+    assert "'served_by': [{'implementation': 'reference'" in out
+    assert "1 vkd_kernels: cayley falls back to PyTorch (reference) because" in out
 
 
 def test_imports_without_triton():
     out = python(WITHOUT.format(missing="triton", op="ortho_proj_loss", device="cuda"))
-    assert "'served_by': 'torch'" in out and "Triton can't be imported" in out
+    assert "'served_by': [{'implementation': 'chunked'" in out and "Triton can't be imported" in out
 
 
 def test_a_stale_extension_is_diagnosed_and_not_loaded(monkeypatch):
@@ -75,7 +76,7 @@ def test_an_extension_that_does_not_load_is_diagnosed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cuda", "op", "backend", "device", "dtype", "reason"),
+    ("cuda", "op", "implementation", "device", "dtype", "reason"),
     [
         (None, "cayley", "triton", "cpu", torch.float32, "cayley has no 'triton' backend; it has 'extension', 'torch'"),
         (None, "ortho_proj_loss", "triton", "cuda", torch.float64, r"the Triton kernels take .*; got float64"),
@@ -85,15 +86,15 @@ def test_an_extension_that_does_not_load_is_diagnosed(monkeypatch):
         ("13.0", "cayley", "extension", "cpu", torch.float64, None),
     ],
 )
-def test_reasons(monkeypatch, cuda, op, backend, device, dtype, reason):
+def test_reasons(monkeypatch, cuda, op, implementation, device, dtype, reason):
     built = types.SimpleNamespace(build_info=lambda: {"cuda": cuda, "cuda_architectures": "80-real"})
     monkeypatch.setattr(implementations, "extension", lambda: (built, None))
     monkeypatch.setattr(implementations, "_build_record", lambda: {"reason": "no nvcc"})
     monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    found = implementations.why_not(op, backend, device, dtype)
-    assert found is None if reason is None else re.search(reason, found)
+    told = implementations.why_not(op, Implementation(implementation), device, dtype)
+    assert told is None if reason is None else re.search(reason, told)
 
 
 def test_an_old_triton_is_not_used(monkeypatch):
@@ -108,7 +109,8 @@ def test_info_tells_versions_and_reasons():
     assert set(facts["ops"]) == {"ortho_proj_loss", "cayley"}
     for devices in facts["ops"].values():
         for row in devices.values():
-            assert row["served_by"] and all(row["not"].values())
+            assert row["served_by"][-1] == {"implementation": "reference", "when": "otherwise"}
+            assert all(row["not"].values())
 
 
 @pytest.mark.parametrize("flag", [[], ["--json"]])
@@ -129,15 +131,31 @@ def test_environment_asks_for_a_backend(monkeypatch):
     weight = torch.randn(5, 3)
     x, y = torch.randn(4, 3), torch.randn(4, 5)
     monkeypatch.setenv(implementations.ENVIRONMENT, "torch")
-    assert implementations.choose("cayley", None, "cpu", torch.float32) == ("torch", True)
+    both = (Implementation.EXTENSION, Implementation.REFERENCE)
+    assert implementations.decide("cayley", None, "cpu", torch.float32, both) is Implementation.REFERENCE
     monkeypatch.setenv(implementations.ENVIRONMENT, "triton")  # binds the loss; cayley has no such backend
     vk.cayley(weight)
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="VKD_KERNELS_BACKEND='triton' was requested for ortho_proj_loss, but"):
-            vk.functional.ortho_proj_loss(x, y, weight)
+    with pytest.raises(RuntimeError, match="VKD_KERNELS_BACKEND='triton' was requested for ortho_proj_loss, but"):
+        vk.functional.ortho_proj_loss(x.double(), y.double(), weight.double())
     monkeypatch.setenv(implementations.ENVIRONMENT, "cuda")
     with pytest.raises(ValueError, match="VKD_KERNELS_BACKEND must be one of .*'cuda'"):
         vk.cayley(weight)
+
+
+def test_triton_serves_cpu_tensors_where_it_interprets_if_asked_for(monkeypatch):
+    pytest.importorskip("triton")
+    x, y, weight = torch.randn(4, 3), torch.randn(4, 5), torch.randn(5, 3)
+    monkeypatch.setattr(implementations, "triton_interprets", lambda: False)
+    with pytest.raises(
+        RuntimeError, match="take CUDA tensors .CPU tensors with TRITON_INTERPRET=1.; got a tensor on cpu"
+    ):
+        vk.functional.ortho_proj_loss(x, y, weight, backend="triton")
+    monkeypatch.undo()
+    if implementations.triton_interprets():
+        value = vk.functional.ortho_proj_loss(x, y, weight, backend="triton")
+        torch.testing.assert_close(value, vk.functional.ortho_proj_loss(x, y, weight))
+        candidates = (Implementation.TRITON, Implementation.REFERENCE)
+        assert implementations.decide("ortho_proj_loss", None, "cpu", x.dtype, candidates) is Implementation.REFERENCE
 
 
 def test_an_explicit_request_never_falls_back(monkeypatch):
@@ -149,7 +167,7 @@ def test_an_explicit_request_never_falls_back(monkeypatch):
 def test_an_automatic_fallback_warns_once(monkeypatch):
     monkeypatch.setattr(implementations, "extension", lambda: (None, "for a test"))
     implementations._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="cayley falls back to the PyTorch reference because for a test"):
+    with pytest.warns(UserWarning, match=r"cayley falls back to PyTorch \(reference\) because for a test"):
         vk.cayley(torch.randn(5, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

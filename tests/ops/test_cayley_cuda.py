@@ -8,6 +8,7 @@ The algorithm itself is tested without a GPU by csrc/tests. To look for memory e
     done
 """
 
+import functools
 import os
 import re
 import shutil
@@ -19,7 +20,8 @@ import torch
 
 import vkd_kernels as vk
 from vkd_kernels.ops import implementations
-from vkd_kernels.ops.cayley.api import MAX_KERNEL_COLUMNS, fastest_backend
+from vkd_kernels.ops.cayley.api import MAX_KERNEL_COLUMNS, candidates
+from vkd_kernels.ops.implementations import Implementation
 
 EXTENSION, MISSING = implementations.extension()
 CUDA_BUILD = EXTENSION is not None and EXTENSION.build_info()["cuda"] is not None
@@ -122,18 +124,25 @@ def test_the_default_architectures_are_in_the_binary():
 
 
 def test_the_kernels_are_chosen_up_to_their_largest_size():
-    assert fastest_backend("cuda", MAX_KERNEL_COLUMNS) == "extension"
-    assert fastest_backend("cuda", MAX_KERNEL_COLUMNS + 1) == "torch"
-    assert fastest_backend("cpu", MAX_KERNEL_COLUMNS + 1) == "extension"
+    both = (Implementation.EXTENSION, Implementation.REFERENCE)
+    assert candidates("cuda", MAX_KERNEL_COLUMNS) == candidates("cpu", MAX_KERNEL_COLUMNS + 1) == both
+    assert candidates("cuda", MAX_KERNEL_COLUMNS + 1) == (Implementation.REFERENCE,)
 
 
 def test_a_request_overrules_the_choice(monkeypatch):
     monkeypatch.delenv(implementations.ENVIRONMENT, raising=False)
     monkeypatch.setattr(implementations, "why_not", lambda *args: None)
-    assert implementations.choose("cayley", None, "cuda", torch.float32, "torch")[0] == "torch"
-    assert implementations.choose("cayley", "extension", "cuda", torch.float32, "torch")[0] == "extension"
+    decide = functools.partial(
+        implementations.decide,
+        "cayley",
+        device_type="cuda",
+        dtype=torch.float32,
+        candidates=(Implementation.REFERENCE,),
+    )
+    assert decide(backend=None) is Implementation.REFERENCE
+    assert decide(backend="extension") is Implementation.EXTENSION
     monkeypatch.setenv(implementations.ENVIRONMENT, "extension")
-    assert implementations.choose("cayley", None, "cuda", torch.float32, "torch")[0] == "extension"
+    assert decide(backend=None) is Implementation.EXTENSION
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import vkd_kernels as vk
 from vkd_kernels.functional import ortho_proj_loss
-from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss import api, chunked, dispatch
 
 NORMALIZATIONS = api.NORMALIZATIONS
 BOTH_LOSSES = [("smooth_l1", 1.0), ("smooth_l1", 0.1), ("mse", 1.0)]
@@ -18,7 +18,7 @@ BOTH_LOSSES = [("smooth_l1", 1.0), ("smooth_l1", 0.1), ("mse", 1.0)]
 @pytest.fixture(params=["reference", "chunked"])
 def path(request, monkeypatch):
     """Both ways PyTorch takes: the definition, and (chosen by itself for large problems) chunks of rows."""
-    monkeypatch.setattr(api, "CHUNKED_FROM", -1 if request.param == "chunked" else math.inf)
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1 if request.param == "chunked" else math.inf)
     return request.param
 
 
@@ -233,8 +233,8 @@ def test_every_combination_of_gradients(path, needs):
 
 def test_large_problems_go_by_chunks_unless_the_reference_is_asked_for(monkeypatch):
     called = []
-    monkeypatch.setattr(api, "chunked_losses", lambda *a, **k: called.append(1) or torch.zeros(()))
-    monkeypatch.setattr(api, "CHUNKED_FROM", 100)
+    monkeypatch.setattr(chunked, "loss", lambda *a, **k: called.append(1) or torch.zeros(()))
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", 100)
     tensors = inputs(dtype=torch.float32)
     ortho_proj_loss(*tensors, backend="torch")
     monkeypatch.setenv("VKD_KERNELS_BACKEND", "torch")
@@ -290,7 +290,16 @@ GOOD = dict(zip(("student", "teacher", "weight"), inputs(dtype=torch.float32), s
         ({"mask": torch.ones(13, 1)}, ValueError, r"mask must have the shape of the rows \(13,\); got \(13, 1\)"),
         ({"process_group": 3}, TypeError, "process_group must be None or .*ProcessGroup; got int"),
         ({"backend": "cuda"}, ValueError, "backend must be None or one of .*; got 'cuda'"),
-        ({"backend": "triton"}, RuntimeError, "backend='triton' was requested for ortho_proj_loss, but "),
+        (
+            {
+                "backend": "triton",
+                "student": torch.randn(13, 5).double(),
+                "teacher": torch.randn(13, 9).double(),
+                "weight": torch.randn(9, 5).double(),
+            },
+            RuntimeError,
+            "backend='triton' was requested for ortho_proj_loss, but ",
+        ),
         ({"backend": "extension"}, RuntimeError, "'extension' was requested .* no 'extension' backend"),
     ],
 )

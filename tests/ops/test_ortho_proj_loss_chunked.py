@@ -2,24 +2,24 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.helpers.loss_cases import DTYPES, OPTIONS, SHAPES, Case, error
-from vkd_kernels.ops.ortho_proj_loss import chunked, statistics
-from vkd_kernels.ops.ortho_proj_loss.chunked import chunked_loss
+from vkd_kernels.ops.ortho_proj_loss import chunked, chunks, statistics
 
 ALL_DTYPES = [*DTYPES, torch.float64]
 OPS = torch.ops.vkd_kernels
 
 
-def one_row_chunks(*args, **kwargs):
-    return chunked_loss(*args, **kwargs, workspace_bytes=1)
+def one_row_chunks(spec, inputs):
+    return chunked.loss(spec, inputs, workspace_bytes=1)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("form", [chunked_loss, one_row_chunks])
+@pytest.mark.parametrize("form", [chunked.loss, one_row_chunks])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option, form, dtype):
     Case((37, 20, 45), dtype, **OPTIONS[option]).check(form)
@@ -29,28 +29,25 @@ def test_options(option, form, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, dtype):
     # dX is rounded twice, when saved and when scaled; the table's averages hold for more than one element.
-    Case(shape, dtype, **OPTIONS["everything"]).check(chunked_loss, slack=2.0 if shape == (1, 1, 1) else 1.0)
+    Case(shape, dtype, **OPTIONS["everything"]).check(chunked.loss, slack=2.0 if shape == (1, 1, 1) else 1.0)
 
 
 def test_gradcheck():
     case = Case((7, 5, 6), torch.float64, **OPTIONS["everything"])
     for loss in ("smooth_l1", "mse"):
-        case.options["loss"] = loss
+        spec = replace(case.spec, loss=((loss, 1.0),))
 
-        def function(student, weight, bias):
-            return chunked_loss(
-                student, case.teacher, weight, bias, *case.tensors[4:], denominator=case.denominator, **case.options
-            )
+        def function(student, weight, bias, spec=spec):
+            return chunked.loss(spec, replace(case.inputs, student=student, weight=weight, bias=bias))
 
-        leaves = [x.requires_grad_() for x in (case.student, case.weight, case.bias)]
-        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradcheck(function, case.leaves())
 
 
 def test_only_needed_gradients():
     case = Case((37, 20, 45), torch.float32, **OPTIONS["everything"])
-    loss, everything = case.run(chunked_loss)
+    loss, everything = case.run(chunked.loss)
     for index in range(8):
-        some_loss, some = case.run(chunked_loss, [bool(index & bit) for bit in (1, 2, 4)])
+        some_loss, some = case.run(chunked.loss, [bool(index & bit) for bit in (1, 2, 4)])
         assert torch.equal(some_loss, loss) and some_loss.requires_grad == bool(some)
         assert all(torch.equal(gradient, everything[name]) for name, gradient in some.items())
 
@@ -58,8 +55,8 @@ def test_only_needed_gradients():
 def test_backward_twice_and_inputs_stay():
     case = Case((70, 20, 45), torch.bfloat16, **OPTIONS["everything"])
     before = [x.clone() for x in case.tensors]
-    leaves = [case.student.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()]
-    loss = chunked_loss(*case.tensors, denominator=case.denominator, **case.options)
+    leaves = case.leaves()
+    loss = chunked.loss(case.spec, case.inputs)
     first = torch.autograd.grad(loss, leaves, case.grad_output, retain_graph=True)
     second = torch.autograd.grad(loss, leaves, case.grad_output)
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(first, second, strict=True))
@@ -70,9 +67,9 @@ def test_backward_twice_and_inputs_stay():
 @pytest.mark.parametrize("where", ["student", "teacher", "weight", "bias"])
 @pytest.mark.parametrize("loss", ["smooth_l1", "mse"])
 def test_nan_and_inf_go_through(where, value, loss):
-    case = Case((37, 20, 45), torch.float32, bias=True, loss=loss, layer_norm=False)
+    case = Case((37, 20, 45), torch.float32, bias=True, loss=loss, normalization="none")
     getattr(case, where).view(-1)[7] = value
-    loss_value, got = case.run(chunked_loss)
+    loss_value, got = case.run(chunked.loss)
     _, truth = case.truth()
     assert not loss_value.isfinite()
     for name, gradient in got.items():
@@ -81,33 +78,30 @@ def test_nan_and_inf_go_through(where, value, loss):
 
 def test_masked_rows_may_hold_anything():
     case = Case((37, 20, 45), torch.float32, weights=True, bias=True)
-    clean_loss, clean = case.run(chunked_loss)
+    clean_loss, clean = case.run(chunked.loss)
     case.student[3], case.teacher[6] = torch.nan, torch.inf
-    loss, got = case.run(chunked_loss)
+    loss, got = case.run(chunked.loss)
     assert torch.equal(loss, clean_loss) and all(torch.equal(got[name], clean[name]) for name in clean)
 
 
-@pytest.mark.parametrize("denominator", [0.0, torch.zeros(()), 1.0])
-def test_all_rows_masked(denominator):
+def test_all_rows_masked():
     case = Case((37, 20, 45), torch.float32, **OPTIONS["everything"])
     case.row_weight.zero_()
-    case.denominator = denominator
-    loss, got = case.run(chunked_loss)
+    loss, got = case.run(chunked.loss)
     assert loss == 0 and all(torch.count_nonzero(gradient) == 0 for gradient in got.values())
 
 
 def test_no_rows():
     case = Case((1, 20, 45), torch.float32, bias=True)
     case.student, case.teacher = case.student[:0], case.teacher[:0]
-    loss, got = case.run(chunked_loss)
+    loss, got = case.run(chunked.loss)
     assert loss == 0 and all(torch.count_nonzero(gradient) == 0 for gradient in got.values())
 
 
 def test_second_order_is_refused():
     case = Case((5, 4, 6), torch.float32)
-    loss = chunked_loss(
-        case.student.requires_grad_(), *case.tensors[1:], denominator=case.denominator, **case.options
-    )  # fmt: skip
+    case.student.requires_grad_()
+    loss = chunked.loss(case.spec, case.inputs)
     (gradient,) = torch.autograd.grad(loss, case.student, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="torch"'):
         gradient.square().sum().backward()
@@ -115,23 +109,23 @@ def test_second_order_is_refused():
 
 def test_compiles_without_a_break():
     torch._dynamo.reset()
-    compiled = torch.compile(chunked_loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(chunked.loss, fullgraph=True, backend="aot_eager")
     case = Case((37, 20, 45), torch.float32, **OPTIONS["everything"])
-    expected, got = case.run(chunked_loss), case.run(compiled)
+    expected, got = case.run(chunked.loss), case.run(compiled)
     assert torch.equal(expected[0], got[0])
     assert all(torch.equal(got[1][name], expected[1][name]) for name in expected[1])
 
 
 MEMORY = """
 import resource, sys, torch
-from vkd_kernels.ops.ortho_proj_loss.chunked import chunked_loss
+from vkd_kernels.ops.ortho_proj_loss import chunked
+from vkd_kernels.ops.ortho_proj_loss.spec import LossInputs, LossSpec
 torch.set_num_threads(1)
 n, s, t = 16384, 32, 1024
 student, teacher = torch.randn(n, s, requires_grad=True), torch.randn(n, t)
 weight = torch.randn(t, s, requires_grad=True)
 def step(n):
-    chunked_loss(student[:n], teacher[:n], weight, *[None] * 4, layer_norm=True, eps=1e-5, loss="smooth_l1", beta=1.0,
-                 denominator=1.0).backward()
+    chunked.loss(LossSpec(), LossInputs(student[:n], teacher[:n], weight, denominator=1.0)).backward()
 step(64)
 student.grad = torch.zeros_like(student)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -151,11 +145,11 @@ def test_memory_does_not_grow_with_rows():
     "rows, most, multiple", [(1, 100, 1), (1000, 300, 1), (100352, 22192, 128), (5, 1, 64), (0, 9, 4)]
 )
 def test_even_chunks(rows, most, multiple):
-    chunk = chunked.even_chunk(rows, most, multiple)
+    chunk = chunks.even_chunk(rows, most, multiple)
     assert chunk % multiple == 0 and 0 < chunk <= max(most, multiple)
-    chunks = -(-rows // chunk)
-    assert chunks <= -(-rows // (max(most // multiple, 1) * multiple))
-    assert chunk * chunks - rows < multiple * max(chunks, 1)
+    count = -(-rows // chunk)
+    assert count <= -(-rows // (max(most // multiple, 1) * multiple))
+    assert chunk * count - rows < multiple * max(count, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -163,28 +157,28 @@ def test_even_chunks(rows, most, multiple):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 1000)
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 1000)
 
 
-def student_moments(student, row_weight):
-    """(mean, covariance) of the rows, as batch_norm takes them."""
+def mean_and_covariance(student, row_weight):
+    """Of the rows, as batch_norm takes them."""
     total = student.shape[0] if row_weight is None else row_weight.sum()
     sums = statistics.column_sums([student], [row_weight])
-    sums, scatters = statistics.student_moments([student], [row_weight], sums, sums / total)
+    sums, scatters = statistics.student_scatters([student], [row_weight], sums, sums / total)
     return sums[0] / total, scatters[0] / total
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_moments_gradcheck(weighted, small_chunks):
+def test_scatter_gradcheck(weighted, small_chunks):
     """Also in the mean, whose part in the covariance's gradient is 0."""
     student = torch.randn(23, 5, dtype=torch.float64, requires_grad=True)
     row_weight = torch.rand(23, dtype=torch.float64) if weighted else None
-    assert torch.autograd.gradcheck(lambda x: student_moments(x, row_weight), student)
-    assert torch.autograd.gradcheck(lambda x: student_moments(x, row_weight)[1], student)
+    assert torch.autograd.gradcheck(lambda x: mean_and_covariance(x, row_weight), student)
+    assert torch.autograd.gradcheck(lambda x: mean_and_covariance(x, row_weight)[1], student)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_moments_are_those_of_the_projected_rows(dtype, small_chunks):
+def test_mean_and_covariance_are_those_of_the_projected_rows(dtype, small_chunks):
     """mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ, where |mean| is 50 times the deviation."""
     student = (torch.randn(300, 8, dtype=torch.float64) + 50).to(dtype)
     row_weight = torch.rand(300, dtype=torch.promote_types(dtype, torch.float32))
@@ -192,7 +186,7 @@ def test_moments_are_those_of_the_projected_rows(dtype, small_chunks):
     student_with_garbage = student.clone()
     student_with_garbage[::5] = torch.nan
     weight = torch.randn(12, 8, dtype=torch.float64)
-    mean, covariance = student_moments(student_with_garbage, row_weight)
+    mean, covariance = mean_and_covariance(student_with_garbage, row_weight)
     exact = torch.promote_types(dtype, torch.float32)
     assert mean.dtype == covariance.dtype == exact
     w = row_weight.double()[:, None] / row_weight.double().sum()
@@ -206,15 +200,15 @@ def test_moments_are_those_of_the_projected_rows(dtype, small_chunks):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_16_bit_products_of_the_moments(dtype, weighted, monkeypatch):
+def test_16_bit_products_of_the_scatter(dtype, weighted, monkeypatch):
     """With 16-bit operands, as on a GPU: the covariance is float32's, its gradient as good as the student's dtype."""
-    monkeypatch.setattr(chunked, "operand_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(chunks, "operand_dtype", lambda x: x.dtype)
     student = (torch.randn(4000, 8) + 50).to(dtype)
     row_weight = torch.rand(4000) if weighted else None
     leaf = student.clone().requires_grad_()
-    _, covariance = student_moments(leaf, row_weight)
+    _, covariance = mean_and_covariance(leaf, row_weight)
     exact_leaf = student.double().requires_grad_()
-    _, exact = student_moments(exact_leaf, row_weight.double() if weighted else None)
+    _, exact = mean_and_covariance(exact_leaf, row_weight.double() if weighted else None)
     assert covariance.dtype == torch.float32 and error(covariance, exact) <= 1e-5
     upstream = 16 * torch.randn(8, 8)  # a scaled loss: float16 gradients would underflow
     (gradient,) = torch.autograd.grad(covariance, leaf, upstream)
@@ -240,7 +234,7 @@ def test_column_statistics(dtype, weighted, small_chunks):
     exact = torch.promote_types(dtype, torch.float32)
     limit = 1e-13 if dtype == torch.float64 else 1e-6
     assert mean.dtype == exact and error(mean, true_mean) <= limit
-    (squares,) = statistics.column_centred_square_sums([teacher], [row_weight], true_mean.to(exact)[None])
+    (squares,) = statistics.column_square_sums([teacher], [row_weight], true_mean.to(exact)[None])
     truth = (w * (teacher.double() - true_mean.to(exact).double()).square()).sum(0)
     assert squares.dtype == exact and error(squares, truth) <= limit
 
@@ -250,7 +244,7 @@ def test_scatter_is_ieee_and_leaves_the_setting():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with statistics._Ieee():
+        with statistics.ieee_products():
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
@@ -260,15 +254,30 @@ def test_scatter_is_ieee_and_leaves_the_setting():
 def test_statistics_opcheck():
     x, w, mean, sums = torch.randn(6, 4), torch.rand(6), torch.randn(4), torch.randn(4)
     torch.library.opcheck(OPS.column_sum.default, (x, w))
-    torch.library.opcheck(OPS.column_centred_square_sum.default, (x, w, mean))
-    torch.library.opcheck(OPS.student_moments_backward.default, (torch.randn(4), torch.randn(4, 4), x, w, mean))
-    torch.library.opcheck(OPS.student_moments.default, (x.requires_grad_(), w, sums, mean))
+    torch.library.opcheck(OPS.column_square_sum.default, (x, w, mean))
+    torch.library.opcheck(OPS.student_scatter_backward.default, (torch.randn(4), torch.randn(4, 4), x, w, mean))
+    torch.library.opcheck(OPS.student_scatter.default, (x.requires_grad_(), w, sums, mean))
 
 
 def test_second_order_of_the_statistics_is_refused():
     x = torch.randn(6, 4, requires_grad=True)
-    for value in student_moments(x, None):
+    for value in mean_and_covariance(x, None):
         upstream = torch.ones_like(value, requires_grad=True)
         (gradient,) = torch.autograd.grad(value, x, upstream, create_graph=True)
         with pytest.raises(RuntimeError, match='backend="torch"'):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
+def test_opcheck(needed):
+    case = Case((6, 5, 7), torch.float32, **OPTIONS["everything"])
+    for name, need in zip(("student", "weight", "bias"), needed, strict=True):
+        getattr(case, name).requires_grad_(need)
+    options = "layer_norm", 1e-5, 0.2, 0.5, 0.3, 0.5, 1 << 20
+    torch.library.opcheck(
+        chunked.chunked_loss,
+        (case.student, case.teacher, case.weight, case.bias, case.row_weight, case.channel_shift, case.channel_scale,
+         case.denominator, 1.0, *options, *needed),
+    )  # fmt: skip
+    unscaled = [torch.randn(*size) for size in ((6, 5), (7, 5), (7,))]
+    torch.library.opcheck(chunks.chunked_backward, (torch.ones(()), *unscaled, None, 0.5, torch.float16, torch.float32))

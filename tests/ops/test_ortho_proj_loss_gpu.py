@@ -1,6 +1,6 @@
 """The fused loss on a GPU at full size: accuracy, the same bits, graphs, memory, synchronisation, 64-bit offsets.
 
-The truth is chunked_loss in float64, which test_ortho_proj_loss_chunked.py holds to the reference.
+The truth is the chunked loss in float64, which test_ortho_proj_loss_chunked.py holds to the reference.
 """
 
 import shutil
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import vkd_kernels as vk
-from tests.helpers.loss_cases import GRADIENT_ERROR, LOSS_ERROR, OPTIONS, Case, composition, error
-from vkd_kernels.ops.ortho_proj_loss.chunked import chunked_loss
+from tests.helpers.loss_cases import GRADIENT_ERROR, LOSS_ERROR, OPTIONS, Case, error
+from vkd_kernels.ops.ortho_proj_loss import chunked, reference
+from vkd_kernels.ops.ortho_proj_loss.spec import LossInputs, LossSpec
 
 pytestmark = pytest.mark.gpu
 
@@ -26,23 +27,19 @@ MIB = 1 << 20
 @pytest.fixture
 def fused_loss():
     # Not imported with this module: its kernels are to be decorated as conftest.py has arranged.
-    from vkd_kernels.ops.ortho_proj_loss.triton.launch import fused_loss
+    from vkd_kernels.ops.ortho_proj_loss import triton
 
-    return fused_loss
+    return triton.loss
 
 
 def case_of(shape, dtype, option="layer_norm", **kwargs):
     return Case(shape, dtype, **OPTIONS[option], **kwargs, device="cuda")
 
 
-def leaves_of(case):
-    return [x for x in (case.student, case.weight, case.bias) if x is not None]
-
-
 def step(loss_function, case, grad_output=None):
     """loss and gradients of leaves that stay the same tensors from call to call."""
-    leaves = [x.requires_grad_() for x in leaves_of(case)]
-    loss = loss_function(*case.tensors, denominator=case.denominator, **case.options)
+    leaves = case.leaves()
+    loss = loss_function(case.spec, case.inputs)
     return [loss, *torch.autograd.grad(loss, leaves, grad_output)]
 
 
@@ -51,8 +48,8 @@ def step(loss_function, case, grad_output=None):
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_accuracy_at_full_size(shape, option, dtype, fused_loss):
     case = case_of(shape, dtype, option, weight_dtype=torch.float32)
-    true_loss, truth = case.truth(chunked_loss)
-    composed_loss, composed = case.run(composition)
+    true_loss, truth = case.truth(chunked.loss)
+    composed_loss, composed = case.run(reference.loss)
     loss, got = case.run(fused_loss)
     assert error(loss, true_loss) <= max(LOSS_ERROR[dtype], 1.5 * error(composed_loss, true_loss))
     for name, gradient in got.items():
@@ -62,7 +59,7 @@ def test_accuracy_at_full_size(shape, option, dtype, fused_loss):
 
 def test_tf32_only_where_pytorch_allows_it(fused_loss):
     case = case_of(POOLED, torch.float32)
-    _, truth = case.truth(chunked_loss)
+    _, truth = case.truth(chunked.loss)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -115,8 +112,7 @@ def test_graph_replay(shape, option, fused_loss):
         fresh = case_of(shape, torch.bfloat16, option, seed=seed)
         with torch.no_grad():
             for old, new in zip(case.tensors, fresh.tensors, strict=True):
-                if old is not None:
-                    old.copy_(new)
+                old.copy_(new)
         expected = [x.clone() for x in step(fused_loss, case, grad_output)]
         for x in captured:
             x.fill_(torch.nan) if not x.requires_grad else x.detach().fill_(torch.nan)
@@ -128,7 +124,7 @@ def test_graph_replay(shape, option, fused_loss):
 @pytest.mark.parametrize(
     "rows", [[600] * 6, [34000, 8500, 2125, 544, 136, 40]], ids=["six of few rows", "a pyramid of many and few"]
 )
-def test_levels(rows):
+def test_group(rows):
     """Detection's six projections in one call: accuracy, the same bits, no synchronisation, graph replay."""
     students = [torch.randn(n, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in rows]
     teachers = [2 * torch.randn(n, 256, device="cuda", dtype=torch.bfloat16) + 1 for n in rows]
@@ -181,12 +177,12 @@ def test_pooled_launches(option, most, fused_loss):
 def test_memory_beyond_inputs_and_gradients(rows, channels, fused_loss):
     """At most the workspace, and in backward the unscaled dX (kept until then) beside the scaled one."""
     case = case_of((rows, channels, 3024), torch.bfloat16, weight_dtype=torch.float32)
-    leaves = [x.requires_grad_() for x in leaves_of(case)]
+    leaves = case.leaves()
     gradients = sum(x.numel() * x.element_size() for x in leaves)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = fused_loss(*case.tensors, denominator=case.denominator, **case.options)
+    loss = fused_loss(case.spec, case.inputs)
     assert torch.cuda.max_memory_allocated() - before - gradients <= 128 * MIB
     torch.autograd.grad(loss, leaves)
     assert torch.cuda.max_memory_allocated() - before - 2 * gradients <= 128 * MIB
@@ -216,10 +212,7 @@ def test_past_32_bit_offsets(fused_loss):
 
     def run(rows, **kwargs):
         leaf = student[rows].detach().requires_grad_()
-        loss = fused_loss(
-            leaf, teacher[rows], weight, *[None] * 4, layer_norm=True, eps=1e-5, loss="smooth_l1", beta=1.0,
-            denominator=1.0, **kwargs,
-        )  # fmt: skip
+        loss = fused_loss(LossSpec(), LossInputs(leaf, teacher[rows], weight, denominator=1.0), **kwargs)
         return loss, *torch.autograd.grad(loss, (leaf, weight))
 
     tail = slice(n - 4096, n)
@@ -235,12 +228,14 @@ def test_past_32_bit_offsets(fused_loss):
 
 SANITIZED = """
 import torch
-from vkd_kernels.ops.ortho_proj_loss.triton.launch import fused_loss
+from vkd_kernels.ops.ortho_proj_loss import triton
+from vkd_kernels.ops.ortho_proj_loss.spec import LossInputs, LossSpec
 for n in (33, 1500):
     x = torch.randn(n, 20, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     p, b = torch.randn(45, 20, device="cuda", requires_grad=True), torch.randn(45, device="cuda", requires_grad=True)
-    fused_loss(x, torch.randn(n, 45, device="cuda"), p, b, torch.rand(n, device="cuda"), None, None, layer_norm=True,
-               eps=1e-5, loss="smooth_l1", beta=1.0, denominator=1.0).backward()
+    teacher, row_weight = torch.randn(n, 45, device="cuda"), torch.rand(n, device="cuda")
+    inputs = LossInputs(x, teacher, p, denominator=1.0, row_weight=row_weight, bias=b)
+    triton.loss(LossSpec(), inputs).backward()
 torch.cuda.synchronize()
 """
 

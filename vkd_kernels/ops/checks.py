@@ -1,6 +1,8 @@
 """Argument checks shared by the interfaces: every message names the argument and shows what came."""
 
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -8,19 +10,19 @@ FULL_PRECISION = (torch.float32, torch.float64)
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def describe(value) -> str:
+def describe(value: Any) -> str:
     """What came, in a few words: shape, dtype and device of a tensor; type and value of anything else."""
     if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"[:200]
 
 
-def is_sharded(value) -> bool:
+def is_sharded(value: Any) -> bool:
     """Whether it is a DTensor, as parameters are under FSDP2, told without importing torch.distributed.tensor."""
     return hasattr(value, "device_mesh")
 
 
-def check_tensor(name: str, value, dtypes=FLOATING, hint: str = "") -> None:
+def check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype] = FLOATING, hint: str = "") -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {describe(value)}")
     if is_sharded(value):
@@ -44,14 +46,14 @@ def check_same_device(name: str, value: torch.Tensor, other_name: str, other: to
         )
 
 
-def check_choice(name: str, value, choices) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
     # Nothing else is compared: an array would answer by an array, an object perhaps by an error.
     if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r:.200}")
 
 
 def check_number(
-    name: str, value, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    name: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
 ) -> None:
     """A finite Python number within the given bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -72,23 +74,31 @@ def check_number(
         raise ValueError(f"{name} must be a finite number{within}; got {value!r:.200}")
 
 
-def check_dim(name: str, value) -> None:
+def check_dim(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int; got {describe(value)}")
     if not 1 <= value < 2**31:
         raise ValueError(f"{name} must be at least 1{' and below 2**31' if value > 0 else ''}; got {value}")
 
 
-def row_weights(name: str, mask, rows: tuple[int, ...], other: torch.Tensor, dtype: torch.dtype):
-    """``mask`` (bool, or non-negative float weights, shape of the rows) as a flat tensor of weights in ``dtype``.
+def check_row_weights(name: str, mask: Any, rows: Sequence[int], features: torch.Tensor) -> None:
+    """``mask``: None, or bool or non-negative float weights of the rows' shape; a constant.
 
     That float weights are not negative is the caller's promise: looking would stall a GPU.
     """
     if mask is None:
-        return None
-    hint = "; a 0/1 mask of integers becomes one of bools with mask.bool()"
-    check_tensor(name, mask, (torch.bool, *FLOATING), hint)
+        return
+    check_tensor(name, mask, (torch.bool, *FLOATING), "; a 0/1 mask of integers becomes one of bools with mask.bool()")
     if tuple(mask.shape) != tuple(rows):
         raise ValueError(f"{name} must have the shape of the rows {tuple(rows)}; got {tuple(mask.shape)}")
-    check_same_device(name, mask, "the features", other)
-    return mask.detach().reshape(-1).to(dtype)
+    check_same_device(name, mask, "the features", features)
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is a constant, but the one given requires a gradient: pass its detach()")
+
+
+def row_weights(
+    name: str, mask: Any, rows: Sequence[int], features: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The mask, checked, as a flat tensor of weights in ``dtype``."""
+    check_row_weights(name, mask, rows, features)
+    return None if mask is None else mask.detach().reshape(-1).to(dtype)

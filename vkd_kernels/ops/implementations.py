@@ -1,22 +1,55 @@
-"""Which backend serves an op: what is available here, the caller's request, and the reason when one can't serve.
+"""Which implementation serves an op, decided in one place; ``vkd_kernels.info()`` shows the decision and its reasons.
 
-Loads the compiled extension once and keeps the reason when it can't be loaded; ``vkd_kernels.info()`` shows it all.
+    1. ``backend=`` or VKD_KERNELS_BACKEND asks for one, by the caller's word (``BACKENDS``): that one, or an error.
+    2. Under torch.func: the reference, which is made of PyTorch's own operators.
+    3. Otherwise the first of the op's candidates (``CANDIDATES``) that is meant for the device and can serve.
+
+It also loads the compiled extension, once, and keeps the reason when that fails.
 """
 
 import contextlib
+import enum
 import functools
 import importlib
 import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
+
+class Implementation(enum.Enum):
+    """A way to compute an op. The reference defines; the others are held to it."""
+
+    REFERENCE = "reference"
+    CHUNKED = "chunked"
+    TRITON = "triton"
+    EXTENSION = "extension"
+
+
 ENVIRONMENT = "VKD_KERNELS_BACKEND"
-SERVES = {"ortho_proj_loss": ("triton", "torch"), "cayley": ("extension", "torch")}
-BACKENDS = ("triton", "extension", "torch")
+BACKENDS = {  # the caller's word: what it asks for
+    "triton": Implementation.TRITON,
+    "extension": Implementation.EXTENSION,
+    "torch": Implementation.REFERENCE,
+}
+CANDIDATES = {  # of each op, in order of preference: (implementation, when it is a candidate)
+    "ortho_proj_loss": (
+        (Implementation.TRITON, "CUDA tensors, not in float64"),
+        (Implementation.CHUNKED, "N·T above 2²³, or a process_group"),
+        (Implementation.REFERENCE, "otherwise"),
+    ),
+    "cayley": (
+        (Implementation.EXTENSION, "CPU tensors; CUDA tensors of S up to 1024"),
+        (Implementation.REFERENCE, "otherwise"),
+    ),
+}
 TRITON_FROM = (3, 4)  # what PyTorch 2.8, the oldest that the tests run on, brings
 
 
@@ -25,10 +58,9 @@ def autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-def no_autocast(device_type: str):
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Autocast switched off, on devices that have it ("meta" has not)."""
-    available = autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_available(device_type) else contextlib.nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -37,7 +69,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
-def _build_record() -> dict:
+def _build_record() -> dict[str, Any]:
     """What setup.py noted of the build: {"build", "reason", "torch"}; {"damaged": how} where that can't be read."""
     path = Path(__file__).parents[1].joinpath("_build.json")
     try:
@@ -50,7 +82,7 @@ def _build_record() -> dict:
 
 
 @functools.cache
-def extension():
+def extension() -> tuple[ModuleType, None] | tuple[None, str]:
     """(the module ``vkd_kernels._C``, None), or (None, the reason why it is missing)."""
     record = _build_record()
     if "damaged" in record:  # which PyTorch the extension was built with is unknown, and another's crashes the process
@@ -79,6 +111,11 @@ def why_no_triton() -> str | None:
     return None
 
 
+def triton_interprets() -> bool:
+    """Whether TRITON_INTERPRET=1 makes Triton run kernels on the CPU."""
+    return why_no_triton() is None and bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
 def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a build for "80-real 90-virtual" runs on a GPU: by code for its generation, or PTX for an older one."""
     for entry in architectures.split():
@@ -89,76 +126,128 @@ def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why ``backend`` can't serve ``op`` for tensors of this device and dtype, or None when it can."""
-    if backend not in SERVES[op]:
-        return f"{op} has no {backend!r} backend; it has {', '.join(map(repr, SERVES[op]))}"
-    if backend == "triton":
-        if why_no_triton():
-            return why_no_triton()
-        if device_type != "cuda":
-            return f"Triton kernels take CUDA tensors; got a tensor on {device_type}"
-        if dtype == torch.float64:
-            return "the Triton kernels take float32, bfloat16 and float16; got float64"
-    if backend == "extension":
-        module, reason = extension()
-        if module is None:
-            return reason
-        if device_type == "cuda" and module.build_info()["cuda"] is None:
-            return "the extension was built without CUDA: " + (_build_record().get("reason") or "unknown reason")
-        if device_type == "cuda" and torch.cuda.is_available():
-            built, (major, minor) = module.build_info()["cuda_architectures"], torch.cuda.get_device_capability()
-            if not has_code_for(built, (major, minor)):
-                return f"the extension was built for the GPU architectures {built} and this GPU is {major}.{minor}"
-        if device_type not in ("cpu", "cuda"):
-            return f"the extension takes CPU and CUDA tensors; got a tensor on {device_type}"
+def implementations_of(op: str) -> tuple[Implementation, ...]:
+    return tuple(implementation for implementation, _ in CANDIDATES[op])
+
+
+def why_not(op: str, implementation: Implementation, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason why it can't serve ``op`` for tensors of this device and dtype, or None when it can."""
+    if implementation not in implementations_of(op):
+        words = [word for word, asked in BACKENDS.items() if asked in implementations_of(op)]
+        return f"{op} has no {implementation.value!r} backend; it has {', '.join(map(repr, words))}"
+    if implementation is Implementation.TRITON:
+        return _why_not_triton(device_type, dtype)
+    if implementation is Implementation.EXTENSION:
+        return _why_not_extension(device_type)
+    return None
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if why_no_triton():
+        return why_no_triton()
+    if device_type != "cuda" and not (device_type == "cpu" and triton_interprets()):
+        return f"Triton kernels take CUDA tensors (CPU tensors with TRITON_INTERPRET=1); got a tensor on {device_type}"
+    if dtype == torch.float64:
+        return "the Triton kernels take float32, bfloat16 and float16; got float64"
+    return None
+
+
+def _why_not_extension(device_type: str) -> str | None:
+    module, reason = extension()
+    if module is None:
+        return reason
+    if device_type not in ("cpu", "cuda"):
+        return f"the extension takes CPU and CUDA tensors; got a tensor on {device_type}"
+    if device_type == "cuda" and module.build_info()["cuda"] is None:
+        return "the extension was built without CUDA: " + (_build_record().get("reason") or "unknown reason")
+    if device_type == "cuda" and torch.cuda.is_available():
+        built, (major, minor) = module.build_info()["cuda_architectures"], torch.cuda.get_device_capability()
+        if not has_code_for(built, (major, minor)):
+            return f"the extension was built for the GPU architectures {built} and this GPU is {major}.{minor}"
     return None
 
 
 @functools.cache
-def _warn_once(op: str, backend: str, reason: str) -> None:
+def _warn_once(op: str, implementation: Implementation, reason: str) -> None:
     warnings.warn(
-        f"vkd_kernels: {op} falls back to the PyTorch reference because {reason}. "
+        f"vkd_kernels: {op} falls back to PyTorch ({implementation.value}) because {reason}. "
         f"{ENVIRONMENT}=torch asks for the reference and silences this.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
-def requested(op: str, backend: str | None) -> tuple[str | None, str]:
-    """(the backend asked for by argument or environment, or None; which of the two asked)."""
-    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r:.200}")
+def requested(op: str, backend: str | None) -> tuple[Implementation | None, str]:
+    """(the implementation asked for by argument or environment, or None; which of the two asked)."""
     if backend is not None:
-        return backend, "backend"
-    asked = os.environ.get(ENVIRONMENT)
-    if asked and asked not in BACKENDS:
-        raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(map(repr, BACKENDS))}; got {asked!r}")
-    # The variable speaks for every op at once, so it binds the ops that have such a backend.
-    return (asked if asked in SERVES[op] else None), ENVIRONMENT
+        if not isinstance(backend, str) or backend not in BACKENDS:
+            raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}; got {backend!r:.200}")
+        return BACKENDS[backend], "backend"
+    word = os.environ.get(ENVIRONMENT)
+    if not word:
+        return None, ENVIRONMENT
+    if word not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(map(repr, BACKENDS))}; got {word!r}")
+    # The variable speaks for every op at once, so it binds the ops that have such an implementation.
+    asked = BACKENDS[word]
+    return (asked if asked in implementations_of(op) else None), ENVIRONMENT
+
+
+def _under_torch_func() -> bool:
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and active()
+
+
+def _is_meant_for(implementation: Implementation, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether its absence there would be worth a warning."""
+    if implementation is Implementation.TRITON:
+        return device_type == "cuda" and dtype != torch.float64
+    return implementation is not Implementation.EXTENSION or device_type in ("cpu", "cuda")
 
 
 @torch.compiler.assume_constant_result  # what is installed and asked for does not change under a compiled graph
-def choose(
-    op: str, backend: str | None, device_type: str, dtype: torch.dtype, fastest: str | None = None
-) -> tuple[str, bool]:
-    """(the backend that serves ``op``, whether it was asked for): the one asked for or an error, else the fastest.
+def decide(
+    op: str,
+    backend: str | None,
+    device_type: str,
+    dtype: torch.dtype,
+    candidates: Sequence[Implementation],
+    lacking: str | None = None,
+) -> Implementation:
+    """The implementation that serves a call: the one asked for, or an error; else the first candidate that can.
 
-    ``fastest`` is the op's own advice for these shapes; by default its first backend.
+    Args:
+        candidates: the op's advice for these sizes, in order of preference; the last one always can.
+        lacking: the reason why the first candidate can't compute this call's options, if it can't.
     """
     asked, source = requested(op, backend)
     if asked is not None:
-        reason = why_not(op, asked, device_type, dtype)
+        reason = why_not(op, asked, device_type, dtype) or (lacking if asked is candidates[0] else None)
         if reason:
-            raise RuntimeError(f"{source}={asked!r} was requested for {op}, but {reason}")
-        return asked, True
-    if torch._C._are_functorch_transforms_active():
-        return "torch", True  # torch.func differentiates what is made of PyTorch's own operators
-    best = fastest or SERVES[op][0]
-    reason = why_not(op, best, device_type, dtype)
+            raise RuntimeError(f"{source}={_word(asked)!r} was requested for {op}, but {reason}")
+        return asked
+    if _under_torch_func():
+        return Implementation.REFERENCE
+    first = candidates[0]
+    if len(candidates) == 1 or not _is_meant_for(first, device_type, dtype):
+        return candidates[-1]
+    reason = why_not(op, first, device_type, dtype) or lacking
     if reason is None:
-        return best, False
-    expected = best == "triton" and (device_type != "cuda" or dtype == torch.float64)
-    expected = expected or (best == "extension" and device_type not in ("cpu", "cuda"))
-    if not expected:
-        _warn_once(op, best, reason)
-    return "torch", False
+        return first
+    _warn_once(op, candidates[-1], reason)
+    return candidates[-1]
+
+
+def served_by(op: str, device_type: str) -> dict[str, Any]:
+    """The row of info() for float32 on a device: the candidates that can serve, when, and why not the others."""
+    rows: dict[str, Any] = {"served_by": [], "not": {}}
+    for implementation, when in CANDIDATES[op]:
+        reason = why_not(op, implementation, device_type, torch.float32)
+        if reason is not None:
+            rows["not"][implementation.value] = reason
+        elif _is_meant_for(implementation, device_type, torch.float32):
+            rows["served_by"].append({"implementation": implementation.value, "when": when})
+    return rows
+
+
+def _word(implementation: Implementation) -> str:
+    return next(word for word, asked in BACKENDS.items() if asked is implementation)

@@ -1,7 +1,7 @@
 """How an operator of this package is declared: a typed function becomes ``torch.ops.vkd_kernels.<name>``.
 
     @operator(shapes=_shapes)                                   # the schema is read off the annotations
-    def chunked_loss(student: torch.Tensor, ..., eps: float) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def chunked_loss(*, student: torch.Tensor, ..., eps: float) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     differentiable(chunked_loss, save=_save, backward=_backward)
     refuses_gradients(chunked_loss_backward, "what to use instead")
@@ -9,6 +9,7 @@
 An operator is opaque to torch.compile, which knows its shapes, and its gradient is one autograd node.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,20 +22,36 @@ library = torch.library.Library(NAMESPACE, "FRAGMENT")
 def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Declares the function that follows as an operator of its name, for every device, and returns the operator.
 
-    ``shapes`` takes the same arguments and returns empty outputs. The function must neither change its arguments nor
-    return any of them, and it is called with autograd switched off.
+    The function takes its arguments by name (``*``), as do ``shapes``, which returns empty outputs, and the operator
+    itself. It must neither change its arguments nor return any of them. Autograd is off where it runs.
     """
 
     def declare(function: Callable[..., Any]) -> torch._ops.OpOverload:
         name = function.__name__
-        library.define(
-            name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
-        )
-        library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=library)
+        signature = inspect.signature(function)
+        names = [*signature.parameters]
+
+        def implementation(*inputs: Any) -> Any:
+            return function(**dict(zip(names, inputs, strict=False)))
+
+        def fake(*inputs: Any) -> Any:
+            return shapes(**dict(zip(names, inputs, strict=False)))
+
+        # PyTorch's dispatcher takes tensors by position.
+        positional = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()]
+        implementation.__signature__ = signature.replace(parameters=positional)  # type: ignore[attr-defined]
+        schema = torch.library.infer_schema(implementation, mutates_args=())
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return declare
+
+
+def needs_gradient(*tensors: torch.Tensor | float | None) -> bool:
+    """Whether a gradient in any of them will be asked for."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def differentiable(

@@ -3,10 +3,11 @@
 import torch
 
 from .. import checks, implementations
+from ..implementations import Implementation
 from . import extension, reference
 
 _HINT = "; an orthogonal matrix in 16 bit is off by 4e-3: keep the weight in float32 and cast the result"
-MAX_KERNEL_COLUMNS = 1024  # unmeasured: see fastest_backend
+MAX_KERNEL_COLUMNS = 1024  # unmeasured: see candidates
 
 
 def _check_weight(name: str, weight) -> None:
@@ -15,14 +16,16 @@ def _check_weight(name: str, weight) -> None:
         raise ValueError(f"{name} must have the shape (..., T, S) with T, S >= 1; got {tuple(weight.shape)}")
 
 
-def fastest_backend(device_type: str, s: int) -> str:
-    """Which backend should serve ``s`` columns when the caller asks for none.
+def candidates(device_type: str, s: int) -> tuple[Implementation, ...]:
+    """Which implementations may serve ``s`` columns when the caller asks for none, in order of preference.
 
     The CUDA kernels eliminate 32 columns a launch. Their time grows like ``s`` while latency dominates and like ``s³``
     on the scalar float64 units after that; the library's LU, which the reference calls, uses tensor cores and wins
     somewhere beyond 1024 in a model of both. MAX_KERNEL_COLUMNS is that model's figure, not a measurement.
     """
-    return "torch" if device_type == "cuda" and s > MAX_KERNEL_COLUMNS else "extension"
+    if device_type == "cuda" and s > MAX_KERNEL_COLUMNS:
+        return (Implementation.REFERENCE,)
+    return (Implementation.EXTENSION, Implementation.REFERENCE)
 
 
 def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -58,10 +61,8 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     if weight.shape[-2] < weight.shape[-1]:
         return cayley(weight.mT, backend=backend).mT
     device = weight.device.type
-    chosen, _ = implementations.choose(
-        "cayley", backend, device, weight.dtype, fastest_backend(device, weight.shape[-1])
-    )
-    return (extension if chosen == "extension" else reference).cayley(weight)
+    chosen = implementations.decide("cayley", backend, device, weight.dtype, candidates(device, weight.shape[-1]))
+    return (extension if chosen is Implementation.EXTENSION else reference).cayley(weight)
 
 
 def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

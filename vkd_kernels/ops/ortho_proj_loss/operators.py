@@ -222,3 +222,20 @@ def over(value: torch.Tensor, factor: float, denominator: torch.Tensor | None) -
     if denominator is None:
         return value * factor
     return torch.where(denominator == 0, 0.0, value * factor / denominator).to(value.dtype)
+
+
+def call_orthonormal_mse(
+    op, student, teacher, weight, row_weight, scale, layer_norm, eps, denominator, workspace_bytes
+):
+    if not isinstance(scale, torch.Tensor):
+        scale = student.new_full((), scale, dtype=accumulator_dtype(student.dtype))
+    row_weight, denominator, factor, needed = operands(student, weight, scale, row_weight, denominator)
+    return op(
+        student, teacher, weight, scale, row_weight, denominator, factor, layer_norm, eps, workspace_bytes, *needed
+    )[0]
+
+
+def moment_gradients(grads, mean):
+    """The incoming gradients of sums and scatters, zeros for those that there are not."""
+    shapes = mean.shape, (*mean.shape, mean.shape[-1])
+    return [mean.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes, strict=True)]

@@ -1,40 +1,49 @@
-"""The definition of the projected feature loss, in plain PyTorch; triton/launch.py and chunked.py compute the same."""
+"""The definition of the projected feature loss, in plain PyTorch; the other implementations compute the same."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..normalization import reference as normalization_reference
 from ..normalization.reference import standardize, weighted, without_masked_rows
+from .spec import NORM_FLOOR, LossInputs, LossSpec
 
 
-def loss_sum(
-    student: torch.Tensor,  # (N, S)
-    teacher: torch.Tensor,  # (N, T)
-    weight: torch.Tensor,  # (T, S), scale folded in
-    bias: torch.Tensor | None,  # (T,)
-    row_weight: torch.Tensor | None,  # (N,)
-    *,
-    normalization: str,
-    loss: str,
-    beta: float,
-    eps: float,
-    group=None,
-) -> torch.Tensor:  # ()
-    """Σ_n w_n Σ_j ρ(Z - T)_nj with Z = student weightᵀ + bias and T = normalise(teacher)."""
-    precise = row_weight.dtype if row_weight is not None else torch.promote_types(student.dtype, torch.float32)
-    z = (without_masked_rows(student, row_weight) @ weight.to(student.dtype).mT).to(precise)
-    z = z if bias is None else z + bias
-    target = without_masked_rows(teacher, row_weight).to(precise)
-    if normalization == "layer_norm":
-        target = F.layer_norm(target, target.shape[-1:], eps=eps)
-    elif normalization == "batch_norm":
-        target = standardize(target, row_weight, eps=eps, group=group)
-        z = standardize(z, row_weight, eps=eps, group=group)
-    elif normalization == "whiten":
-        target = normalization_reference.whiten(target, row_weight, method="zca", eps=eps, group=group)
-    rho = (
-        F.mse_loss(z, target, reduction="none")
-        if loss == "mse"
-        else F.smooth_l1_loss(z, target, beta=beta, reduction="none")
-    )
-    return weighted(rho, row_weight).sum()
+def loss(spec: LossSpec, inputs: LossInputs, process_group: "dist.ProcessGroup | None" = None) -> torch.Tensor:  # ()
+    """Σ_n w_n · (the loss of row n) / denominator; row statistics are those of all ranks of the group.
+
+    ::
+
+        Z = student weightᵀ + bias     T = normalize(teacher)     batch_norm: Z likewise, with gradients
+        mse: Σ_j (Z - T)²     smooth_l1: Σ_j h_β(Z - T)     cosine: (1 - ⟨z, t⟩ / (‖z‖ ‖t‖)), norms of at least 1e-8
+    """
+    w = inputs.row_weight
+    acc = torch.promote_types(inputs.student.dtype, torch.float32)
+    z = (without_masked_rows(inputs.student, w) @ inputs.weight.to(inputs.student.dtype).mT).to(acc)
+    z = z if inputs.bias is None else z + inputs.bias
+    t = without_masked_rows(inputs.teacher, w).to(acc)
+    if spec.normalization == "layer_norm":
+        t = F.layer_norm(t, t.shape[-1:], eps=spec.eps)
+    elif spec.normalization == "l2":
+        t = F.normalize(t, dim=-1, eps=spec.eps)
+    elif spec.normalization == "batch_norm":
+        t = standardize(t, w, eps=spec.eps, group=process_group)
+        z = standardize(z, w, eps=spec.eps, group=process_group)
+    elif spec.normalization == "whiten":
+        t = normalization_reference.whiten(t, w, method="zca", eps=spec.eps, group=process_group)
+    t = without_masked_rows(t, w)  # with eps = 0 a row of zeros has become NaN
+    if inputs.channel_shift is not None:
+        t = t - inputs.channel_shift
+    if inputs.channel_scale is not None:
+        t = t * inputs.channel_scale
+    coefficients = spec.coefficients(t.shape[1])
+    row_loss = t.new_zeros(t.shape[0])
+    if coefficients.mse:
+        row_loss = row_loss + coefficients.mse * F.mse_loss(z, t, reduction="none").sum(1)
+    if coefficients.smooth_l1:
+        huber = F.smooth_l1_loss(z, t, beta=spec.beta, reduction="none")
+        row_loss = row_loss + coefficients.smooth_l1 * huber.sum(1)
+    if coefficients.cosine:
+        z_norm, t_norm = (torch.linalg.vector_norm(x, dim=1).clamp_min(NORM_FLOOR) for x in (z, t))
+        row_loss = row_loss + coefficients.cosine * (1 - (z * t).sum(1) / (z_norm * t_norm))
+    return weighted(row_loss[:, None], w).sum() / inputs.denominator

@@ -44,8 +44,13 @@ t - (t P) Pᵀ instead wherever the bracket is small.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from .ranks import RankAgreement
 
 ROW_NORMALIZATIONS = ("layer_norm", "l2", "none")  # those that a row of the teacher has by itself
 ELEMENT_LOSSES = ("smooth_l1", "mse")  # means over rows and channels; cosine is a mean over rows
@@ -163,6 +168,16 @@ class LossGroup:
 
 def _entry(values: torch.Tensor | None, index: int | slice) -> torch.Tensor | None:
     return None if values is None else values[index]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a loss is computed, beside what it is."""
+
+    process_group: "dist.ProcessGroup | None" = None  # statistics and mean over the rows of all its ranks
+    backend: str | None = None  # the caller's request
+    semi_orthogonal: bool = False  # weightᵀ weight = I and S <= T are known to hold
+    agreement: "RankAgreement | None" = None  # asks now and then whether the ranks hold the same weight
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

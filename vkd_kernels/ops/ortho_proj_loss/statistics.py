@@ -1,151 +1,184 @@
-"""Statistics over the rows, in plain PyTorch, a chunk at a time; triton/launch.py has some of them in one read.
+"""Row statistics in plain PyTorch, a chunk of rows at a time: what batch_norm needs of teacher and student.
 
-mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ: batch_norm of the projected student needs these sums over the
-student's rows and no pass over Z. They are sums, not means, so that they can be added over ranks.
+mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ, so the projected student's statistics are sums over the student's
+rows and need no pass over Z. They are sums, not means, so that they can be added over ranks. A group's rows come as
+sequences of G tensors (N, C) and of their weights (N,) or None.
 """
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from . import chunked
-from .operators import accumulator_dtype, define, differentiate, refuse_second_order
+from ..library import differentiable, operator, refuses_gradients
+from . import chunks
+from .chunks import NO_SECOND_ORDER, weighted_, without_masked_rows
+from .spec import acc_dtype
+
+Rows = Sequence[torch.Tensor]
+RowWeights = Sequence[torch.Tensor | None]
 
 
-def column_sums(xs, row_weights) -> torch.Tensor:
-    """Σ_n w_n x_n: G of (N, C), G of (N,) or None -> (G, C) in float32 (float64 for float64); no gradient."""
-    return _each(torch.ops.vkd_kernels.column_sum.default, [x.detach() for x in xs], row_weights)
+def column_sums(rows: Rows, row_weights: RowWeights) -> torch.Tensor:  # (G, C)
+    """Σ_n w_n x_n in acc_dtype; no gradient."""
+    return torch.stack([column_sum(rows=x.detach(), row_weight=w) for x, w in zip(rows, row_weights, strict=True)])
 
 
-def column_centred_square_sums(xs, row_weights, means: torch.Tensor) -> torch.Tensor:
-    """Σ_n w_n (x_n - mean)²: as column_sums, about means (G, C) -> (G, C); no gradient."""
-    op = torch.ops.vkd_kernels.column_centred_square_sum.default
-    return _each(op, [x.detach() for x in xs], row_weights, means.detach())
+def column_square_sums(rows: Rows, row_weights: RowWeights, means: torch.Tensor) -> torch.Tensor:  # (G, C)
+    """Σ_n w_n (x_n - mean)² about means (G, C); no gradient."""
+    each = zip(rows, row_weights, means.detach(), strict=True)
+    return torch.stack([column_square_sum(rows=x.detach(), row_weight=w, mean=mean) for x, w, mean in each])
 
 
-def student_moments(students, row_weights, sums: torch.Tensor, means: torch.Tensor):
-    """(sums, Σ_n w_n (x_n - mean)(x_n - mean)ᵀ): G of (N, S), G of (N,) or None, (G, S), (G, S) -> (G, S), (G, S, S).
+def student_scatters(
+    students: Rows,  # G of (N, S)
+    row_weights: RowWeights,
+    sums: torch.Tensor,  # (G, S), the students' column_sums
+    means: torch.Tensor,  # (G, S), of all rows (of all ranks)
+) -> tuple[torch.Tensor, torch.Tensor]:  # (G, S), (G, S, S)
+    """The sums again and Σ_n w_n (x_n - mean)(x_n - mean)ᵀ, both differentiable in students.
 
-    Differentiable in students; sums are their column_sums, which this gives their gradient. In the means the derivative
-    is 0, where they are those of all rows (of all ranks), as they must be. Centred before the product and never in
-    TF32: sound when |mean| >> std.
+    In the means the derivative is 0, where they are those of all rows, as they must be. Centered before the product and
+    never in TF32: sound where |mean| is much larger than the deviation.
     """
-    op = torch.ops.vkd_kernels.student_moments.default
-    each = [op(*of_level) for of_level in zip(students, row_weights, sums.detach(), means.detach(), strict=True)]
-    return [torch.stack(values) for values in zip(*each, strict=True)]
+    each = zip(students, row_weights, sums.detach(), means.detach(), strict=True)
+    results = [student_scatter(student=x, row_weight=w, sums=total, mean=mean) for x, w, total, mean in each]
+    return torch.stack([total for total, _ in results]), torch.stack([scatter for _, scatter in results])
 
 
-def _each(statistic, *lists):
-    return torch.stack([statistic(*of_level) for of_level in zip(*lists, strict=True)])
-
-
-def _chunks(x: torch.Tensor, row_weight, temporaries: int):
+def _chunks(
+    x: torch.Tensor, row_weight: torch.Tensor | None, temporaries: int
+) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """(rows, their weights or None) in chunks whose float32 temporaries fit the workspace."""
-    bytes_per_row = temporaries * x.shape[1] * accumulator_dtype(x.dtype).itemsize
-    step = chunked.even_chunk(x.shape[0], chunked.WORKSPACE_BYTES // bytes_per_row)
+    bytes_per_row = temporaries * x.shape[1] * acc_dtype(x.dtype).itemsize
+    step = chunks.even_chunk(x.shape[0], chunks.WORKSPACE_BYTES // bytes_per_row)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         yield rows, None if row_weight is None else row_weight[rows]
 
 
-class _Ieee:
+@contextlib.contextmanager
+def ieee_products() -> Iterator[None]:
     """float32 products without TF32, for the statistics; PyTorch's setting comes back as it was."""
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        if self.before == "tf32":
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-    def __exit__(self, *_):
-        if self.before == "tf32":
-            torch.backends.cuda.matmul.fp32_precision = self.before
-
-
-def _sum(x, row_weight):
-    exact = accumulator_dtype(x.dtype)
-    if row_weight is None:
-        return x.sum(0, dtype=exact)
-    total = x.new_zeros(x.shape[1], dtype=exact)
-    for rows, w in _chunks(x, row_weight, 2):
-        total += chunked.weighted_(x[rows].to(exact, copy=True), w).sum(0)
-    return total
+    before = torch.backends.cuda.matmul.fp32_precision
+    if before == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if before == "tf32":
+            torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _centred_square_sum(x, row_weight, mean):
-    total = torch.zeros_like(mean)
-    for rows, w in _chunks(x, row_weight, 2):
-        total += chunked.weighted_((x[rows].to(mean.dtype) - mean).square_(), w).sum(0)
-    return total
-
-
-def _centred(x, mean, w):
+def _centered(x: torch.Tensor, mean: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
     """Rows of x minus the mean, rows of weight 0 as zeros."""
-    return chunked.without_rows(x.to(mean.dtype) - mean, w)
+    return without_masked_rows(x.to(mean.dtype) - mean, w)
 
 
-def _moments(x, row_weight, sums, mean):
-    operand = chunked.operand_dtype(x)
-    s = x.shape[1]
+def _column_sum_shapes(*, rows: torch.Tensor, **others: Any) -> torch.Tensor:
+    return rows.new_empty(rows.shape[1:], dtype=acc_dtype(rows.dtype))
+
+
+@operator(shapes=_column_sum_shapes)
+def column_sum(*, rows: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Tensor:  # (N, C), (N,) -> (C,)
+    """Σ_n w_n x_n."""
+    acc = acc_dtype(rows.dtype)
+    if row_weight is None:
+        return rows.sum(0, dtype=acc)
+    total = rows.new_zeros(rows.shape[1], dtype=acc)
+    for chunk, w in _chunks(rows, row_weight, temporaries=2):
+        total += weighted_(rows[chunk].to(acc, copy=True), w).sum(0)
+    return total
+
+
+def _like_mean(*, mean: torch.Tensor, **others: Any) -> torch.Tensor:
+    return torch.empty_like(mean)
+
+
+@operator(shapes=_like_mean)
+def column_square_sum(
+    *, rows: torch.Tensor, row_weight: torch.Tensor | None, mean: torch.Tensor
+) -> torch.Tensor:  # (N, C), (N,), (C,) -> (C,)
+    """Σ_n w_n (x_n - mean)²."""
+    total = torch.zeros_like(mean)
+    for chunk, w in _chunks(rows, row_weight, temporaries=2):
+        total += weighted_((rows[chunk].to(mean.dtype) - mean).square_(), w).sum(0)
+    return total
+
+
+def _scatter_shapes(*, sums: torch.Tensor, mean: torch.Tensor, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(sums), mean.new_empty((mean.shape[0], mean.shape[0]))
+
+
+@operator(shapes=_scatter_shapes)
+def student_scatter(
+    *,
+    student: torch.Tensor,  # (N, S)
+    row_weight: torch.Tensor | None,  # (N,)
+    sums: torch.Tensor,  # (S,)
+    mean: torch.Tensor,  # (S,)
+) -> tuple[torch.Tensor, torch.Tensor]:  # (S,), (S, S)
+    """The sums and Σ_n w_n (x_n - mean)(x_n - mean)ᵀ."""
+    operand = chunks.operand_dtype(student)
+    s = student.shape[1]
     total = mean.new_zeros((s, s))
-    with _Ieee():
-        for rows, w in _chunks(x, row_weight, 4):
-            d = _centred(x[rows], mean, w)
+    with ieee_products():
+        for chunk, w in _chunks(student, row_weight, temporaries=4):
+            d = _centered(student[chunk], mean, w)
             if w is not None:
                 d = d * w.sqrt()[:, None]
             if operand == d.dtype:
                 total.addmm_(d.T, d)
-            else:  # 16-bit products of d = high + low, together as exact as d is
+            else:  # 16-bit products of d = high + low, which has as many bits as d
                 high = d.to(operand)
                 both = torch.cat([high, (d - high).to(operand)], 1)
-                total += chunked.product(both.T, both).view(2, s, 2, s).sum((0, 2))
+                total += chunks.product(both.T, both).view(2, s, 2, s).sum((0, 2))
     return sums.clone(), total
 
 
-def _moments_backward(grad_sum, grad_scatter, x, row_weight, mean):
-    """dX_n = w_n ((C + Cᵀ)(x_n - m) + s) for the incoming s and C."""
+def _like_student(*, student: torch.Tensor, **others: Any) -> torch.Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+@operator(shapes=_like_student)
+def student_scatter_backward(
+    *,
+    grad_sums: torch.Tensor,  # (S,)
+    grad_scatter: torch.Tensor,  # (S, S)
+    student: torch.Tensor,  # (N, S)
+    row_weight: torch.Tensor | None,  # (N,)
+    mean: torch.Tensor,  # (S,)
+) -> torch.Tensor:  # (N, S)
+    """w_n ((C + Cᵀ)(x_n - mean) + s) for the incoming s and C."""
     # float16 would underflow: incoming gradients carry 1 / (N T).
-    operand = chunked.operand_dtype(x) if x.dtype == torch.bfloat16 else accumulator_dtype(x.dtype)
+    acc = acc_dtype(student.dtype)
+    operand = chunks.operand_dtype(student) if student.dtype == torch.bfloat16 else acc
     symmetric = (grad_scatter + grad_scatter.T).to(operand)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    with _Ieee():
-        for rows, w in _chunks(x, row_weight, 3):
-            d = chunked.product(_centred(x[rows], mean, w).to(operand), symmetric)
-            dx[rows] = chunked.weighted_(d.add_(grad_sum), w)
-    return dx
+    grad_student = torch.empty_like(student, memory_format=torch.contiguous_format)
+    with ieee_products():
+        for chunk, w in _chunks(student, row_weight, temporaries=3):
+            d = chunks.product(_centered(student[chunk], mean, w).to(operand), symmetric)
+            grad_student[chunk] = weighted_(d.add_(grad_sums), w)
+    return grad_student
 
 
-def _save_moments(ctx, inputs, output):
-    x, row_weight, _, mean = inputs
-    ctx.save_for_backward(x, row_weight, mean)
+def _save(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(inputs["student"], inputs["row_weight"], inputs["mean"])
 
 
-def _differentiate_moments(ctx, *grads):
-    saved = ctx.saved_tensors
-    grads = moment_gradients(grads, saved[2])
-    return torch.ops.vkd_kernels.student_moments_backward.default(*grads, *saved), None, None, None
+def _backward(ctx: Any, grad_sums: torch.Tensor | None, grad_scatter: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    student, row_weight, mean = ctx.saved_tensors
+    s = mean.shape[0]
+    grad_student = student_scatter_backward(
+        grad_sums=mean.new_zeros(s) if grad_sums is None else grad_sums,
+        grad_scatter=mean.new_zeros(s, s) if grad_scatter is None else grad_scatter,
+        student=student,
+        row_weight=row_weight,
+        mean=mean,
+    )
+    return {"student": grad_student}
 
 
-def moment_gradients(grads, mean):
-    """The incoming gradients of sums and scatters, zeros for those that there are not."""
-    shapes = mean.shape, (*mean.shape, mean.shape[-1])
-    return [mean.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes, strict=True)]
-
-
-define(
-    "column_sum", "(Tensor rows, Tensor? row_weight) -> Tensor", _sum,
-    lambda x, w: x.new_empty(x.shape[1:], dtype=accumulator_dtype(x.dtype)),
-)  # fmt: skip
-define(
-    "column_centred_square_sum", "(Tensor rows, Tensor? row_weight, Tensor mean) -> Tensor", _centred_square_sum,
-    lambda x, w, mean: torch.empty_like(mean),
-)  # fmt: skip
-define(
-    "student_moments", "(Tensor student, Tensor? row_weight, Tensor sums, Tensor mean) -> (Tensor, Tensor)", _moments,
-    lambda x, w, sums, mean: (torch.empty_like(sums), mean.new_empty((x.shape[1], x.shape[1]))),
-)  # fmt: skip
-define(
-    "student_moments_backward",
-    "(Tensor grad_sum, Tensor grad_scatter, Tensor student, Tensor? row_weight, Tensor mean) -> Tensor",
-    _moments_backward,
-    lambda s, c, x, w, mean: torch.empty_like(x, memory_format=torch.contiguous_format),
-)  # fmt: skip
-differentiate("student_moments", _save_moments, _differentiate_moments)
-refuse_second_order("student_moments_backward")
+differentiable(student_scatter, save=_save, backward=_backward)
+refuses_gradients(student_scatter_backward, NO_SECOND_ORDER)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import chunked, operators, statistics
+from .. import chunks, operators
 from . import kernels
 from . import tiles as schedule
 
@@ -36,7 +36,7 @@ def fused_loss(
     loss: str,
     beta: float,
     denominator: float | torch.Tensor,
-    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    workspace_bytes: int = chunks.WORKSPACE_BYTES,
 ) -> torch.Tensor:  # () float32
     """What chunked.chunked_loss defines, by fused kernels: same arguments, same meaning.
 
@@ -62,7 +62,7 @@ def fused_losses(
     channel_scale: torch.Tensor | None,  # (G, T)
     *,
     denominators: Sequence[float] | torch.Tensor,  # G
-    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    workspace_bytes: int = chunks.WORKSPACE_BYTES,
     **options,
 ) -> torch.Tensor:  # (G,) float32, or ()
     """fused_loss of each of G losses; those of few rows in one launch for several, over their rows one after the other.
@@ -265,9 +265,9 @@ def _fused_forward(
             loss.launch(first_program, x, teacher[rows], w, g_here, column_sums)
             first_program += blocks * loss.column_blocks
             if need_student:
-                chunked.product(g_here, weight, out=dx[rows])
+                chunks.product(g_here, weight, out=dx[rows])
             if need_weight:
-                chunked.add_product(dp, g_here.T, chunked.without_rows(x, w))
+                chunks.add_product(dp, g_here.T, chunks.without_masked_rows(x, w))
             if need_bias:
                 db += column_sums[:blocks].sum(0)
     return loss.loss, dx, dp, db
@@ -422,7 +422,7 @@ def fused_orthonormal_mse(
     layer_norm: bool,
     eps: float,
     denominator: float | torch.Tensor,
-    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    workspace_bytes: int = chunks.WORKSPACE_BYTES,
 ) -> torch.Tensor:  # () float32
     """What chunked.orthonormal_mse defines, in two reads of the teacher and without a tensor of N x T.
 
@@ -435,7 +435,7 @@ def fused_orthonormal_mse(
             student, teacher, weight * scale, None, row_weight, None, None, layer_norm=layer_norm, eps=eps, loss="mse",
             beta=1.0, denominator=denominator, workspace_bytes=workspace_bytes,
         )  # fmt: skip
-    return chunked.call_orthonormal_mse(
+    return operators.call_orthonormal_mse(
         torch.ops.vkd_kernels.fused_orthonormal_mse.default, unit_stride(student), unit_stride(teacher), weight,
         row_weight, scale, layer_norm, eps, denominator, workspace_bytes,
     )  # fmt: skip
@@ -447,7 +447,7 @@ _mse_by_mse = operators.mse_by_mse(fused_orthonormal_mse)
 def fused_orthonormal_mses(students, teachers, weight, row_weights, *, scale, layer_norm, eps, denominators):
     """fused_orthonormal_mse of each of G losses (G,), or of one (); where all are of few rows, as fused_losses."""
     s, t = weight.shape[-1], weight.shape[-2]
-    few = [schedule.choose(x.shape[0], s, t, x.dtype, chunked.WORKSPACE_BYTES).pooled for x in students]
+    few = [schedule.choose(x.shape[0], s, t, x.dtype, chunks.WORKSPACE_BYTES).pooled for x in students]
     if weight.dim() == 2 or not all(few):
         return _mse_by_mse(
             students, teachers, weight, row_weights, scale=scale, layer_norm=layer_norm, eps=eps,
@@ -473,7 +473,7 @@ def _orthonormal_mse(
     blocks = min(tile.blocks, _blocks(s, tile.columns))
     column_blocks = _blocks(s, blocks * tile.columns)
     bytes_per_row = student.element_size() * (s + (0 if row_weight is None else t))  # X', and Y without masked rows
-    step = chunked.even_chunk(n, workspace_bytes // bytes_per_row, tile.rows)
+    step = chunks.even_chunk(n, workspace_bytes // bytes_per_row, tile.rows)
     row_blocks = _blocks(step, tile.rows)
 
     dx = student.new_empty((n, s) if need_student else 0, dtype=operators.saved_dtype(student.dtype))
@@ -498,7 +498,7 @@ def _orthonormal_mse(
                 PRECISION=_precision(student.dtype), num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
             )  # fmt: skip
             if need_weight:
-                chunked.add_product(dp, chunked.without_rows(y, w).T, operand[:here])
+                chunks.add_product(dp, chunks.without_masked_rows(y, w).T, operand[:here])
                 if layer_norm:
                     mean_total += mean_sums[: _blocks(here, tile.rows)].sum(0)
     if need_weight:
@@ -610,7 +610,7 @@ def _save_moments(ctx, inputs, output):
 def _differentiate_moments(ctx, *grads):
     *saved, means = ctx.saved_tensors
     backward = torch.ops.vkd_kernels.fused_moments_backward.default
-    grads = statistics.moment_gradients(grads, means)
+    grads = operators.moment_gradients(grads, means)
     return backward(*grads, saved[: ctx.count], saved[ctx.count :], means), None, None, None
 
 

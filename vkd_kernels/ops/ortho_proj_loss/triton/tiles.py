@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chunked import even_chunk
+from ..chunks import even_chunk
 
 POOLED_ROWS = 1024
 LEVELS = 8  # losses in one launch, at most: each takes arguments of the kernel
@@ -127,7 +127,7 @@ class Schedule(NamedTuple):
 
 
 def choose(n: int, s: int, t: int, dtype: torch.dtype, workspace_bytes: int, rows_of_tile: int = 128) -> Schedule:
-    """Few rows are bound by launches, many by the products.
+    """Few rows are bound by launches, many by the chunks.
 
     Up to POOLED_ROWS rows whose G fits the workspace: row statistics, loss, gradients, one launch each. More: chunks
     whose G (n, t), statistics and masked copy of X fit the workspace, with library products for the gradients.

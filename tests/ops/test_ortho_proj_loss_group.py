@@ -11,9 +11,10 @@ from tests.helpers import processes
 pytest.importorskip("triton")
 
 import vkd_kernels as vk
-from tests.helpers.loss_cases import DTYPES, OPTIONS, Case, error, poison_new_tensors, use_triton
+from tests.helpers.loss_cases import DTYPES, OPTIONS, Case, error, poison_new_tensors
 from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
-from vkd_kernels.ops.ortho_proj_loss import api
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch, triton
+from vkd_kernels.ops.ortho_proj_loss.spec import Execution, LossGroup, LossSpec, acc_dtype
 from vkd_kernels.ops.ortho_proj_loss.triton import kernels, launch
 from vkd_kernels.ops.ortho_proj_loss.triton import tiles as schedule
 
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):R
 def arguments(rows=ROWS, s=5, t=9, dtype=torch.float64, device="cpu"):
     """students, teachers, weights, scale, bias"""
     random = lambda *size: torch.randn(*size, dtype=torch.float64, device=device).to(dtype)  # noqa: E731
-    exact = torch.promote_types(dtype, torch.float32)
+    acc = acc_dtype(dtype)
     return (
         [random(n, s).requires_grad_() for n in rows], [2 * random(n, t) + 1 for n in rows],
-        vk.cayley(random(len(rows), t, s).to(exact)).to(dtype).to(exact).requires_grad_(),
-        (random(len(rows), t).to(exact).abs() + 0.5).requires_grad_(), random(len(rows), t).to(exact).requires_grad_(),
+        vk.cayley(random(len(rows), t, s).to(acc)).to(dtype).to(acc).requires_grad_(),
+        (random(len(rows), t).to(acc).abs() + 0.5).requires_grad_(), random(len(rows), t).to(acc).requires_grad_(),
     )  # fmt: skip
 
 
@@ -41,15 +42,15 @@ def masks_of(kind, rows=ROWS, device="cpu"):
         "bool": keep,
         "weights": [k * torch.rand(len(k), device=device) for k in keep],
         "some": [None if i % 2 else k for i, k in enumerate(keep)],
-        "one level masked": [k & (i != 2) for i, k in enumerate(keep)],
+        "one of them masked": [k & (i != 2) for i, k in enumerate(keep)],
     }[kind]
 
 
-def together_and_alone(students, teachers, weights, scale, bias, masks, **options):
+def in_a_group_and_alone(students, teachers, weights, scale, bias, masks, **options):
     """[(losses, gradients), the same of each alone]: of a weighted sum, as a training step takes it."""
     leaves = [*students, *(x for x in (weights, scale, bias) if isinstance(x, torch.Tensor) and x.requires_grad)]
     upstream = torch.linspace(0.5, 2, len(students), dtype=torch.float64, device=weights.device)
-    together = ortho_proj_losses(students, teachers, weights, scale=scale, bias=bias, masks=masks, **options)
+    grouped = ortho_proj_losses(students, teachers, weights, scale=scale, bias=bias, masks=masks, **options)
     alone = torch.stack([
         ortho_proj_loss(
             x, y, weights[i], bias=None if bias is None else bias[i], mask=None if masks is None else masks[i],
@@ -57,13 +58,13 @@ def together_and_alone(students, teachers, weights, scale, bias, masks, **option
         )
         for i, (x, y) in enumerate(zip(students, teachers, strict=True))
     ])  # fmt: skip
-    return [(v.detach(), torch.autograd.grad(v, leaves, upstream.to(v.dtype))) for v in (together, alone)]
+    return [(v.detach(), torch.autograd.grad(v, leaves, upstream.to(v.dtype))) for v in (grouped, alone)]
 
 
 def assert_equal(results, **tolerance):
-    (together, gradients), (alone, expected) = results
-    assert together.shape == alone.shape and together.dtype == alone.dtype
-    torch.testing.assert_close(together, alone, **tolerance)
+    (grouped, gradients), (alone, expected) = results
+    assert grouped.shape == alone.shape and grouped.dtype == alone.dtype
+    torch.testing.assert_close(grouped, alone, **tolerance)
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want, **tolerance)
 
@@ -71,14 +72,14 @@ def assert_equal(results, **tolerance):
 # --------------------------------------------------------------------------------------------------------- in PyTorch
 
 
-@pytest.mark.parametrize("masks", ["no masks", "bool", "weights", "some", "one level masked"])
+@pytest.mark.parametrize("masks", ["no masks", "bool", "weights", "some", "one of them masked"])
 @pytest.mark.parametrize("loss", api.LOSSES)
 @pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
 @pytest.mark.parametrize("chunked_from", [float("inf"), -1], ids=["reference", "chunked"])
 def test_each_is_as_it_is_alone(chunked_from, normalization, loss, masks, monkeypatch):
-    monkeypatch.setattr(api, "CHUNKED_FROM", chunked_from)
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", chunked_from)
     options = {"normalization": normalization, "loss": loss, "eps": 1e-2}
-    assert_equal(together_and_alone(*arguments(), masks_of(masks), **options), rtol=1e-9, atol=1e-12)
+    assert_equal(in_a_group_and_alone(*arguments(), masks_of(masks), **options), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("reduction", api.REDUCTIONS)
@@ -87,7 +88,7 @@ def test_scales(scale, reduction):
     *tensors, _, bias = arguments()
     if isinstance(scale, tuple):
         scale = torch.rand(scale, dtype=torch.float64).requires_grad_()
-    assert_equal(together_and_alone(*tensors, scale, bias, None, reduction=reduction), rtol=1e-9, atol=1e-12)
+    assert_equal(in_a_group_and_alone(*tensors, scale, bias, None, reduction=reduction), rtol=1e-9, atol=1e-12)
 
 
 def test_rows_of_any_shape():
@@ -137,8 +138,8 @@ def test_bad_arguments(changes, error, message):
 
 
 @pytest.mark.parametrize("scale", [1.0, "match", "learned"])
-def test_feature_distiller_takes_pairs_of_equal_shape_and_options_together(scale, monkeypatch):
-    """Four pairs of one shape, of which the third has a loss of its own: three go together, in one call."""
+def test_feature_distiller_groups_pairs_of_equal_shape_and_options(scale, monkeypatch):
+    """Four pairs of one shape, of which the third has a loss of its own: three form a group."""
     calls, losses_of_a_group = [], api.projected_losses
     monkeypatch.setattr(
         api, "projected_losses", lambda xs, *a, **k: calls.append(len(xs)) or losses_of_a_group(xs, *a, **k)
@@ -177,23 +178,34 @@ def cases(dtype, option, rows=ROWS, s=20, t=45, **options):
     return [Case((n, s, t), dtype, **OPTIONS[option], **options, seed=i, device=DEVICE) for i, n in enumerate(rows)]
 
 
-def run(cases, needed=(True, True, True), **kwargs):
-    """(losses, {name: gradients of the levels}) of fused_losses over the cases' arguments."""
-    options = cases[0].options
-    levels = {name: [getattr(case, name) for case in cases] for name in vars(cases[0])}
-    students = [x.detach().requires_grad_(needed[0]) for x in levels["student"]]
-    weight, bias, shift, scale = (
-        None if levels[name][0] is None else torch.stack(levels[name])
-        for name in ("weight", "bias", "channel_shift", "channel_scale")
+def group_of(cases, students, weights, bias):
+    """The cases' tensors as one group, with these leaves."""
+    shift, scale = (
+        None if getattr(cases[0], name) is None else torch.stack([getattr(case, name) for case in cases])
+        for name in ("channel_shift", "channel_scale")
     )
-    denominators = levels["denominator"]
-    losses = launch.fused_losses(
-        students, levels["teacher"], weight.requires_grad_(needed[1]),
-        None if bias is None else bias.requires_grad_(needed[2]), levels["row_weight"], shift, scale,
-        denominators=torch.stack(denominators) if isinstance(denominators[0], torch.Tensor) else denominators,
-        **options, **kwargs,
-    )  # fmt: skip
-    wanted = {"student": students if needed[0] else [], "weight": [weight] if needed[1] else []}
+    denominators = [case.denominator for case in cases]
+    return LossGroup(
+        students=tuple(students),
+        teachers=tuple(case.teacher for case in cases),
+        weights=weights,
+        denominators=torch.stack(denominators) if isinstance(denominators[0], torch.Tensor) else tuple(denominators),
+        row_weights=tuple(case.row_weight for case in cases),
+        bias=bias,
+        channel_shift=shift,
+        channel_scale=scale,
+    )
+
+
+def run(cases, needed=(True, True, True), **kwargs):
+    """(losses, {name: gradients of each}) of the kernels' group_loss over the cases' inputs."""
+    students = [case.student.detach().requires_grad_(needed[0]) for case in cases]
+    weights = torch.stack([case.weight for case in cases]).requires_grad_(needed[1])
+    bias = None
+    if cases[0].bias is not None:
+        bias = torch.stack([case.bias for case in cases]).requires_grad_(needed[2])
+    losses = triton.group_loss(cases[0].spec, group_of(cases, students, weights, bias), **kwargs)
+    wanted = {"student": students if needed[0] else [], "weight": [weights] if needed[1] else []}
     wanted["bias"] = [bias] if needed[2] and bias is not None else []
     leaves = [leaf for leaves in wanted.values() for leaf in leaves]
     upstream = torch.stack([case.grad_output for case in cases])
@@ -206,19 +218,20 @@ def run(cases, needed=(True, True, True), **kwargs):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_accuracy(option, dtype, poisoned):
     """Three sides, for each: the error against float64 is within the table, or 1.5 times the composition's."""
-    levels = cases(dtype, option)
-    losses, gradients = run(levels)
-    assert losses.shape == (len(levels),) and losses.dtype == torch.float32
+    group = cases(dtype, option)
+    losses, gradients = run(group)
+    assert losses.shape == (len(group),) and losses.dtype == torch.float32
 
-    for i, case in enumerate(levels):
+    for i, case in enumerate(group):
         if i == 1:  # a single row: too few values for a relative error of averages
-            alone, expected = case.run(launch.fused_loss)
+            alone, expected = case.run(triton.loss)
             assert error(losses[i], alone.double()) <= 1e-6
             assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
             continue
 
-        def entry(*args, i=i, **kwargs):
-            return _Given.apply(losses[i], [gradients[name][i] for name in gradients], *args[:1], *args[2:4])
+        def entry(spec, inputs, i=i):
+            given = [gradients[name][i] for name in gradients]
+            return _Given.apply(losses[i], given, inputs.student, inputs.weight, inputs.bias)
 
         case.check(entry, 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
 
@@ -239,41 +252,42 @@ class _Given(torch.autograd.Function):
 @pytest.mark.parametrize("option", ["layer_norm", "everything"])
 def test_the_bits_of_each_alone(option, poisoned):
     """Gradients are made by the same tiles in the same order, and the loss differs in the order of its last sum."""
-    levels = cases(torch.bfloat16, option)
-    losses, gradients = run(levels)
-    again = run(levels)
+    group = cases(torch.bfloat16, option)
+    losses, gradients = run(group)
+    again = run(group)
     assert torch.equal(losses, again[0])
-    for i, case in enumerate(levels):
-        alone, expected = case.run(launch.fused_loss)
+    for i, case in enumerate(group):
+        alone, expected = case.run(triton.loss)
         assert error(losses[i], alone.double()) <= 1e-6
         for name, gradient in expected.items():
             assert torch.equal(gradients[name][i], gradient) and torch.equal(again[1][name][i], gradient)
 
 
-def test_levels_of_many_rows_go_by_themselves(monkeypatch, poisoned):
+def test_losses_of_many_rows_go_by_themselves(monkeypatch, poisoned):
     monkeypatch.setattr(schedule, "POOLED_ROWS", 40)
     called, losses_of_one_launch = [], launch._pooled_losses
     monkeypatch.setattr(
         launch, "_pooled_losses",
-        lambda students, *args, **kwargs: called.append([len(x) for x in students])
-        or losses_of_one_launch(students, *args, **kwargs),
+        lambda students, *args, **kwargs: (
+            called.append([len(x) for x in students]) or losses_of_one_launch(students, *args, **kwargs)
+        ),
     )  # fmt: skip
-    levels = cases(torch.float32, "everything", rows=[10, 70, 5, 33, 80])
-    losses, gradients = run(levels)
+    group = cases(torch.float32, "everything", rows=[10, 70, 5, 33, 80])
+    losses, gradients = run(group)
     assert called == [[5, 33]]
-    for i, case in enumerate(levels):
-        alone, expected = case.run(launch.fused_loss)
+    for i, case in enumerate(group):
+        alone, expected = case.run(triton.loss)
         assert error(losses[i], alone.double()) <= 1e-6
         assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
 
 
-def test_no_level_reads_another(poisoned):
-    """NaN everywhere in one level leaves the bits of the others."""
-    levels = cases(torch.float32, "everything")
-    expected = run(levels)
-    for tensor in (levels[2].student, levels[2].teacher, levels[2].weight, levels[2].bias, levels[2].channel_shift):
+def test_no_loss_reads_another(poisoned):
+    """NaN everywhere in one loss leaves the bits of the others."""
+    group = cases(torch.float32, "everything")
+    expected = run(group)
+    for tensor in (group[2].student, group[2].teacher, group[2].weight, group[2].bias, group[2].channel_shift):
         tensor.fill_(torch.nan)
-    losses, gradients = run(levels)
+    losses, gradients = run(group)
     for i in (0, 1, 3):
         assert torch.equal(losses[i], expected[0][i])
         assert all(torch.equal(gradients[name][i], expected[1][name][i]) for name in gradients)
@@ -281,54 +295,51 @@ def test_no_level_reads_another(poisoned):
 
 
 def test_only_needed_gradients(poisoned):
-    levels = cases(torch.float32, "everything")
-    losses, everything = run(levels)
+    group = cases(torch.float32, "everything")
+    losses, everything = run(group)
     for needed in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
-        some_losses, some = run(levels, needed)
+        some_losses, some = run(group, needed)
         assert torch.equal(some_losses, losses) and len(some) == sum(needed)
         for name, gradients in some.items():
             assert all(torch.equal(a, b) for a, b in zip(gradients, everything[name], strict=True))
 
 
 def test_backward_twice_and_an_expanded_gradient(poisoned):
-    levels = cases(torch.bfloat16, "layer_norm")
-    students = [case.student.requires_grad_() for case in levels]
-    weight = torch.stack([case.weight for case in levels]).requires_grad_()
-    losses = launch.fused_losses(
-        students, [case.teacher for case in levels], weight, None, [None] * 4, None, None,
-        denominators=[case.denominator for case in levels], **levels[0].options,
-    )  # fmt: skip
+    group = cases(torch.bfloat16, "layer_norm")
+    students = [case.student.requires_grad_() for case in group]
+    weight = torch.stack([case.weight for case in group]).requires_grad_()
+    losses = triton.group_loss(group[0].spec, group_of(group, students, weight, None))
     leaves = [*students, weight]
     first = torch.autograd.grad(losses.sum(), leaves, retain_graph=True)  # an incoming gradient of stride 0
     second = torch.autograd.grad(losses, leaves, torch.ones_like(losses))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_levels_without_rows(poisoned):
-    """A rank may have none of one level."""
-    levels = cases(torch.float32, "bias", rows=[20, 0, 7])
-    losses, gradients = run(levels)
+def test_losses_without_rows(poisoned):
+    """A rank may have none of one loss."""
+    group = cases(torch.float32, "bias", rows=[20, 0, 7])
+    losses, gradients = run(group)
     assert losses[1] == 0 and gradients["student"][1].shape == (0, 20)
     assert torch.count_nonzero(gradients["weight"][1]) == torch.count_nonzero(gradients["bias"][1]) == 0
-    alone, expected = levels[2].run(launch.fused_loss)
+    alone, expected = group[2].run(triton.loss)
     assert error(losses[2], alone.double()) <= 1e-6 and torch.equal(gradients["weight"][2], expected["weight"])
 
 
 def test_float16_row_weights_do_not_underflow(poisoned):
-    levels = cases(torch.float16, "weights", rows=[40, 30])
-    for case in levels:
+    group = cases(torch.float16, "weights", rows=[40, 30])
+    for case in group:
         case.row_weight *= 1e-7
         case.denominator = case.row_weight.sum() * 45
-    _, gradients = run(levels)
-    for i, case in enumerate(levels):
-        _, expected = case.run(launch.fused_loss)
+    _, gradients = run(group)
+    for i, case in enumerate(group):
+        _, expected = case.run(triton.loss)
         assert error(gradients["weight"][i], case.truth()[1]["weight"]) <= 6e-4
         assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
 
 
 def test_opcheck():
-    levels = cases(torch.float32, "everything", rows=[6, 3], s=5, t=7)
-    stacked = {name: [getattr(case, name) for case in levels] for name in vars(levels[0])}
+    group = cases(torch.float32, "everything", rows=[6, 3], s=5, t=7)
+    stacked = {name: [getattr(case, name) for case in group] for name in vars(group[0])}
     weight, bias, shift, scale, denominator = (
         torch.stack(stacked[name]) for name in ("weight", "bias", "channel_shift", "channel_scale", "denominator")
     )
@@ -349,10 +360,8 @@ def test_opcheck():
 
 @pytest.mark.parametrize("normalization, dynamic", [("layer_norm", True), ("batch_norm", False)])
 def test_compiles_without_a_break(normalization, dynamic, monkeypatch):
-    if INTERPRETED:
-        use_triton(monkeypatch)
     torch._dynamo.reset()
-    options = {"normalization": normalization, "eps": 1e-2}
+    options = {"normalization": normalization, "eps": 1e-2, "backend": "triton"}
     compiled = torch.compile(
         lambda *args: ortho_proj_losses(*args, **options), fullgraph=True, backend="aot_eager", dynamic=dynamic
     )
@@ -370,16 +379,15 @@ def test_compiles_without_a_break(normalization, dynamic, monkeypatch):
 @pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
 def test_interface(normalization, loss, masks, rows, monkeypatch):
     monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
-    if INTERPRETED:
-        use_triton(monkeypatch)
     options = {"normalization": normalization, "loss": loss, "eps": 0.1 if normalization == "whiten" else 1e-5}
-    results = together_and_alone(
+    options["backend"] = "triton"
+    results = in_a_group_and_alone(
         *arguments(rows, 20, 45, torch.float32, DEVICE), masks_of(masks, rows, DEVICE), **options
     )
     assert_equal(results, rtol=1e-4, atol=1e-6)
 
 
-ONCE = {"column_sums": 3, "scatter_tiles": 1, "moment_gradients": 1}  # batch_norm's statistics, of all levels
+ONCE = {"column_sums": 3, "scatter_tiles": 1, "moment_gradients": 1}  # batch_norm's statistics, of all losses
 
 
 @pytest.mark.parametrize(
@@ -395,14 +403,12 @@ ONCE = {"column_sums": 3, "scatter_tiles": 1, "moment_gradients": 1}  # batch_no
     ],
 )
 def test_launches(normalization, rows, expected, monkeypatch):
-    """Of the kernels, forward and backward, for six levels of few (up to 80) and many rows: docs/kernels.md's count."""
+    """Of the kernels, forward and backward, for six losses of few (up to 80) and many rows: docs/kernels.md's count."""
     monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
-    if INTERPRETED:
-        use_triton(monkeypatch)
     counter = LaunchCounter()
     monkeypatch.setattr(launch, "kernels", counter)
     students, teachers, weights, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
-    ortho_proj_losses(students, teachers, weights, normalization=normalization).sum().backward()
+    ortho_proj_losses(students, teachers, weights, normalization=normalization, backend="triton").sum().backward()
     assert counter.launches == expected
 
 
@@ -428,20 +434,22 @@ def test_squared_error_with_orthonormal_weights(scale, rows, monkeypatch):
         scale = torch.rand(scale, device=DEVICE).requires_grad_()
     leaves = [*students, w] + ([scale] if isinstance(scale, torch.Tensor) else [])
     results = []
-    for orthonormal in (True, False):
-        if INTERPRETED:
-            use_triton(monkeypatch)
+    for semi_orthogonal in (True, False):
         losses = api.projected_losses(
-            students, teachers, vk.cayley(w), masks=None, scale=scale, bias=None, normalization="layer_norm",
-            loss="mse", beta=1.0, eps=1e-5, reduction="mean", process_group=None, backend=None, orthonormal=orthonormal,
-        )  # fmt: skip
+            students,
+            teachers,
+            vk.cayley(w),
+            scale=scale,
+            spec=LossSpec(loss=(("mse", 1.0),)),
+            execution=Execution(backend="triton", semi_orthogonal=semi_orthogonal),
+        )
         results.append((losses.detach(), torch.autograd.grad(losses.sum(), leaves)))
     assert_equal(results, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_statistics(weighted, monkeypatch, poisoned):
-    """More levels than a launch takes; each is as it is alone."""
+    """More losses than a launch takes; each is as it is alone."""
     monkeypatch.setattr(schedule, "LEVELS", 2)
     rows = [37, 1, 300, 64, 5]
     xs = [torch.randn(n, 33, device=DEVICE) + 3 for n in rows]
@@ -450,17 +458,17 @@ def test_statistics(weighted, monkeypatch, poisoned):
 
     def statistics(xs, ws, means, c):
         leaves = [x.detach().requires_grad_() for x in xs]
-        sums = launch.column_sums(xs, ws)
-        moments = launch.student_moments(leaves, ws, sums, means)
+        sums = triton.column_sums(xs, ws)
+        moments = triton.student_scatters(leaves, ws, sums, means)
         gradients = torch.autograd.grad(moments, leaves, (means, c))
-        return [sums, launch.column_centred_square_sums(xs, ws, means), *moments, gradients]
+        return [sums, triton.column_square_sums(xs, ws, means), *moments, gradients]
 
-    together = statistics(xs, ws, means, c)
+    grouped = statistics(xs, ws, means, c)
     for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
         alone = statistics([x], [w], means[i : i + 1], c[i : i + 1])
-        for ours, expected in zip(together, alone, strict=True):
+        for ours, expected in zip(grouped, alone, strict=True):
             torch.testing.assert_close(ours[i], expected[0], rtol=1e-5, atol=1e-5)  # rows are split otherwise
-        for ours, expected in zip(together, statistics(xs, ws, means, c), strict=True):
+        for ours, expected in zip(grouped, statistics(xs, ws, means, c), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 

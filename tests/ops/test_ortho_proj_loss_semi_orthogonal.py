@@ -1,4 +1,4 @@
-"""Squared error with an orthonormal weight: the form without Z, chunked in PyTorch and fused, against the plain form.
+"""Losses with a semi-orthogonal weight: the form without Z, chunked in PyTorch and fused, against the plain form.
 
 Loss and gradients are the plain ones, but for the part of dP that is normal to PᵀP = I.
 """
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import vkd_kernels as vk
-from tests.helpers.loss_cases import composition, error
-from vkd_kernels.ops.ortho_proj_loss import chunked
+from tests.helpers.loss_cases import error
+from vkd_kernels.ops.ortho_proj_loss import chunked, reference
+from vkd_kernels.ops.ortho_proj_loss.spec import LossInputs, LossSpec, acc_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1, 1), (37, 20, 45), (150, 40, 200), (70, 64, 64), (33, 130, 300), (2, 290, 300)]
@@ -21,18 +22,18 @@ LIMITS = {
 }
 
 
-def chunked_form(*args, **kwargs):
-    return chunked.orthonormal_mse(*args, **kwargs, workspace_bytes=1)
+def one_row_chunks(spec, inputs):
+    return chunked.semi_orthogonal_loss(spec, inputs, workspace_bytes=1)
 
 
-def fused_form(*args, **kwargs):
+def fused(spec, inputs):
     """Not pooled, in chunks of one tile's rows."""
-    launch = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.launch", reason="needs Triton")
-    return launch.fused_orthonormal_mse(*args, **kwargs, workspace_bytes=1)
+    triton = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton", reason="needs Triton")
+    return triton.semi_orthogonal_loss(spec, inputs, workspace_bytes=1)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, interpreting
-FORMS = [chunked_form, chunked.orthonormal_mse, fused_form]
+FORMS = [one_row_chunks, chunked.semi_orthogonal_loss, fused]
 
 
 def tangent(gradient, weight):
@@ -42,28 +43,35 @@ def tangent(gradient, weight):
 
 
 class Arguments:
-    def __init__(self, shape, dtype, weights=False, scale=1.0, layer_norm=True):
+    def __init__(self, shape, dtype, weights=False, scale=1.0, normalization="layer_norm", loss="mse"):
         n, s, t = shape
-        exact = torch.promote_types(dtype, torch.float32)
+        acc = acc_dtype(dtype)
         self.student = torch.randn(n, s, device=DEVICE).to(dtype)
         self.teacher = (2 * torch.randn(n, t, device=DEVICE) + 3).to(dtype)
         self.orthonormal = torch.linalg.qr(torch.randn(t, s, dtype=torch.float64, device=DEVICE))[0]
         # Rounded to the product's dtype beforehand, which the interpreter's cast would truncate to.
-        self.weight = self.orthonormal.to(dtype).to(exact)
-        self.row_weight = torch.rand(n, device=DEVICE, dtype=exact) if weights else None
+        self.weight = self.orthonormal.to(dtype).to(acc)
+        self.row_weight = torch.rand(n, device=DEVICE, dtype=acc) if weights else None
         if weights:
             self.row_weight[1::3] = 0
-        self.scale = torch.tensor(scale, device=DEVICE, dtype=exact)
+        self.scale = torch.tensor(scale, device=DEVICE, dtype=acc)
         self.denominator = float(n * t)
-        self.options = dict(layer_norm=layer_norm, eps=1e-5)
-        self.grad_output = torch.tensor(3.0, device=DEVICE, dtype=exact)
+        self.spec = LossSpec(normalization=normalization, loss=LossSpec.shares(loss))
+        self.grad_output = torch.tensor(3.0, device=DEVICE, dtype=acc)
+
+    def inputs(self, student, weight, scale):
+        return LossInputs(
+            student=student,
+            teacher=self.teacher,
+            weight=weight,
+            denominator=self.denominator,
+            row_weight=self.row_weight,
+            scale=scale,
+        )
 
     def run(self, form):
         leaves = [x.detach().requires_grad_() for x in (self.student, self.weight, self.scale)]
-        loss = form(
-            leaves[0], self.teacher, leaves[1], self.row_weight, scale=leaves[2], denominator=self.denominator,
-            **self.options,
-        )  # fmt: skip
+        loss = form(self.spec, self.inputs(*leaves))
         return loss, *torch.autograd.grad(loss, leaves, self.grad_output)
 
     def truth(self):
@@ -71,10 +79,8 @@ class Arguments:
             None if x is None else x.double() for x in (self.student, self.teacher, self.row_weight, self.grad_output)
         )
         leaves = [x.detach().double().requires_grad_() for x in (student, self.orthonormal, self.scale)]
-        loss = composition(
-            leaves[0], teacher, leaves[1] * leaves[2], None, row_weight, None, None, loss="mse", beta=1.0,
-            denominator=self.denominator, **self.options,
-        )  # fmt: skip
+        inputs = LossInputs(leaves[0], teacher, leaves[1] * leaves[2], self.denominator, row_weight=row_weight)
+        loss = reference.loss(self.spec, inputs)
         return loss, *torch.autograd.grad(loss, leaves, grad_output)
 
     def check(self, form, slack=1.0):
@@ -94,18 +100,18 @@ class Arguments:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, form, dtype):
-    if form is fused_form and dtype == torch.float64:
+    if form is fused and dtype == torch.float64:
         pytest.skip("the fused kernels have no float64")
-    options = [{}, {"weights": True, "scale": 1.7}, {"layer_norm": False, "scale": 0.4}]
+    options = [{}, {"weights": True, "scale": 1.7}, {"normalization": "none", "scale": 0.4}]
     Arguments(shape, dtype, **options[SHAPES.index(shape) % 3]).check(form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("normalization", ["layer_norm", "none"])
 @pytest.mark.parametrize("scale", [1.0, 1.7])
-def test_options(scale, layer_norm, weights, form):
-    Arguments((37, 20, 45), torch.float32, weights, scale, layer_norm).check(form)
+def test_options(scale, normalization, weights, form):
+    Arguments((37, 20, 45), torch.float32, weights, scale, normalization).check(form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,7 +157,7 @@ def test_nan_goes_through(where, form):
 def test_all_rows_masked(form):
     arguments = Arguments((37, 20, 45), torch.float32, weights=True)
     arguments.row_weight.zero_()
-    arguments.denominator = torch.zeros((), device=DEVICE)
+    arguments.denominator = torch.ones((), device=DEVICE)
     assert all(torch.count_nonzero(x) == 0 for x in arguments.run(form))
 
 
@@ -164,22 +170,28 @@ def test_only_needed_gradients_and_backward_twice(form):
         wanted = [i for i in range(3) if index >> i & 1]
         for i in wanted:
             leaves[i].requires_grad_()
-        loss = form(
-            leaves[0], arguments.teacher, leaves[1], arguments.row_weight, scale=leaves[2],
-            denominator=arguments.denominator, **arguments.options,
-        )  # fmt: skip
+        loss = form(arguments.spec, arguments.inputs(*leaves))
         assert loss.requires_grad == bool(wanted)
         for _ in range(2 if wanted else 0):
             got = torch.autograd.grad(loss, [leaves[i] for i in wanted], arguments.grad_output, retain_graph=True)
             assert all(torch.equal(a, everything[i]) for i, a in zip(wanted, got, strict=True))
 
 
-@pytest.mark.parametrize("name", ["chunked_orthonormal_mse", "fused_orthonormal_mse"])
-def test_opcheck(name):
+def test_opcheck():
+    a = Arguments((6, 4, 5), torch.float32, weights=True)
+    leaves = [x.requires_grad_() for x in (a.student, a.weight, a.scale)]
+    options = "layer_norm", 1e-5, 0.3, 0.7, True, 1 << 20
+    torch.library.opcheck(
+        chunked.chunked_loss_without_z,
+        (leaves[0], a.teacher, leaves[1], leaves[2], a.row_weight, None, 0.5, *options, True, True, True),
+    )
+
+
+def test_fused_opcheck():
     pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.launch", reason="needs Triton")
     a = Arguments((6, 4, 5), torch.float32, weights=True)
     leaves = [x.requires_grad_() for x in (a.student, a.weight, a.scale)]
     torch.library.opcheck(
-        getattr(torch.ops.vkd_kernels, name).default,
+        torch.ops.vkd_kernels.fused_orthonormal_mse.default,
         (leaves[0], a.teacher, leaves[1], leaves[2], a.row_weight, None, 0.5, True, 1e-5, 1 << 20, True, True, True),
     )

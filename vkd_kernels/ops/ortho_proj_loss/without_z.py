@@ -1,0 +1,146 @@
+"""The chunked loss without Z: squared error and cosine of a semi-orthogonal weight, cosine of any (see spec.py)."""
+
+from typing import Any
+
+import torch
+
+from ..library import differentiable, operator
+from .chunks import (
+    add_product,
+    chunk_of,
+    inverse_lengths,
+    normalized,
+    operand_dtype,
+    over,
+    product,
+    save_unscaled,
+    saved_dtype,
+    scale_unscaled,
+    weighted_,
+    without_masked_rows,
+)
+from .spec import acc_dtype
+
+CANCELS_BELOW = 1 / 64  # of Σ‖t‖²: a remainder smaller than that is computed anew
+
+
+def _without_z_shapes(
+    *,
+    student: torch.Tensor,
+    weight: torch.Tensor,
+    need_student: bool,
+    need_weight: bool,
+    need_scale: bool,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and the unscaled gradients of student, weight and scale; (0,) where none is needed."""
+    acc = acc_dtype(student.dtype)
+    return (
+        student.new_empty((), dtype=acc),
+        student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=acc),
+        weight.new_empty(() if need_scale else (0,), dtype=acc),
+    )
+
+
+@operator(shapes=_without_z_shapes)
+def chunked_loss_without_z(
+    *,
+    student: torch.Tensor,  # (N, S)
+    teacher: torch.Tensor,  # (N, T)
+    weight: torch.Tensor,  # (T, S), S <= T
+    scale: torch.Tensor,  # ()
+    row_weight: torch.Tensor | None,  # (N,)
+    denominator: torch.Tensor | None,  # (), where 1 / factor is not it
+    factor: float,
+    normalization: str,
+    eps: float,
+    mse: float,
+    cosine: float,
+    semi_orthogonal: bool,
+    workspace_bytes: int,
+    need_student: bool,
+    need_weight: bool,
+    need_scale: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and its unscaled gradients from x, m = t weight and the lengths of x and t, row by row.
+
+    With weightᵀ weight = I, ‖z‖ = ‖c x‖ and the gradient of weight leaves out what is normal to the manifold. Any other
+    weight (cosine alone, c = 1) has ‖z‖² = ⟨x, q⟩ with q = x (weightᵀ weight), in float64, and all of its gradient.
+
+        ∂/∂(c x) = 2 mse (c x - m) + cosine (κ q - m / (‖z‖ ‖t‖))     κ = cos / ‖z‖², q = c x where weightᵀ weight = I
+        ∂/∂weight = -tᵀ (2 mse + cosine / (‖z‖ ‖t‖)) c x  + weight xᵀ (cosine κ) x, the last part for any other weight
+    """
+    n, t = teacher.shape
+    acc = acc_dtype(student.dtype)
+    operand = acc if student.dtype == torch.float16 else operand_dtype(student)  # t / ‖t‖ may be below float16
+    # On a CPU the products are in float32 at least, and rounding weight first would leave weightᵀ weight off I.
+    p = weight.to(operand)
+    gram = None if semi_orthogonal else weight.double().T @ weight.double()
+    _, grad_student, grad_weight, grad_scale = _without_z_shapes(
+        student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_scale=need_scale
+    )
+    grad_weight.zero_()
+    normal = weight.new_zeros(weight.shape[1:] * 2, dtype=acc)  # (S, S)
+    total, scale_total = (student.new_zeros((), dtype=torch.float64) for _ in range(2))
+
+    bytes_per_row = (3 * t + 8 * student.shape[1]) * acc.itemsize
+    step = chunk_of(student, bytes_per_row, workspace_bytes)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        w = None if row_weight is None else row_weight[rows]
+        x = without_masked_rows(student[rows], w).to(acc)
+        y = normalized(without_masked_rows(teacher[rows], w).to(acc), normalization, eps)
+        y = without_masked_rows(y, w)
+        y_operand = y.to(operand)
+        m = product(y_operand, p)
+        cx = scale * x
+        y_square = y.square().sum(1)
+        row_loss = torch.zeros_like(y_square)
+        on_y = torch.zeros_like(y_square)  # ∂/∂weight = -yᵀ diag(on_y) c x
+        grad_cx = torch.zeros_like(cx)
+        if mse:
+            residual = cx - m
+            row_loss += mse * (residual.square().sum(1) + _remainder(y, y_square, m, p))
+            on_y += 2 * mse
+            grad_cx.add_(residual, alpha=2 * mse)
+        if cosine:
+            q = cx if gram is None else (cx.double() @ gram).to(acc)
+            inverse, inverse_square = inverse_lengths((cx * q).sum(1).clamp_min(0), y_square)
+            cos = (cx * m).sum(1) * inverse
+            row_loss += cosine * (1 - cos)
+            on_y += cosine * inverse
+            kappa = cosine * cos * inverse_square
+            grad_cx.addcmul_(kappa[:, None], q).addcmul_((cosine * inverse)[:, None], m, value=-1)
+            if need_weight and gram is not None:
+                normal.addmm_(x.T, weighted_(kappa[:, None] * x, w))
+        total += weighted_(row_loss, w).sum(dtype=torch.float64)
+        grad_cx = weighted_(grad_cx, w)
+        if need_scale:
+            scale_total += (x * grad_cx).sum(dtype=torch.float64)
+        if need_weight:
+            add_product(grad_weight, y_operand.T, (weighted_(on_y, w)[:, None] * cx).to(operand))
+        if need_student:
+            grad_student[rows] = grad_cx.mul_(scale)
+    if need_weight:
+        grad_weight.neg_()
+        if gram is not None:
+            grad_weight.addmm_(weight.to(acc), normal)
+    if need_scale:
+        grad_scale.copy_(scale_total)
+    return over(total, factor, denominator).to(acc), grad_student, grad_weight, grad_scale
+
+
+def _remainder(y: torch.Tensor, y_square: torch.Tensor, m: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """‖y‖² - ‖m‖² of each row, the square of y's distance from the span of p, for m = y p: (n, T), ..., (T, S) -> (n,).
+
+    Where little is left of ‖y‖² (or NaN), the difference has lost what there is: then it is ‖y - m pᵀ‖².
+    """
+    m_square = m.square().sum(1)
+    left, whole = (x.sum(dtype=torch.float64) for x in (y_square - m_square, y_square))
+    if left > CANCELS_BELOW * whole:  # on a CPU, looking costs nothing
+        return y_square - m_square
+    return (y - product(m.to(p.dtype), p.T)).square().sum(1)
+
+
+differentiable(chunked_loss_without_z, save=save_unscaled, backward=scale_unscaled)
