@@ -15,10 +15,10 @@ from tests.helpers.loss_cases import DTYPES, OPTIONS, Case, error, poison_new_te
 from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
 from vkd_kernels.ops.ortho_proj_loss import api, dispatch, triton
 from vkd_kernels.ops.ortho_proj_loss.spec import Execution, LossGroup, LossSpec, acc_dtype
-from vkd_kernels.ops.ortho_proj_loss.triton import kernels, launch
-from vkd_kernels.ops.ortho_proj_loss.triton import tiles as schedule
+from vkd_kernels.ops.ortho_proj_loss.triton import entry, launch, tiles
+from vkd_kernels.ops.ortho_proj_loss.triton.primitives import INTERPRETED as INTERPRETED_KERNELS
 
-INTERPRETED = kernels.INTERPRETED.value
+INTERPRETED = INTERPRETED_KERNELS.value
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ROWS = [70, 1, 33, 64]  # more than a tile, one, ragged, a tile
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, interpreting
@@ -264,14 +264,13 @@ def test_the_bits_of_each_alone(option, poisoned):
 
 
 def test_losses_of_many_rows_go_by_themselves(monkeypatch, poisoned):
-    monkeypatch.setattr(schedule, "POOLED_ROWS", 40)
-    called, losses_of_one_launch = [], launch._pooled_losses
+    monkeypatch.setattr(tiles, "POOLED_ROWS", 40)
+    called, losses_of_one_launch = [], entry._pooled_group
     monkeypatch.setattr(
-        launch, "_pooled_losses",
-        lambda students, *args, **kwargs: (
-            called.append([len(x) for x in students]) or losses_of_one_launch(students, *args, **kwargs)
-        ),
-    )  # fmt: skip
+        entry,
+        "_pooled_group",
+        lambda spec, group: called.append([len(x) for x in group.students]) or losses_of_one_launch(spec, group),
+    )
     group = cases(torch.float32, "everything", rows=[10, 70, 5, 33, 80])
     losses, gradients = run(group)
     assert called == [[5, 33]]
@@ -343,19 +342,44 @@ def test_opcheck():
     weight, bias, shift, scale, denominator = (
         torch.stack(stacked[name]) for name in ("weight", "bias", "channel_shift", "channel_scale", "denominator")
     )
-    rows = [torch.cat(stacked[name]) for name in ("student", "teacher", "row_weight")]
-    needed = True, True, True
-    arguments = (
-        rows[0].requires_grad_(), rows[1], weight.requires_grad_(), bias.requires_grad_(), rows[2], shift, scale,
-        denominator, [1.0, 1.0], [6, 3], True, 1e-5, True, 0.5, *needed,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.vkd_kernels.pooled_loss.default, arguments)
-    loss, gradient, sums = torch.ops.vkd_kernels.pooled_loss.default(*(
-        x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.vkd_kernels.pooled_loss_backward.default,
-        (loss, gradient, sums, rows[0].detach(), weight.detach(), rows[2], denominator, [1.0, 2.0], [6, 3], *needed),
-    )  # fmt: skip
+    student, teacher, row_weight = (torch.cat(stacked[name]) for name in ("student", "teacher", "row_weight"))
+    need = {"need_student": True, "need_weight": True, "need_bias": True}
+    arguments = {
+        "student": student.requires_grad_(),
+        "teacher": teacher,
+        "weight": weight.requires_grad_(),
+        "bias": bias.requires_grad_(),
+        "row_weight": row_weight,
+        "channel_shift": shift,
+        "channel_scale": scale,
+        "denominator": denominator,
+        "factors": [1.0, 1.0],
+        "group": [6, 3],
+        "normalization": "layer_norm",
+        "eps": 1e-5,
+        "mse": 0.0,
+        "smooth_l1": 1.0,
+        "cosine": 0.5,
+        "beta": 0.5,
+        **need,
+    }
+    torch.library.opcheck(torch.ops.vkd_kernels.pooled_loss.default, (), arguments)
+    with torch.no_grad():
+        loss, gradient, sums, gradient_scale = torch.ops.vkd_kernels.pooled_loss.default(**arguments)
+    backward = {
+        "grad_output": loss,
+        "gradient": gradient,
+        "gradient_scale": gradient_scale,
+        "column_sums": sums,
+        "student": student.detach(),
+        "weight": weight.detach(),
+        "row_weight": row_weight,
+        "denominator": denominator,
+        "factors": [1.0, 2.0],
+        "group": [6, 3],
+        **need,
+    }
+    torch.library.opcheck(torch.ops.vkd_kernels.pooled_loss_backward.default, (), backward)
 
 
 @pytest.mark.parametrize("normalization, dynamic", [("layer_norm", True), ("batch_norm", False)])
@@ -378,7 +402,7 @@ def test_compiles_without_a_break(normalization, dynamic, monkeypatch):
 @pytest.mark.parametrize("loss, masks", [("smooth_l1", "some"), ("mse", "no masks")])
 @pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
 def test_interface(normalization, loss, masks, rows, monkeypatch):
-    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
+    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
     options = {"normalization": normalization, "loss": loss, "eps": 0.1 if normalization == "whiten" else 1e-5}
     options["backend"] = "triton"
     results = in_a_group_and_alone(
@@ -387,47 +411,37 @@ def test_interface(normalization, loss, masks, rows, monkeypatch):
     assert_equal(results, rtol=1e-4, atol=1e-6)
 
 
-ONCE = {"column_sums": 3, "scatter_tiles": 1, "moment_gradients": 1}  # batch_norm's statistics, of all losses
+ONCE = {"column_sums_kernel": 3, "scatter_tiles": 1, "scatter_gradients": 1}  # batch_norm's statistics, of all losses
+FEW, MANY = {"loss_tile": 1, "gradient_tiles": 1}, {"loss_tile": 1, "sum_shares": 1, "scale_gradients": 1}
 
 
 @pytest.mark.parametrize(
     "normalization, rows, expected",
     [
-        ("layer_norm", [30] * 6, {"row_statistics": 1, "loss_tile": 1, "gradient_tiles": 1}),
-        ("layer_norm", [90] * 6, {"row_statistics": 6, "loss_tile": 6, "scale": 12}),  # of dX and dP of each
-        ("layer_norm", [90, 90, 20, 9, 5, 3], {"row_statistics": 3, "loss_tile": 3, "gradient_tiles": 1, "scale": 4}),
-        ("batch_norm", [30] * 6, ONCE | {"loss_tile": 1, "gradient_tiles": 1}),
-        ("batch_norm", [60, 30, 20, 9, 5, 3], ONCE | {"loss_tile": 1, "gradient_tiles": 1}),
-        ("batch_norm", [90] * 6, ONCE | {"loss_tile": 6, "scale": 18}),  # of dX, dP, db of each
-        ("batch_norm", [90, 90, 20, 9, 5, 3], ONCE | {"loss_tile": 3, "scale": 6, "gradient_tiles": 1}),
+        ("layer_norm", [30] * 6, [FEW, {"row_statistics": 1}]),
+        ("layer_norm", [90] * 6, [MANY] * 6 + [{"row_statistics": 6}]),
+        ("layer_norm", [90, 90, 20, 9, 5, 3], [FEW, MANY, MANY, {"row_statistics": 3}]),
+        ("batch_norm", [30] * 6, [ONCE, FEW]),
+        ("batch_norm", [60, 30, 20, 9, 5, 3], [ONCE, FEW]),
+        ("batch_norm", [90] * 6, [ONCE] + [MANY] * 6),
+        ("batch_norm", [90, 90, 20, 9, 5, 3], [ONCE, FEW, MANY, MANY]),
     ],
 )
 def test_launches(normalization, rows, expected, monkeypatch):
     """Of the kernels, forward and backward, for six losses of few (up to 80) and many rows: docs/kernels.md's count."""
-    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
-    counter = LaunchCounter()
-    monkeypatch.setattr(launch, "kernels", counter)
+    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
+    launched = Counter()
+    monkeypatch.setattr(launch, "recorder", lambda kernel, arguments, options: launched.update([kernel.__name__]))
     students, teachers, weights, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
     ortho_proj_losses(students, teachers, weights, normalization=normalization, backend="triton").sum().backward()
-    assert counter.launches == expected
-
-
-class LaunchCounter:
-    """Stands in for the kernels' module: counts the launches."""
-
-    def __init__(self):
-        self.launches = Counter()
-
-    def __getattr__(self, name):
-        self.launches[name] += 1
-        return getattr(kernels, name)
+    assert launched == sum(map(Counter, expected), Counter())
 
 
 @pytest.mark.parametrize("rows", [[30, 20], [30, 90]], ids=["few", "few and many"])
 @pytest.mark.parametrize("scale", [None, 0.7, (2,)], ids=str)
 def test_squared_error_with_orthonormal_weights(scale, rows, monkeypatch):
     """As FeatureDistiller calls it: losses, gradients of students, and of weights through the Cayley transform."""
-    monkeypatch.setattr(schedule, "POOLED_ROWS", 80)
+    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
     students, teachers, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
     w = torch.randn(2, 45, 20, device=DEVICE, requires_grad=True)
     if isinstance(scale, tuple):
@@ -450,7 +464,7 @@ def test_squared_error_with_orthonormal_weights(scale, rows, monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_statistics(weighted, monkeypatch, poisoned):
     """More losses than a launch takes; each is as it is alone."""
-    monkeypatch.setattr(schedule, "LEVELS", 2)
+    monkeypatch.setattr(tiles, "GROUP", 2)
     rows = [37, 1, 300, 64, 5]
     xs = [torch.randn(n, 33, device=DEVICE) + 3 for n in rows]
     ws = [torch.rand(n, device=DEVICE) if weighted and i != 1 else None for i, n in enumerate(rows)]
@@ -475,7 +489,7 @@ def test_statistics(weighted, monkeypatch, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups(dtype):
     workspace = 128 << 20
-    groups = lambda rows, t=256, bytes=workspace: schedule.groups(rows, 256, t, dtype, bytes)  # noqa: E731
+    groups = lambda rows, t=256, bytes=workspace: tiles.groups(rows, t, dtype, bytes)  # noqa: E731
     assert groups([512] * 6) == [6]
     assert groups([100] * 20) == [8, 8, 4]
     assert groups([34000] * 6) == [1] * 6  # detection's: each fills the GPU

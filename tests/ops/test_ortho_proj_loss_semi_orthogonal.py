@@ -192,6 +192,20 @@ def test_fused_opcheck():
     a = Arguments((6, 4, 5), torch.float32, weights=True)
     leaves = [x.requires_grad_() for x in (a.student, a.weight, a.scale)]
     torch.library.opcheck(
-        torch.ops.vkd_kernels.fused_orthonormal_mse.default,
-        (leaves[0], a.teacher, leaves[1], leaves[2], a.row_weight, None, 0.5, True, 1e-5, 1 << 20, True, True, True),
+        torch.ops.vkd_kernels.fused_semi_orthogonal_loss.default,
+        (
+            leaves[0],
+            a.teacher,
+            leaves[1],
+            leaves[2],
+            a.row_weight,
+            None,
+            0.5,
+            "l2",
+            1e-5,
+            0.3,
+            0.7,
+            1 << 20,
+            *[True] * 3,
+        ),
     )

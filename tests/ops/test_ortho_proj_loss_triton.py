@@ -18,10 +18,9 @@ from tests.helpers.loss_cases import (  # noqa: E402
     error,
     poison_new_tensors,
 )
-from vkd_kernels.ops.ortho_proj_loss import api, operators, reference  # noqa: E402
+from vkd_kernels.ops.ortho_proj_loss import api, reference  # noqa: E402
 from vkd_kernels.ops.ortho_proj_loss import triton as fused_kernels  # noqa: E402
-from vkd_kernels.ops.ortho_proj_loss.triton import kernels, launch  # noqa: E402
-from vkd_kernels.ops.ortho_proj_loss.triton import tiles as schedule  # noqa: E402
+from vkd_kernels.ops.ortho_proj_loss.triton import launch, loss_tiles, primitives, tiles  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -52,7 +51,7 @@ def poisoned(monkeypatch):
 
 
 def test_kernels_are_interpreted_without_a_gpu():
-    assert INTERPRETED == kernels.INTERPRETED.value
+    assert INTERPRETED == primitives.INTERPRETED.value
     assert INTERPRETED or torch.cuda.is_available()
 
 
@@ -79,12 +78,11 @@ def test_shapes(shape, form, dtype):
 @pytest.mark.parametrize("shape", [(64, 64, 64), (150, 40, 200)], ids=str)
 def test_descriptors(shape, option, dtype, monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(launch, "_capability", lambda device: 90)
+        monkeypatch.setattr(tiles, "chip", lambda device: tiles.Chip("cuda", 90))
     elif torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip(f"tensor memory access needs sm_90; this is sm_{launch._capability(torch.device(DEVICE))}")
+        pytest.skip(f"tensor memory access needs sm_90; this is {tiles.chip(torch.device(DEVICE))}")
     used = []
-    descriptor = launch.TensorDescriptor
-    monkeypatch.setattr(launch, "TensorDescriptor", lambda *args: used.append(args) or descriptor(*args))
+    monkeypatch.setattr(loss_tiles, "descriptor", lambda *args: used.append(args) or launch.descriptor(*args))
     Case(shape, dtype, **OPTIONS[option], device=DEVICE).check(fused, slack(dtype))
     assert used
 
@@ -186,16 +184,15 @@ def test_only_needed_gradients(option, form):
 
 def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     case = Case((37, 20, 45), torch.float32, bias=True, device=DEVICE)
-    stored = []
-    launch_all = launch._Loss.launch
-    record = lambda self, *args: stored.append(args[-2:]) or launch_all(self, *args)  # noqa: E731
-    monkeypatch.setattr(launch._Loss, "launch", record)
+    launched = []
+    monkeypatch.setattr(launch, "recorder", lambda kernel, arguments, options: launched.append((kernel, arguments)))
     for form in FORMS:
         case.student.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()
         with torch.no_grad():
             loss = form(case.spec, case.inputs)
         assert not loss.requires_grad
-    assert stored and all(gradient is None and sums is None for gradient, sums in stored)
+    losses = [arguments for kernel, arguments in launched if kernel is loss_tiles.loss_tile]
+    assert losses and all(arguments["gradient"] is arguments["column_sums"] is None for arguments in losses)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -298,41 +295,45 @@ def test_second_order_is_refused(form):
 # -------------------------------------------------------------------------------------------------------- torch.library
 
 
-def op_arguments(name, case, needed):
-    row_weight, denominator, factor, _ = operators.operands(
-        case.student, case.weight, case.bias, case.row_weight, case.denominator
-    )
-    spec = case.spec
-    tensors = (
-        case.student.requires_grad_(needed[0]), case.teacher, case.weight.requires_grad_(needed[1]),
-        case.bias if case.bias is None else case.bias.requires_grad_(needed[2]), row_weight,
-        case.channel_shift, case.channel_scale, denominator,
-    )  # fmt: skip
-    scalars = spec.normalization == "layer_norm", spec.eps, spec.share("smooth_l1") > 0, spec.beta
-    if name == "pooled_loss":
-        return *tensors, [factor], [case.student.shape[0]], *scalars, *needed
-    return *tensors, factor, *scalars, 1 << 20, *needed
-
-
 @pytest.mark.parametrize("name", ["pooled_loss", "fused_loss"])
 @pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)])
 def test_opcheck(name, needed, monkeypatch):
     monkeypatch.undo()
     case = Case((6, 5, 7), torch.float32, **OPTIONS["everything"], device=DEVICE)
-    torch.library.opcheck(getattr(OPS, name).default, op_arguments(name, case, needed))
+    arguments = {
+        "student": case.student.requires_grad_(needed[0]),
+        "teacher": case.teacher,
+        "weight": case.weight.requires_grad_(needed[1]),
+        "bias": case.bias.requires_grad_(needed[2]),
+        "row_weight": case.row_weight,
+        "channel_shift": case.channel_shift,
+        "channel_scale": case.channel_scale,
+        "denominator": case.denominator,
+        "normalization": "layer_norm",
+        "eps": 1e-5,
+        "mse": 0.3,
+        "smooth_l1": 0.7,
+        "cosine": 2.0,
+        "beta": 0.5,
+        **dict(zip(("need_student", "need_weight", "need_bias"), needed, strict=True)),
+    }
+    few = {"factors": [1.0], "group": [case.student.shape[0]]}
+    many = {"factor": 1.0, "workspace_bytes": 1 << 20}
+    torch.library.opcheck(getattr(OPS, name).default, (), arguments | (few if name == "pooled_loss" else many))
 
 
 def test_opcheck_backward(monkeypatch):
     monkeypatch.undo()
     case = Case((6, 5, 7), torch.float16, device=DEVICE)
     go = torch.ones((), device=DEVICE)
-    exact = [torch.randn(*size, device=DEVICE) for size in ((6, 5), (7, 5), (7,))]
-    torch.library.opcheck(OPS.fused_backward.default, (go, *exact, None, 0.5, torch.float16, torch.float32))
+    unscaled = [torch.randn(*size, device=DEVICE) for size in ((6, 5), (7, 5), (7,))]
+    torch.library.opcheck(OPS.scaled_gradients.default, (go, *unscaled, None, 0.5, torch.float16, torch.float32))
     g, sums = torch.randn(6, 7, device=DEVICE).half(), torch.randn(1, 7, device=DEVICE)
-    torch.library.opcheck(
-        OPS.pooled_loss_backward.default,
-        (go, g, sums, case.student, case.weight, None, go.clone(), [0.5], [6], True, True, True),
-    )
+    for scale in (torch.empty(0, device=DEVICE), torch.tensor(0.25, device=DEVICE)):
+        torch.library.opcheck(
+            OPS.pooled_loss_backward.default,
+            (go, g, scale, sums, case.student, case.weight, None, go.clone(), [0.5], [6], True, True, True),
+        )
 
 
 def test_opcheck_statistics(monkeypatch):
@@ -340,8 +341,8 @@ def test_opcheck_statistics(monkeypatch):
     xs, ws = ([torch.rand(n, *size, device=DEVICE) for n in (6, 3)] for size in ((4,), ()))
     sums, means, c = (torch.randn(2, *size, device=DEVICE) for size in ((4,), (4,), (4, 4)))
     torch.library.opcheck(OPS.fused_column_sums.default, (xs, ws, means))
-    torch.library.opcheck(OPS.fused_moments_backward.default, (sums, c, xs, ws, means))
-    torch.library.opcheck(OPS.fused_moments.default, ([x.requires_grad_() for x in xs], ws, sums, means))
+    torch.library.opcheck(OPS.fused_scatters_backward.default, (sums, c, xs, ws, means))
+    torch.library.opcheck(OPS.fused_scatters.default, ([x.requires_grad_() for x in xs], ws, sums, means))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -425,30 +426,32 @@ def test_statistics_over_rows(weighted, dtype, shape):
 @pytest.mark.parametrize("n", [1, 512, 1024, 1025, 34000, 100352, 10_000_000])
 @pytest.mark.parametrize("s, t", [(192, 3024), (768, 1024), (1, 1), (256, 200_000)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_schedule(n, s, t, dtype):
+def test_chunks(n, s, t, dtype):
     workspace = 128 << 20
-    chosen = schedule.choose(n, s, t, dtype, workspace)
-    if chosen.pooled:
-        assert n <= schedule.POOLED_ROWS and n * t * dtype.itemsize <= workspace and chosen.chunk == n
-    else:
-        assert chosen.chunk % 128 == 0
-        assert chosen.chunk == 128 or chosen.chunk * t * dtype.itemsize <= workspace
-        chunks = -(-n // chosen.chunk)
-        assert chosen.chunk * chunks - n < 128 * chunks  # even: no chunk is much smaller than the others
+    assert not tiles.is_pooled(n, t, dtype, workspace) or n <= tiles.POOLED_ROWS
+    chunk = tiles.loss_chunk(n, s, t, dtype, workspace_bytes=workspace, block_n=128, processors=132)
+    assert chunk % 128 == 0
+    assert chunk == 128 or chunk * t * dtype.itemsize <= workspace
+    chunks = -(-n // chunk)
+    assert chunk * chunks - n < 128 * chunks  # even: no chunk is much smaller than the others
 
 
-def test_schedule_of_the_paper():
-    """One launch each for a pooled batch; few, even chunks at token level."""
-    assert schedule.choose(512, 192, 3024, torch.bfloat16, 128 << 20).pooled
-    assert schedule.choose(100352, 192, 3024, torch.bfloat16, 128 << 20) == (False, 20096)
+@pytest.mark.parametrize("s, chunk", [(192, 16768), (384, 16768), (768, 16768)])
+def test_chunks_of_the_paper(s, chunk):
+    """131 blocks of 128 rows for 132 processors: a product of the chunk takes one wave."""
+    assert tiles.is_pooled(512, 3024, torch.bfloat16, 128 << 20)
+    sizes = {"workspace_bytes": 128 << 20, "block_n": 128, "processors": 132}
+    assert tiles.loss_chunk(100352, s, 3024, torch.bfloat16, **sizes) == chunk
 
 
 def test_tiles():
     for dtype in DTYPES:
         for capability in (80, 86, 89, 90, 100, 120):
             for aligned in (False, True):
-                tile = schedule.loss_tile(dtype, capability, aligned)
+                tile = tiles.loss_tile(dtype, 192, tiles.Chip("cuda", capability), aligned=aligned)
                 assert tile.descriptors == (aligned and capability >= 90 and dtype != torch.float32)
+        for capability in (942, 950):  # not read as capabilities of NVIDIA
+            assert not tiles.loss_tile(dtype, 192, tiles.Chip("hip", capability), aligned=True).descriptors
 
 
 def test_tf32_follows_the_setting_of_torch(monkeypatch):
@@ -457,7 +460,7 @@ def test_tf32_follows_the_setting_of_torch(monkeypatch):
     try:
         for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             matmul.fp32_precision = precision
-            assert launch._precision(torch.float32) == expected
-            assert launch._precision(torch.bfloat16) == "ieee"
+            assert launch.precision(torch.float32) == expected
+            assert launch.precision(torch.bfloat16) == "ieee"
     finally:
         matmul.fp32_precision = before

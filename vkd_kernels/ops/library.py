@@ -91,6 +91,9 @@ def differentiable(
             return None, *leading, *rest[: len(ctx.needs_input_grad) - 1 - len(leading)]
 
     def call(first: torch.Tensor | Sequence[torch.Tensor], *others: Any) -> Any:
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(first, *others)
         if isinstance(first, torch.Tensor):
             return Differentiable.apply(None, first, *others)
         return Differentiable.apply(len(first), *first, *others)

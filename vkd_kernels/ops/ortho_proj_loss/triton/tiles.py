@@ -1,5 +1,10 @@
-"""How the fused loss runs: the launches for a shape, and the one table of tiles (kernels: kernels.py)."""
+"""The one table of tiles, and how many rows a launch takes.
 
+Tiles compile without spills and without serialized tensor-core instructions for every chip of the table (held by
+tests/ops/test_ortho_proj_loss_aot.py). None has been timed: that needs a GPU.
+"""
+
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -7,148 +12,212 @@ import torch
 from ..chunks import even_chunk
 
 POOLED_ROWS = 1024
-LEVELS = 8  # losses in one launch, at most: each takes arguments of the kernel
+GROUP = 8  # losses in one launch, at most: each takes arguments of the kernel
+COLUMN_PARTIALS = 512  # partial sums over rows, at most
+SCATTER_PROGRAMS = 1024  # of scatter_tiles, about: each keeps a tile of partial sums
+CHUNK_BLOCK = 128  # rows of a chunk of the semi-orthogonal form are a multiple of this
+STATISTICS_ELEMENTS, STATISTICS_ROWS = 4096, 128  # of a block of row_statistics at most, in 4 warps
+# For benchmarks to compare: the wide tile of ("wide descriptor", 16), from this many student channels on, and the
+# row-stationary kernel, for up to as many. Both are ready; neither is chosen before a record shows that it wins.
+WIDE_FROM: int | None = None
+ROW_STATIONARY_UP_TO: int | None = None
+
+
+class Chip(NamedTuple):
+    """What the choice of tiles depends on: "cuda" and 90 for sm_90, "hip" and 942 for gfx942."""
+
+    kind: str
+    capability: int
+    processors: int = 132
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    if device.type != "cuda":  # the interpreter
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0].removeprefix("gfx")
+        return Chip("hip", int(name) if name.isdigit() else 900, properties.multi_processor_count)
+    return Chip("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 class LossTile(NamedTuple):
-    """loss_tile: rows x columns of Z, `inner` of S a step."""
+    """loss_tile and cosine_rows: block_n x block_t of Z, block_s of S a step."""
 
-    rows: int
-    columns: int
-    inner: int
+    block_n: int
+    block_t: int
+    block_s: int
     warps: int
     stages: int
     descriptors: bool = False
 
 
 class GradientTiles(NamedTuple):
-    """gradient_tiles: the tile of dX and its step over T, the tile of dP and its step over N."""
+    """gradient_tiles: the (n, s) tile of dX and its step over t, the (t, s) tile of dP and its step over n."""
 
-    x_rows: int
-    x_columns: int
-    x_inner: int
-    p_rows: int
-    p_columns: int
-    p_inner: int
+    student: tuple[int, int, int]
+    weight: tuple[int, int, int]
     warps: int
     stages: int
 
 
-class RowsTile(NamedTuple):
-    """orthonormal_mse_rows: rows x (up to `blocks` times `columns`) of T P, `inner` of T a step."""
+class ProductsTile(NamedTuple):
+    """teacher_products and row_stationary: block_n rows, `blocks` times block_s of S, block_t of T a step."""
 
-    rows: int
-    columns: int
+    block_n: int
+    block_s: int
     blocks: int
-    inner: int
+    block_t: int
     warps: int
     stages: int
 
 
 class ColumnsTile(NamedTuple):
-    """column_sums: rows x columns of X a step."""
+    """column_sums: block_n x block_c of X a step."""
 
-    rows: int
-    columns: int
+    block_n: int
+    block_c: int
     warps: int
 
 
 class ScatterTile(NamedTuple):
-    """scatter_tiles: columns x columns of Xᵀ X, `rows` of X a step."""
+    """scatter_tiles: block_s x block_s of Xᵀ X, block_n rows of X a step."""
 
-    rows: int
-    columns: int
+    block_n: int
+    block_s: int
     warps: int
     stages: int
 
 
 class MomentsTile(NamedTuple):
-    """moment_gradients: rows x columns of dX, `inner` of S a step."""
+    """scatter_gradients: block_n x block_s of dX, block_k of S a step."""
 
-    rows: int
-    columns: int
-    inner: int
+    block_n: int
+    block_s: int
+    block_k: int
     warps: int
     stages: int
 
 
-# Tiles that compile without spills (held by tests/ops/test_ortho_proj_loss_aot.py), by kernel and operand bits,
-# for compute capabilities from the given one on. "descriptor" and "pointer": rows start on 16-byte boundaries;
+# By kernel and bits of the operands: for compute capabilities from the given one on, and for AMD's chips ("hip"), whose
+# programs have 64 KiB of shared memory on gfx942. "descriptor" and "pointer": rows start on 16-byte boundaries;
 # "ragged": they do not.
-TILES: dict[tuple[str, int], dict[int, Any]] = {
+TILES: dict[tuple[str, int], dict[int | str, Any]] = {
     ("descriptor", 16): {90: LossTile(128, 128, 64, 8, 3, descriptors=True)},
-    ("pointer", 16): {80: LossTile(128, 128, 64, 8, 3)},
-    ("pointer", 32): {80: LossTile(64, 128, 32, 8, 3)},
-    ("ragged", 16): {80: LossTile(64, 64, 64, 8, 3)},
-    ("ragged", 32): {80: LossTile(64, 128, 32, 8, 3)},
-    # The same on every architecture, so that shapes of saved tensors can be told without a device.
+    ("descriptor, options", 16): {90: LossTile(64, 128, 64, 8, 3, descriptors=True)},
+    ("wide descriptor", 16): {90: LossTile(128, 256, 64, 8, 3, descriptors=True)},
+    ("pointer", 16): {80: LossTile(128, 128, 64, 8, 3), "hip": LossTile(128, 128, 32, 8, 2)},
+    ("pointer", 32): {80: LossTile(64, 128, 32, 8, 3), "hip": LossTile(64, 128, 32, 8, 2)},
+    # "options": what takes registers, a cosine or several terms (or, of pointers, student channels off the block).
+    ("pointer, options", 16): {80: LossTile(64, 128, 64, 8, 3), "hip": LossTile(64, 64, 64, 4, 2)},
+    ("ragged", 16): {80: LossTile(64, 64, 64, 8, 3), "hip": LossTile(64, 64, 64, 4, 2)},
+    ("ragged", 32): {80: LossTile(64, 128, 32, 8, 3), "hip": LossTile(64, 128, 32, 8, 2)},
+    ("cosine", 16): {80: LossTile(64, 64, 64, 4, 3), "hip": LossTile(64, 64, 64, 4, 2)},
+    ("cosine", 32): {80: LossTile(64, 32, 32, 8, 3), "hip": LossTile(64, 32, 32, 8, 2)},
+    ("ragged cosine", 16): {80: LossTile(64, 32, 32, 8, 3), "hip": LossTile(64, 32, 32, 8, 2)},
+    # The same on every chip, so that shapes of saved tensors can be told without a device.
     ("pooled", 16): {80: LossTile(64, 64, 64, 4, 3)},
     ("pooled", 32): {80: LossTile(64, 64, 32, 8, 3)},
-    ("gradients", 16): {80: GradientTiles(64, 64, 64, 64, 64, 64, 4, 4)},
-    ("gradients", 32): {80: GradientTiles(64, 64, 32, 64, 64, 32, 8, 3)},
+    ("gradients", 16): {
+        80: GradientTiles((64, 64, 64), (64, 64, 64), 4, 4),
+        "hip": GradientTiles((64, 64, 64), (64, 64, 64), 4, 2),
+    },
+    ("gradients", 32): {
+        80: GradientTiles((64, 64, 32), (64, 64, 32), 8, 3),
+        "hip": GradientTiles((64, 64, 32), (64, 64, 32), 8, 2),
+    },
     ("columns", 16): {80: ColumnsTile(32, 128, 4)},
     ("columns", 32): {80: ColumnsTile(32, 64, 4)},
-    ("scatter", 16): {80: ScatterTile(64, 64, 4, 3)},
-    ("scatter", 32): {80: ScatterTile(32, 64, 8, 3)},
-    ("moment gradients", 16): {80: MomentsTile(64, 64, 64, 4, 3)},
-    ("moment gradients", 32): {80: MomentsTile(64, 64, 32, 8, 3)},
-    ("rows", 16): {80: RowsTile(64, 64, 2, 64, 8, 3), 90: RowsTile(64, 64, 4, 64, 8, 3)},
-    ("rows", 32): {80: RowsTile(64, 32, 4, 32, 8, 3)},
-    ("ragged rows", 16): {80: RowsTile(64, 32, 4, 32, 8, 3)},
+    ("scatter", 16): {80: ScatterTile(64, 64, 4, 3), "hip": ScatterTile(64, 64, 4, 2)},
+    ("scatter", 32): {80: ScatterTile(32, 64, 8, 3), "hip": ScatterTile(32, 64, 8, 2)},
+    ("scatter gradients", 16): {80: MomentsTile(64, 64, 64, 4, 3), "hip": MomentsTile(64, 64, 64, 4, 2)},
+    ("scatter gradients", 32): {80: MomentsTile(64, 64, 32, 8, 3), "hip": MomentsTile(64, 64, 32, 8, 2)},
+    ("products", 16): {
+        80: ProductsTile(64, 64, 2, 64, 8, 3),
+        90: ProductsTile(64, 64, 4, 64, 8, 3),
+        "hip": ProductsTile(64, 64, 2, 64, 8, 2),
+    },
+    ("products", 32): {80: ProductsTile(64, 32, 4, 32, 8, 3), "hip": ProductsTile(64, 32, 4, 32, 8, 2)},
+    ("ragged products", 16): {80: ProductsTile(64, 32, 4, 32, 8, 3), "hip": ProductsTile(64, 32, 4, 32, 8, 2)},
 }
-COLUMN_PARTIALS = 512  # partial sums over rows, at most
-SCATTER_PROGRAMS = 1024  # of scatter_tiles, about: each keeps a tile of partial sums
-STATISTICS_ELEMENTS = 4096  # of a block of row_statistics, in 4 warps
 
 
-def tile(kernel: str, dtype: torch.dtype, capability: int = 80):
-    """The tile of a kernel for this dtype on this compute capability (90 for sm_90), or None."""
+INTERPRETER = Chip("cuda", 80)
+
+
+def tile(kernel: str, dtype: torch.dtype, chip: Chip = INTERPRETER) -> Any:
+    """The tile of a kernel for this dtype on this chip, or None."""
     table = TILES.get((kernel, 8 * dtype.itemsize), {})
-    fitting = [least for least in table if least <= capability]
+    if chip.kind == "hip" and "hip" in table:
+        return table["hip"]
+    capability = chip.capability if chip.kind == "cuda" else 80
+    fitting = [least for least in table if isinstance(least, int) and least <= capability]
     return table[max(fitting)] if fitting else None
 
 
-def loss_tile(dtype: torch.dtype, capability: int, aligned: bool) -> LossTile:
+def loss_tile(dtype: torch.dtype, s: int, chip: Chip, *, aligned: bool, several: bool = False) -> LossTile:
     """The tile of loss_tile for many rows. Descriptors (tensor memory access) save registers where a chip has them."""
-    if not aligned:
-        return tile("ragged", dtype, capability)
-    return tile("descriptor", dtype, capability) or tile("pointer", dtype, capability)
+    kinds = ["ragged"]
+    if aligned:
+        kinds = ["descriptor", "pointer"]
+        if several:
+            kinds = ["descriptor, options", "pointer, options", *kinds]
+        elif WIDE_FROM is not None and s >= WIDE_FROM:
+            kinds = ["wide descriptor", *kinds]
+        elif s % 64 and tile("descriptor", dtype, chip) is None:
+            kinds = ["pointer, options", *kinds]
+    return next(loss_tile for kind in kinds if (loss_tile := tile(kind, dtype, chip)) is not None)
 
 
-def rows_tile(dtype: torch.dtype, capability: int, aligned: bool) -> RowsTile:
-    """The tile of orthonormal_mse_rows."""
-    ragged = None if aligned else tile("ragged rows", dtype, capability)
-    return ragged or tile("rows", dtype, capability)
+def cosine_tile(dtype: torch.dtype, s: int, t: int, chip: Chip) -> LossTile:
+    """The tile of cosine_rows."""
+    ragged = tile("ragged cosine", dtype, chip) if s % 64 or t % 64 else None
+    return ragged or tile("cosine", dtype, chip)
 
 
-class Schedule(NamedTuple):
-    pooled: bool  # all rows at once, G kept for one backward launch; else gradients in the forward pass, chunk by chunk
-    chunk: int  # rows per chunk
+def products_tile(dtype: torch.dtype, chip: Chip, aligned: bool) -> ProductsTile:
+    """The tile of teacher_products."""
+    ragged = None if aligned else tile("ragged products", dtype, chip)
+    return ragged or tile("products", dtype, chip)
 
 
-def choose(n: int, s: int, t: int, dtype: torch.dtype, workspace_bytes: int, rows_of_tile: int = 128) -> Schedule:
-    """Few rows are bound by launches, many by the chunks.
+def is_pooled(n: int, t: int, dtype: torch.dtype, workspace_bytes: int) -> bool:
+    """Few rows are bound by launches, many by the products: up to POOLED_ROWS rows whose G fits the workspace."""
+    return n <= POOLED_ROWS and n * t * dtype.itemsize <= workspace_bytes
 
-    Up to POOLED_ROWS rows whose G fits the workspace: row statistics, loss, gradients, one launch each. More: chunks
-    whose G (n, t), statistics and masked copy of X fit the workspace, with library products for the gradients.
+
+def chunk_rows(bytes_per_row: int, n: int, workspace_bytes: int, block_n: int, processors: int) -> int:
+    """Rows of a chunk: what fits the workspace, as even as can be, in whole waves of one block of rows a processor.
+
+    A product of the chunk has a program for a block of rows: one more than there are processors costs a second wave.
     """
-    if n <= POOLED_ROWS and n * t * dtype.itemsize <= workspace_bytes:
-        return Schedule(True, n)
-    bytes_per_row = (t + 8 + s) * dtype.itemsize + 8 + 4 * -(-t // rows_of_tile)
-    return Schedule(False, even_chunk(n, workspace_bytes // bytes_per_row, rows_of_tile))
+    most = max(workspace_bytes // (bytes_per_row * block_n), 1)
+    if most > processors:
+        most -= most % processors
+    return even_chunk(n, most * block_n, block_n)
 
 
-def groups(rows: list[int], s: int, t: int, dtype: torch.dtype, workspace_bytes: int) -> list[int]:
-    """How many losses of equal S and T each launch takes, in their order: neighbours of few rows together, up to LEVELS
-    of them whose G fits the workspace; one of many rows by itself."""
+def loss_chunk(
+    n: int, s: int, t: int, dtype: torch.dtype, *, workspace_bytes: int, block_n: int, processors: int
+) -> int:
+    """Rows of a chunk of the loss, which keeps G, a copy of X without masked rows, and sums of G."""
+    bytes_per_row = (t + 8 + s) * dtype.itemsize + 4 * -(-t // block_n)
+    return chunk_rows(bytes_per_row, n, workspace_bytes, block_n, processors)
+
+
+def groups(rows: list[int], t: int, dtype: torch.dtype, workspace_bytes: int) -> list[int]:
+    """How many losses of equal S and T each launch takes, in their order: neighbors of few rows, up to GROUP of them
+    whose G fits the workspace; one of many rows by itself."""
     sizes: list[int] = []
-    held = None  # rows of the launch that is open to more; None: there is none
+    open_rows: int | None = None  # rows of the launch that is open to more; None: there is none
     for n in rows:
-        pooled = choose(n, s, t, dtype, workspace_bytes).pooled
-        if pooled and held is not None and sizes[-1] < LEVELS and (held + n) * t * dtype.itemsize <= workspace_bytes:
+        pooled = is_pooled(n, t, dtype, workspace_bytes)
+        fits = open_rows is not None and (open_rows + n) * t * dtype.itemsize <= workspace_bytes
+        if pooled and open_rows is not None and fits and sizes[-1] < GROUP:
             sizes[-1] += 1
-            held += n
+            open_rows += n
         else:
             sizes.append(1)
-            held = n if pooled else None
+            open_rows = n if pooled else None
     return sizes

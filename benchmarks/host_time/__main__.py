@@ -1,0 +1,87 @@
+"""Host time of forward and backward of the fused loss, on a machine without a GPU.
+
+    python -m benchmarks.host_time              the record: median of 60 calls
+    python -m benchmarks.host_time --check      every form once: each launch must be accepted
+
+Python, PyTorch and Triton's own launcher are real; the driver is a stub (stub.c) and library products cost nothing. The
+tensors lie on the CPU, whose allocator serves what the CUDA caching allocator would.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import records
+from benchmarks.host_time import forms, stub
+
+CALLS = 60
+ROWS = {
+    "token 100352 x 192 -> 3024": (100352, 192, 3024),
+    "token 100352 x 384 -> 3024": (100352, 384, 3024),
+    "token 100352 x 768 -> 3024": (100352, 768, 3024),
+    "pooled 512 x 192 -> 3024": (512, 192, 3024),
+}
+
+
+def microseconds(function: Callable[[], None]) -> list[float]:
+    for _ in range(10):
+        function()
+    times = []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        function()
+        times.append(1e6 * (time.perf_counter() - began))
+    return sorted(times)
+
+
+def check(driver: stub.Stub) -> int:
+    refused = 0
+    for name, both in forms.forms().items():
+        before = driver.launches
+        try:
+            both()
+            both()  # by the kernels that were kept
+            print(f"{name:40} {driver.launches - before} launches", flush=True)
+        except Exception as error:
+            refused += 1
+            print(f"{name:40} REFUSED {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return refused
+
+
+def measure(driver: stub.Stub, folder: Path) -> None:
+    cases = []
+    for name, (n, s, t) in ROWS.items():
+        both = forms.plain(forms.spec(), n, s, t, weight=torch.bfloat16)
+        times = microseconds(both)
+        before = driver.launches
+        both()
+        row = {"median_us": statistics.median(times), "p10_us": times[CALLS // 10], "p90_us": times[-CALLS // 10]}
+        cases.append({"case": name, "calls": CALLS, "launches": driver.launches - before, **row})
+        print(f"{name:30} {row['median_us']:6.0f} µs, {cases[-1]['launches']} launches", flush=True)
+    record = {"benchmark": "host_time", "environment": records.environment(), "cases": cases}
+    records.write(folder / records.device_folder() / "host_time.json", record)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--records", type=Path, default=records.RUNS)
+    arguments = parser.parse_args()
+    if stub.why_not():
+        raise SystemExit(f"needs gcc and Triton: {stub.why_not()}")
+    torch.set_num_threads(1)
+    driver = stub.Stub()
+    stub.without_products()
+    if arguments.check:
+        return check(driver)
+    measure(driver, arguments.records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The loss by fused kernels: what spec.py says that an implementation offers, here for float32, bfloat16 and float16.
+
+Few rows (tiles.is_pooled) take pooled.py, in which losses of a group share their launches; many take many_rows.py, or
+semi_orthogonal.py for squared error and cosine with a semi-orthogonal weight.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..chunks import WORKSPACE_BYTES, balanced
+from ..spec import LossGroup, LossInputs, LossSpec
+from . import tiles
+from .launch import unit_stride
+from .many_rows import fused_loss
+from .pooled import pooled_loss
+from .semi_orthogonal import fused_semi_orthogonal_loss
+from .statistics import all_or_none
+
+
+def unsupported(spec: LossSpec) -> str | None:
+    """The reason why this implementation can't compute the loss, or None: it computes all."""
+    return None
+
+
+def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE_BYTES) -> torch.Tensor:  # ()
+    """The loss of spec.py, differentiable once in student, weight and bias.
+
+    No temporary but G is N x T, and G only in the student's dtype and for as many rows as workspace_bytes allows.
+    """
+    n, t = inputs.teacher.shape
+    row_weight, denominator, factor = _denominator(inputs)
+    tensors = {
+        "student": unit_stride(inputs.student),
+        "teacher": unit_stride(inputs.teacher),
+        "weight": unit_stride(inputs.weight),
+        "bias": inputs.bias,
+        "row_weight": row_weight,
+        "channel_shift": inputs.channel_shift,
+        "channel_scale": inputs.channel_scale,
+        "denominator": denominator,
+    }
+    need = _need(student=[inputs.student], weight=inputs.weight, bias=inputs.bias)
+    if tiles.is_pooled(n, t, inputs.student.dtype, workspace_bytes):
+        return pooled_loss(**tensors, **_options(spec, t), **need, factors=[factor], group=[n])[0]
+    return fused_loss(**tensors, **_options(spec, t), **need, factor=factor, workspace_bytes=workspace_bytes)[0]
+
+
+def group_loss(spec: LossSpec, group: LossGroup, *, workspace_bytes: int = WORKSPACE_BYTES) -> torch.Tensor:  # (G,)
+    """The loss of each of the group's inputs; those of few rows several to a launch, their rows one after the other.
+
+    A loss of many rows fills the GPU by itself: those go one by one.
+    """
+    rows, t = [x.shape[0] for x in group.students], group.weights.shape[1]
+    sizes = tiles.groups(rows, t, group.students[0].dtype, workspace_bytes)
+    losses = []
+    for part in group.split(sizes):
+        if len(part) == 1:
+            (inputs,) = part
+            losses.append(loss(spec, inputs, workspace_bytes=workspace_bytes)[None])
+        else:
+            losses.append(_pooled_group(spec, part))
+    return torch.cat(losses) if len(losses) > 1 else losses[0]
+
+
+def semi_orthogonal_loss(
+    spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE_BYTES
+) -> torch.Tensor:  # ()
+    """The loss for weightᵀ weight = I, in two reads of the teacher; differentiable once in student, weight and scale.
+
+    The gradient of the weight leaves out its part normal to the manifold; see spec.py. Few rows, which the launches
+    bound, and mixed dtypes, for which the teacher would have to be rounded first, take the plain form.
+    """
+    n, t = inputs.teacher.shape
+    dtype = inputs.student.dtype
+    if inputs.teacher.dtype != dtype or n == 0 or tiles.is_pooled(n, t, dtype, workspace_bytes):
+        return loss(spec, _folded(inputs), workspace_bytes=workspace_bytes)
+    row_weight, denominator, factor = _denominator(inputs)
+    scale = inputs.scale
+    if not isinstance(scale, torch.Tensor):
+        scale = inputs.student.new_full((), scale, dtype=torch.float32)
+    options = {name: value for name, value in _options(spec, t).items() if name not in ("smooth_l1", "beta")}
+    return fused_semi_orthogonal_loss(
+        student=unit_stride(inputs.student),
+        teacher=unit_stride(inputs.teacher),
+        weight=unit_stride(inputs.weight),
+        scale=scale,
+        row_weight=row_weight,
+        denominator=denominator,
+        factor=factor,
+        workspace_bytes=workspace_bytes,
+        **options,
+        **_need(student=[inputs.student], weight=inputs.weight, scale=scale),
+    )[0]
+
+
+def semi_orthogonal_group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
+    """semi_orthogonal_loss of each of the group's inputs; where all are of few rows, as group_loss."""
+    t = group.weights.shape[1]
+    if all(tiles.is_pooled(x.shape[0], t, x.dtype, WORKSPACE_BYTES) for x in group.students):
+        scale = group.scale.view(-1, 1, 1) if isinstance(group.scale, torch.Tensor) else group.scale
+        return group_loss(spec, replace(group, weights=group.weights * scale, scale=1.0))
+    return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group])
+
+
+def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
+    """group_loss of losses that are all of few rows, as one pooled_loss."""
+    row_weights = all_or_none(group.students, group.row_weights)
+    denominators = group.denominators
+    if row_weights and group.students[0].dtype == torch.float16:
+        parts = [balanced(inputs) for inputs in replace(group, row_weights=tuple(row_weights))]
+        row_weights = [w for w, _ in parts if w is not None]
+        denominators = torch.stack([d for _, d in parts if isinstance(d, torch.Tensor)])
+    denominator, factors = None, [1.0] * len(group)
+    if isinstance(denominators, torch.Tensor):
+        denominator = denominators
+    else:
+        factors = [_inverse(value) for value in denominators]
+    options = _options(spec, group.weights.shape[1])
+    need = _need(student=group.students, weight=group.weights, bias=group.bias)
+    return pooled_loss(
+        student=torch.cat(group.students),
+        teacher=torch.cat(group.teachers),
+        weight=group.weights.contiguous(),
+        bias=group.bias,
+        row_weight=torch.cat(row_weights) if row_weights else None,
+        channel_shift=group.channel_shift,
+        channel_scale=group.channel_scale,
+        denominator=denominator,
+        factors=factors,
+        group=[x.shape[0] for x in group.students],
+        **options,
+        **need,
+    )[0]
+
+
+def _folded(inputs: LossInputs) -> LossInputs:
+    if isinstance(inputs.scale, float) and inputs.scale == 1.0:
+        return inputs
+    return replace(inputs, weight=inputs.weight * inputs.scale, scale=1.0)
+
+
+def _options(spec: LossSpec, t: int) -> dict[str, Any]:
+    """The spec as operators take it."""
+    return _new_options(spec, t) if torch.compiler.is_compiling() else _kept_options(spec, t)
+
+
+def _new_options(spec: LossSpec, t: int) -> dict[str, Any]:
+    coefficients = spec.coefficients(t)
+    return {
+        "normalization": spec.normalization,
+        "eps": spec.eps,
+        "mse": coefficients.mse,
+        "smooth_l1": coefficients.smooth_l1,
+        "cosine": coefficients.cosine,
+        "beta": spec.beta,
+    }
+
+
+_kept_options = functools.lru_cache(maxsize=1024)(_new_options)
+
+
+def _need(student: list[torch.Tensor] | tuple[torch.Tensor, ...], **others: torch.Tensor | None) -> dict[str, bool]:
+    """{"need_student": ..., ...}: which gradients will be asked for."""
+    enabled = torch.is_grad_enabled()
+    need = {"need_student": enabled and any(x.requires_grad for x in student)}
+    return need | {f"need_{name}": enabled and x is not None and x.requires_grad for name, x in others.items()}
+
+
+def _inverse(denominator: float) -> float:
+    return 1.0 / denominator if denominator else 0.0  # of no rows
+
+
+def _denominator(inputs: LossInputs) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """(row weights, the denominator where it is a tensor, 1 or 1 / the denominator)."""
+    row_weight, denominator = balanced(inputs)
+    if isinstance(denominator, torch.Tensor):
+        return row_weight, denominator, 1.0
+    return row_weight, None, _inverse(denominator)

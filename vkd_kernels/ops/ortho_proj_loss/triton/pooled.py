@@ -1,0 +1,364 @@
+"""The loss of few rows, or several losses of few rows each, in one launch a step: row statistics, loss, gradients.
+
+G of all rows is kept, and one launch of gradient_tiles makes every gradient in the backward pass::
+
+    dX = alpha G P      dP = alpha Gᵀ X      db = alpha Σ_n G_n      alpha = grad_output unit / denominator
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import library
+from ..chunks import NO_SECOND_ORDER
+from . import rows, tiles
+from .launch import blocks, group_rows, on, precision, prepared
+from .loss_tiles import TERMS, LossTiles, Terms
+from .many_rows import empty_gradient
+from .primitives import dot, entry, load_tile, over, rows_of
+
+
+@triton.jit(do_not_specialize=["N", "blocks_n"])
+def gradient_tiles(
+    gradient,
+    gradient_scale,
+    student,
+    weight,
+    row_weight,
+    column_sums,
+    grad_output,
+    denominator,
+    grad_student,
+    grad_weight,
+    grad_bias,
+    group_rows,
+    N,
+    S,
+    T,
+    blocks_n,
+    stride_grad_output,
+    stride_gradient,
+    stride_student,
+    stride_weight,
+    factors,
+    STUDENT_N: tl.constexpr,
+    STUDENT_S: tl.constexpr,
+    STUDENT_T: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
+    WEIGHT_S: tl.constexpr,
+    WEIGHT_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dX (N, S), dP (T, S) and db (T,) in one launch.
+
+    The first programs make (STUDENT_N, STUDENT_S) tiles of dX (the longer loop starts first), the next ones
+    (WEIGHT_T, WEIGHT_S) tiles of dP, the last ones WEIGHT_T entries of db. An output that is None has no programs.
+    N is the largest number of rows in the group, blocks_n each one's number of blocks in column_sums.
+    """
+    tl.assume(T > 0)
+    pid = tl.program_id(0)
+    g = tl.program_id(1)
+    group_first = 0
+    group_last = N
+    if group_rows is not None:
+        group_first, group_last = rows_of(group_rows, g)
+    channel = g * T
+    alpha = tl.load(grad_output + g * stride_grad_output).to(tl.float32) * over(entry(factors, g), denominator, g)
+    alpha_products = alpha
+    if gradient_scale is not None:
+        alpha_products = alpha / tl.load(gradient_scale)
+    student_blocks = tl.cdiv(S, STUDENT_S)
+    weight_blocks = tl.cdiv(S, WEIGHT_S)
+    student_programs = 0
+    weight_programs = 0
+    if grad_student is not None:
+        student_programs = tl.cdiv(N, STUDENT_N) * student_blocks
+    if grad_weight is not None:
+        weight_programs = tl.cdiv(T, WEIGHT_T) * weight_blocks
+
+    # dX = alpha G P
+    if pid < student_programs:
+        if grad_student is not None:
+            first_row = group_first + (pid // student_blocks) * STUDENT_N
+            first_column = (pid % student_blocks) * STUDENT_S
+            if first_row < group_last:
+                dx = tl.zeros((STUDENT_N, STUDENT_S), tl.float32)
+                for first in tl.range(0, T, STUDENT_T, num_stages=STAGES):
+                    start = tl.full((), first, tl.int32)
+                    grad = load_tile(
+                        gradient, first_row, start, stride_gradient, group_last, T, STUDENT_N, STUDENT_T, EVEN_T, False
+                    )
+                    p = load_tile(
+                        weight,
+                        channel + start,
+                        first_column,
+                        stride_weight,
+                        channel + T,
+                        S,
+                        STUDENT_T,
+                        STUDENT_S,
+                        EVEN_S,
+                        False,
+                    )
+                    dx = dot(grad, p.to(grad.dtype), dx, PRECISION)
+                offs_n = first_row.to(tl.int64) + tl.arange(0, STUDENT_N)
+                offs_s = first_column + tl.arange(0, STUDENT_S)
+                tl.store(
+                    grad_student + offs_n[:, None] * S + offs_s[None, :],
+                    (alpha_products * dx).to(grad_student.dtype.element_ty),
+                    mask=(offs_n < group_last)[:, None] & (offs_s < S)[None, :],
+                )
+    # dP = alpha Gᵀ X
+    elif pid < student_programs + weight_programs:
+        if grad_weight is not None:
+            first_row = ((pid - student_programs) // weight_blocks) * WEIGHT_T
+            first_column = ((pid - student_programs) % weight_blocks) * WEIGHT_S
+            dp = tl.zeros((WEIGHT_T, WEIGHT_S), tl.float32)
+            for first in tl.range(0, group_last - group_first, WEIGHT_N, num_stages=STAGES):
+                start = tl.full((), group_first + first, tl.int32)
+                grad = load_tile(
+                    gradient, start, first_row, stride_gradient, group_last, T, WEIGHT_N, WEIGHT_T, EVEN_T, False
+                )
+                x = load_tile(
+                    student, start, first_column, stride_student, group_last, S, WEIGHT_N, WEIGHT_S, EVEN_S, False
+                )
+                if row_weight is not None:  # 0 * NaN is NaN: a row that is out must not be multiplied
+                    offs_n = start + tl.arange(0, WEIGHT_N)
+                    w = tl.load(row_weight + offs_n, mask=offs_n < group_last, other=0.0)
+                    x = tl.where((w == 0)[:, None], 0.0, x)
+                dp = dot(tl.trans(grad), x, dp, PRECISION)
+            offs_t = first_row + tl.arange(0, WEIGHT_T)
+            offs_s = first_column + tl.arange(0, WEIGHT_S)
+            tl.store(
+                grad_weight + (channel + offs_t)[:, None].to(tl.int64) * S + offs_s[None, :],
+                (alpha_products * dp).to(grad_weight.dtype.element_ty),
+                mask=(offs_t < T)[:, None] & (offs_s < S)[None, :],
+            )
+    # db = alpha Σ_n G_n
+    else:
+        if grad_bias is not None:
+            offs_t = (pid - student_programs - weight_programs) * WEIGHT_T + tl.arange(0, WEIGHT_T)
+            total = tl.zeros((WEIGHT_T,), tl.float32)
+            sums = column_sums + g.to(tl.int64) * blocks_n * T + offs_t
+            for _ in range(0, blocks_n):
+                total += tl.load(sums, mask=offs_t < T, other=0.0)
+                sums += T
+            tl.store(grad_bias + channel + offs_t, alpha * total, mask=offs_t < T)
+
+
+def _largest(group: list[int]) -> Any:
+    """The largest number of rows, which may be a symbol of torch.compile."""
+    largest: Any = group[0]
+    for rows_of_loss in group[1:]:
+        largest = torch.sym_max(largest, rows_of_loss)
+    return largest
+
+
+def _shapes(
+    *,
+    student: torch.Tensor,
+    weight: torch.Tensor,
+    group: list[int],
+    normalization: str,
+    need_student: bool,
+    need_weight: bool,
+    need_bias: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    need_gradient, t = need_student or need_weight, weight.shape[-2]
+    block_n = tiles.tile("pooled", student.dtype).block_n
+    blocks_n = blocks(_largest(group), block_n)  # of the largest: all entries have as many
+    terms = Terms.of(**{name: options[name] for name in TERMS})
+    scaled = need_gradient and student.dtype == torch.float16 and terms.may_overflow_float16(normalization)
+    return (
+        student.new_empty(weight.shape[:-2], dtype=torch.float32),
+        empty_gradient(student, student.shape[0], t) if need_gradient else student.new_empty((0, 0)),
+        student.new_empty((*weight.shape[:-2], blocks_n, t) if need_bias else (0, 0), dtype=torch.float32),
+        student.new_empty(() if scaled else (0,), dtype=torch.float32),
+    )
+
+
+@library.operator(shapes=_shapes)
+def pooled_loss(
+    *,
+    student: torch.Tensor,  # (N, S), the rows of all losses one after the other
+    teacher: torch.Tensor,  # (N, T)
+    weight: torch.Tensor,  # (T, S), or (G, T, S) for a group, as what follows
+    bias: torch.Tensor | None,  # (T,)
+    row_weight: torch.Tensor | None,  # (N,)
+    channel_shift: torch.Tensor | None,  # (T,)
+    channel_scale: torch.Tensor | None,  # (T,)
+    denominator: torch.Tensor | None,  # ()
+    factors: list[float],  # G
+    group: list[int],  # rows of each loss
+    normalization: str,
+    eps: float,
+    mse: float,
+    smooth_l1: float,
+    cosine: float,
+    beta: float,
+    need_student: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, G (N, T), sums of G over blocks of rows, what G is multiplied by), empty where they are not needed."""
+    terms = Terms.of(mse=mse, smooth_l1=smooth_l1, cosine=cosine, beta=beta)
+    loss, gradient, column_sums, gradient_scale = _shapes(
+        student=student,
+        weight=weight,
+        group=group,
+        normalization=normalization,
+        mse=mse,
+        smooth_l1=smooth_l1,
+        cosine=cosine,
+        beta=beta,
+        need_student=need_student,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+    if student.shape[0] == 0:
+        return loss.zero_(), gradient, column_sums, gradient_scale.zero_()
+    with on(student.device):
+        if gradient_scale.numel():
+            gradient_scale = rows.gradient_scale(teacher, row_weight)
+        launches = LossTiles(
+            tiles.tile("pooled", student.dtype),
+            terms,
+            chip=tiles.chip(student.device),
+            student=student,
+            teacher=teacher,
+            weight=weight,
+            bias=bias,
+            row_weight=row_weight,
+            channel_shift=channel_shift,
+            channel_scale=channel_scale,
+            group=group,
+            normalization=normalization,
+            eps=eps,
+            gradient=gradient if need_student or need_weight else None,
+            gradient_scale=gradient_scale if gradient_scale.numel() else None,
+            column_sums=column_sums if need_bias else None,
+            denominator=denominator,
+            factors=tuple(terms.unit * factor for factor in factors),
+            losses=loss,
+        )
+        launches.launch(0, max(group))
+    return loss, gradient, column_sums, gradient_scale
+
+
+def _backward_shapes(
+    *,
+    student: torch.Tensor,
+    weight: torch.Tensor,
+    need_student: bool,
+    need_weight: bool,
+    need_bias: bool,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        student.new_empty(student.shape if need_student else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        student.new_empty(weight.shape[:-1] if need_bias else (0,), dtype=torch.float32),
+    )
+
+
+@library.operator(shapes=_backward_shapes)
+def pooled_loss_backward(
+    *,
+    grad_output: torch.Tensor,  # () or (G,)
+    gradient: torch.Tensor,  # (N, T)
+    gradient_scale: torch.Tensor,  # () or (0,)
+    column_sums: torch.Tensor,  # (blocks of rows, T) or (G, blocks of rows, T)
+    student: torch.Tensor,  # (N, S)
+    weight: torch.Tensor,  # (T, S) or (G, T, S)
+    row_weight: torch.Tensor | None,  # (N,)
+    denominator: torch.Tensor | None,  # () or (G,)
+    factors: list[float],  # G
+    group: list[int],
+    need_student: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dX, dP, db), empty where they are not needed; alpha is read on the device."""
+    grad_student, grad_weight, grad_bias = _backward_shapes(
+        student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_bias=need_bias
+    )
+    n, s, t = max(group), student.shape[1], weight.shape[-2]
+    if n == 0:
+        return grad_student, grad_weight.zero_(), grad_bias.zero_()
+    tile = tiles.tile("gradients", student.dtype, tiles.chip(student.device))
+    programs = 0
+    if need_student:
+        programs += blocks(n, tile.student[0]) * blocks(s, tile.student[1])
+    if need_weight:
+        programs += blocks(t, tile.weight[0]) * blocks(s, tile.weight[1])
+    if need_bias:
+        programs += blocks(t, tile.weight[0])
+    launch = prepared(
+        gradient_tiles,
+        S=s,
+        T=t,
+        stride_grad_output=grad_output.stride(0) if grad_output.dim() else 0,
+        stride_gradient=gradient.stride(0),
+        stride_student=student.stride(0),
+        stride_weight=weight.stride(-2),
+        factors=tuple(factors),
+        STUDENT_N=tile.student[0],
+        STUDENT_S=tile.student[1],
+        STUDENT_T=tile.student[2],
+        WEIGHT_T=tile.weight[0],
+        WEIGHT_S=tile.weight[1],
+        WEIGHT_N=tile.weight[2],
+        STAGES=tile.stages,
+        EVEN_S=s % max(tile.student[1], tile.weight[1]) == 0,
+        EVEN_T=t % max(tile.student[2], tile.weight[0]) == 0,
+        PRECISION=precision(student.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    with on(student.device):
+        launch(
+            (programs, len(group)),
+            gradient=gradient,
+            gradient_scale=gradient_scale if gradient_scale.numel() else None,
+            student=student,
+            weight=weight,
+            row_weight=row_weight,
+            column_sums=column_sums,
+            grad_output=grad_output,
+            denominator=denominator,
+            grad_student=grad_student if need_student else None,
+            grad_weight=grad_weight if need_weight else None,
+            grad_bias=grad_bias if need_bias else None,
+            group_rows=group_rows(group),
+            N=n,
+            blocks_n=column_sums.shape[-2],
+        )
+    return grad_student, grad_weight, grad_bias
+
+
+def _save(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, ...]) -> None:
+    _, gradient, column_sums, gradient_scale = output
+    tensors = {name: inputs[name] for name in ("student", "weight", "row_weight", "denominator")}
+    tensors |= {"gradient": gradient, "column_sums": column_sums, "gradient_scale": gradient_scale}
+    ctx.save_for_backward(*tensors.values())
+    unit = Terms.of(**{name: inputs[name] for name in TERMS}).unit
+    need = {name: inputs[name] for name in ("need_student", "need_weight", "need_bias")}
+    ctx.names = tuple(tensors)
+    ctx.options = {"factors": [unit * factor for factor in inputs["factors"]], "group": inputs["group"], **need}
+
+
+def _backward(ctx: Any, grad_output: torch.Tensor, *unused: Any) -> dict[str, torch.Tensor]:
+    tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+    gradients = pooled_loss_backward(grad_output=grad_output, **tensors, **ctx.options)
+    names = ("student", "weight", "bias")
+    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if ctx.options[f"need_{name}"]}
+
+
+library.differentiable(pooled_loss, save=_save, backward=_backward)
+library.refuses_gradients(pooled_loss_backward, NO_SECOND_ORDER)
