@@ -143,10 +143,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path} ({error.strerror or error}); finished shards are kept: build it again "
-            "with the same arguments to continue"
-        ) from error  # fmt: skip
+        reason = error.strerror or error
+        remedy = "finished shards are kept: build it again with the same arguments to continue"
+        message = f"cannot write {path} ({reason}); {remedy}"
+        raise OSError(error.errno, message) from error
     finally:
         partial.unlink(missing_ok=True)
     if os.name == "posix":  # the new name itself must reach the disk too
