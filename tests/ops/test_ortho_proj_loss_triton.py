@@ -452,12 +452,11 @@ def test_tiles():
 
 
 def test_tf32_follows_the_setting_of_torch(monkeypatch):
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     try:
-        for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
-            matmul.fp32_precision = precision
+        for precision, expected in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(precision)
             assert launch._precision(torch.float32) == expected
             assert launch._precision(torch.bfloat16) == "ieee"
     finally:
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...tf32 import tf32_allowed
 from .. import chunks, operators
 from . import kernels
 from . import tiles as schedule
@@ -142,9 +143,8 @@ def _capability(device: torch.device) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """float32 products are IEEE unless PyTorch's setting allows TF32 (this way of reading it accepts both its APIs)."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    """float32 products are IEEE unless PyTorch's setting allows TF32."""
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def _aligned(*matrices: torch.Tensor) -> bool:
