@@ -1,4 +1,4 @@
-"""A loss with a process group whose projection is trained by each rank for itself is an error; evaluation has no group."""
+"""A loss with a process group whose ranks train projections of their own is an error; evaluation has no group."""
 
 import re
 

@@ -65,6 +65,7 @@ def loss(
     """The loss of arguments that api.py has checked."""
     implementation = choose(spec, execution, [student], [teacher])
     product_dtype = _product_dtype(student)
+    spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
         rows = _rows(spec, execution, product_dtype, [student], [teacher], [mask])
         spec, rows = _with_targets(spec, execution, implementation, rows)
@@ -105,6 +106,7 @@ def group_loss(
     """The losses of arguments that api.py has checked."""
     implementation = choose(spec, execution, students, teachers)
     product_dtype = _product_dtype(students[0])
+    spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
         rows = _rows(spec, execution, product_dtype, students, teachers, masks)
         spec, rows = _with_targets(spec, execution, implementation, rows)
@@ -131,6 +133,14 @@ def group_loss(
         else:
             share = _module(implementation).group_loss(spec, _scaled_group(group))
         return all_ranks_loss(share, weights, execution.process_group, execution.agreement)
+
+
+def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
+    """The options with a beta that the dtype has a number for: 0 would give every d its sign, also d = 0."""
+    limits = torch.finfo(dtype)
+    if limits.tiny <= spec.beta <= limits.max:
+        return spec
+    return replace(spec, beta=min(max(spec.beta, limits.tiny), limits.max))
 
 
 # ------------------------------------------------------------------------------------------ which implementation serves

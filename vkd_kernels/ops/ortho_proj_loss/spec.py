@@ -38,8 +38,8 @@ parametrization. The bracket cancels where t lies almost in the span of P (a tea
 loss must not become negative nor less accurate than the plain form's. So t P is accumulated in float32 or better from
 t about a common origin, t' = t - c x₀ Pᵀ and x' = x - x₀ for one row x₀ (a mean of student rows, or 0 where that is
 not finite: a NaN in one row must not reach another row's gradient), which leaves every formula above as it is; the sums
-of the bracket are added up before the result is clamped at 0. chunked.py, which can look at numbers on a CPU, computes
-t - (t P) Pᵀ instead wherever the bracket is small.
+of the bracket are added up before the result is clamped at 0. without_z.py, which can look at numbers on a CPU, forms
+Z after all wherever the bracket is small.
 """
 
 from collections.abc import Iterator, Mapping
