@@ -1,6 +1,7 @@
 """``OrthoProjLoss``: the feature loss with its own orthonormal projection, as a module."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class OrthoProjLoss(nn.Module):
     ::
 
         Z = scale · student Pᵀ  (· gain + bias with affine)      P orthonormal, trained
-        L = mean of ρ(Z - normalise(teacher))
+        L = mean of ρ(Z - normalize(teacher)), or of 1 - cos(z, t)
 
     An orthonormal P keeps lengths: a student vector of norm √S stays there while a layer-normed or whitened teacher
     vector has norm √T. ``scale="match"`` multiplies by √(T / S), which preserves every angle; ``"learned"`` starts
@@ -89,8 +90,8 @@ class OrthoProjLoss(nn.Module):
         student_dim: int,
         teacher_dim: int,
         *,
-        normalization: str = "layer_norm",
-        loss: str = "smooth_l1",
+        normalization: str | nn.Module = "layer_norm",
+        loss: str | Mapping[str, float] = "smooth_l1",
         beta: float = 1.0,
         reduction: str = "mean",
         scale: float | str = 1.0,
@@ -107,6 +108,7 @@ class OrthoProjLoss(nn.Module):
         checks.check_dim("student_dim", student_dim)
         checks.check_dim("teacher_dim", teacher_dim)
         api.check_options(normalization, loss, beta, eps, reduction)
+        api.check_scale_acts(LossSpec(loss=LossSpec.shares(loss)), scale, channel_dims=1)
         implementations.requested("ortho_proj_loss", backend)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
@@ -195,6 +197,5 @@ class OrthoProjLoss(nn.Module):
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, torch.Tensor) else f"{self.scale:g}"
-        return (
-            f"normalization={self.normalization!r}, loss={self.loss!r}, beta={self.beta}, scale={scale}, eps={self.eps}"
-        )
+        named = f"normalization={self.normalization!r}, " if isinstance(self.normalization, str) else ""
+        return f"{named}loss={self.loss!r}, beta={self.beta}, scale={scale}, eps={self.eps}"

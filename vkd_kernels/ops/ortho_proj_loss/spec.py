@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 if TYPE_CHECKING:
     from .ranks import RankAgreement
@@ -61,7 +62,7 @@ NORM_FLOOR = 1e-8  # ‖z‖ and ‖t‖ in the cosine are at least that
 class LossSpec:
     """The options of a loss; hashable, so that what an implementation prepares for it can be kept."""
 
-    normalization: str = "layer_norm"
+    normalization: str | nn.Module = "layer_norm"
     eps: float = 1e-5
     loss: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0),)  # (name, its share), each name once
     beta: float = 1.0
@@ -73,6 +74,10 @@ class LossSpec:
         if isinstance(loss, str):
             return ((loss, 1.0),)
         return tuple(sorted((name, float(share)) for name, share in loss.items() if share))
+
+    @property
+    def is_cosine_alone(self) -> bool:
+        return all(name == "cosine" for name, _ in self.loss)
 
     def share(self, name: str) -> float:
         """The share of a loss in the mixture, 0.0 where it has none."""
