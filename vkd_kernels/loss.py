@@ -15,6 +15,7 @@ from .ops.ortho_proj_loss import api
 from .ops.ortho_proj_loss.ranks import RankAgreement
 from .ops.ortho_proj_loss.spec import Execution, LossSpec
 from .projection import full_precision, make_projection
+from .training_watch import TrainingWatch
 
 TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
     "classification": {"normalization": "layer_norm"},
@@ -114,6 +115,7 @@ class OrthoProjLoss(nn.Module):
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
         self._agreement = RankAgreement()  # whether the ranks train one projection
+        self.watch = TrainingWatch()
         self.projection = make_projection(
             projection,
             student_dim,
@@ -152,7 +154,7 @@ class OrthoProjLoss(nn.Module):
             scale = scale[0]
         elif scale == 1.0:
             scale = None
-        return api.projected_loss(
+        value = api.projected_loss(
             student,
             teacher,
             self.projection.weight,
@@ -162,6 +164,9 @@ class OrthoProjLoss(nn.Module):
             spec=self.spec,
             execution=self.execution(self.process_group.group),
         )
+        if self.training:
+            self.watch.look(type(self).__name__, student, self.projection)
+        return value
 
     @property
     def spec(self) -> LossSpec:
