@@ -6,7 +6,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 SOURCES := $(CPP) CMakeLists.txt setup.py pyproject.toml
 CTEST_BUILD := build/ctest
 
-.PHONY: setup demo test coverage lint ctest docs wheels gpu clean
+.PHONY: setup demo test test-quick test-lowest test-wheel coverage lint ctest docs wheels gpu clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,30 @@ demo: setup
 test: lint ctest docs
 	$(BIN)/python -m pytest
 
+# For the loop of a developer: what is not marked slow.
+test-quick: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+# The tests that need no recipes' packages, in environments of their own: with the oldest PyTorch and Triton that are
+# supported, and with the pure-Python wheel on the newest.
+CORE_TESTS := tests/ops tests/modules tests/distributed
+CORE_TOOLS := "pytest>=9" hypothesis psutil scipy "setuptools>=77" wheel
+
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet "torch==2.8.*" "triton==3.4.*" numpy $(CORE_TOOLS)
+	.venv-lowest/bin/python -m benchmarks.lowest_versions $(CORE_TESTS)
+
+PIP_INDEX ?=
+test-wheel:
+	test -x .venv-wheel/bin/python || $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet torch $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
+	.venv-wheel/bin/python -m pip install --quiet $(CORE_TOOLS) numpy
+	VKD_KERNELS_BUILD=0 .venv-wheel/bin/python -m pip wheel --quiet --no-deps -w build/wheel .
+	.venv-wheel/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	rm -rf build/wheel/tree && mkdir build/wheel/tree && cp -r pyproject.toml tests build/wheel/tree
+	cd build/wheel/tree && ../../../.venv-wheel/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
+
 # tests/ once more, with coverage of the package's Python: worker processes, ranks and commands included.
 coverage: setup
 	$(BIN)/python -m coverage erase
@@ -50,10 +74,11 @@ ctest: setup
 	$(BIN)/ctest --test-dir $(CTEST_BUILD) --output-on-failure
 
 docs: setup
-	$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
-# Pure Python, and with the extension for this machine's PyTorch.
+# The sdist, the pure-Python wheel, and the wheel with the extension for this machine's PyTorch.
 wheels: setup
+	$(BIN)/python -c "import setuptools.build_meta as backend; backend.build_sdist('dist')"
 	VKD_KERNELS_BUILD=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
@@ -62,4 +87,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf build dist *.egg-info vkd_kernels/*.so vkd_kernels/_build.json
+	rm -rf build dist .venv-lowest .venv-wheel *.egg-info vkd_kernels/*.so vkd_kernels/_build.json

@@ -24,14 +24,14 @@ from benchmarks import records
 TOTAL_S = 470
 PREFIX = records.ROOT / "build" / "gpu-prefix"  # pip's own bookkeeping; the extension lands in vkd_kernels/
 # Small shapes that together launch every kernel: the sanitizer is some hundred times slower than the GPU.
-KERNEL_TESTS = [f"tests/ops/test_ortho_proj_loss_{part}.py" for part in ("triton", "levels", "orthonormal")]
+KERNEL_TESTS = [f"tests/ops/test_ortho_proj_loss_{part}.py" for part in ("triton", "group", "semi_orthogonal")]
 SANITIZED = [
     "tests/ops/test_cayley_cuda.py::TestOnTheGPU::test_every_kernel",
     "tests/ops/test_ortho_proj_loss_triton.py::test_strided_inputs",
     "tests/ops/test_ortho_proj_loss_triton.py::test_masked_rows_may_hold_anything",
     "tests/ops/test_ortho_proj_loss_triton.py::test_chunks_equal_one_chunk",
-    "tests/ops/test_ortho_proj_loss_levels.py::test_levels_of_many_rows_go_by_themselves",
-    "tests/ops/test_ortho_proj_loss_levels.py::test_statistics",
+    "tests/ops/test_ortho_proj_loss_group.py::test_losses_of_many_rows_go_by_themselves",
+    "tests/ops/test_ortho_proj_loss_group.py::test_statistics",
 ]
 
 

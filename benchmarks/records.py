@@ -74,6 +74,15 @@ def environment() -> dict:
     return result
 
 
+def refuse_changed_tree(folder: Path, facts: dict) -> None:
+    """A published record names the commit that repeats it: none is written from a tree that differs from its commit."""
+    if facts["dirty"] and Path(folder).resolve().is_relative_to(RESULTS):
+        raise SystemExit(
+            f"no record is published from a changed tree: {', '.join(facts['changed'])}. Commit first, or write to "
+            f"another folder, such as --records {RUNS.relative_to(ROOT)}"
+        )
+
+
 class Record:
     """One benchmark's record, written anew after every case: a run that is cut short keeps what it has.
 
@@ -84,6 +93,7 @@ class Record:
     def __init__(self, benchmark: str, folder: Path, ceilings: dict, extend: bool = False):
         self.path = Path(folder) / device_folder() / f"{benchmark}.json"
         now = environment()
+        refuse_changed_tree(folder, now)
         if extend and self.path.exists():
             self.content = json.loads(self.path.read_text())
             was = self.content["environment"]
@@ -106,6 +116,13 @@ def write(path: Path, content: dict) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     part.replace(path)
+
+
+def unrepeatable(folder: Path) -> list[str]:
+    """The records of recipes that were made before this was refused: their commit ends in -dirty."""
+    records = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    commits = {name: record.get("machine", {}).get("commit") for name, record in records.items()}
+    return sorted(name for name, commit in commits.items() if commit and commit.endswith("-dirty"))
 
 
 def read(folder: Path) -> dict[str, dict[str, dict]]:

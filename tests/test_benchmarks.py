@@ -18,6 +18,7 @@ from benchmarks import (
     floors,
     gpu,
     harness,
+    lowest_versions,
     orthogonal_maps,
     records,
     report,
@@ -226,6 +227,33 @@ def test_records_round_trip(tmp_path):
     assert facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["threads"] == torch.get_num_threads()
     assert facts["dirty"] is None or facts["dirty"] == bool(facts["changed"])
     assert [p.name for p in (tmp_path / folder).iterdir()] == ["cayley.json"]
+
+
+def test_no_record_is_published_from_a_changed_tree(tmp_path, monkeypatch):
+    facts = {**records.environment(), "dirty": True, "changed": ["vkd_kernels/loss.py"]}
+    monkeypatch.setattr(records, "environment", lambda: facts)
+    with pytest.raises(SystemExit, match=r"changed tree: vkd_kernels/loss.py. Commit first, or write to .*runs/"):
+        records.Record("cayley", records.RESULTS, RATES)
+    records.Record("cayley", tmp_path, RATES).add({"case": "5 x 3", "rows": []})
+
+
+def test_every_record_is_of_a_commit_or_named_as_an_exception():
+    page = (records.RESULTS / "README.md").read_text()
+    listed = {"generation-1000images.json", "generation-30images.json", "generation-8seeds.json"}
+    listed |= {"classification-8seeds.json"}  # the four that were there before it was refused: no more come
+    assert set(records.unrepeatable(records.RESULTS)) <= listed
+    assert all(f"[{name}]({name})" in page for name in records.unrepeatable(records.RESULTS))
+    for path in records.RESULTS.glob("*/*.json"):
+        assert json.loads(path.read_text())["environment"]["dirty"] in (False, None), path
+
+
+def test_the_outcome_of_the_lowest_versions_counts_what_ran(tmp_path):
+    (tmp_path / "report.xml").write_text(
+        "<testsuite><testcase classname='a' name='one'/><testcase classname='a' name='two'><failure/></testcase>"
+        "<testcase classname='a' name='three'><skipped message='no GPU'/></testcase></testsuite>"
+    )
+    outcome = lowest_versions.outcome(tmp_path / "report.xml")
+    assert outcome == {"passed": 1, "failed": ["a.two"], "skipped": {"no GPU": 1}}
 
 
 def test_a_record_in_pieces(tmp_path, monkeypatch):

@@ -282,7 +282,7 @@ called = {{
         "effective_rank": vk.diagnostics.effective_rank(x), "metrics": vk.diagnostics.metrics(x, y, q),
     }},
 }}
-assert set(called) == set(vk.__all__)
+assert set(called) <= set(vk.__all__) and all(hasattr(vk, name) for name in vk.__all__)
 for name in ("functional", "diagnostics"):
     assert set(called[name]) == set(getattr(vk, name).__all__)
 served_by = called["info"]["ops"]["cayley"]["cpu"]["served_by"][0]["implementation"]

@@ -1,27 +1,35 @@
-"""The docs hold: docstring examples run, README's training code runs, every public name has its page."""
+"""The docs hold: code and commands of README and of every page run, links lead somewhere, every name has its place."""
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import json
+import os
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import vkd_kernels as vk
+from tests.helpers import processes
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [
-    "loss", "projection", "pairs", "distiller", "diagnostics", "ops.cayley.api", "ops.normalization.api",
-    "ops.ortho_proj_loss.api", "_info", "images", "store.reader", "store.samples",
-]  # fmt: skip
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "vkd_kernels").rglob("*.py"))
+    if ">>>" in path.read_text()
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
-    failed, tried = doctest.testmod(importlib.import_module(f"vkd_kernels.{name}"))
+    failed, tried = doctest.testmod(importlib.import_module(name))
     assert failed == 0 and tried > 0
 
 
@@ -31,35 +39,165 @@ def test_every_public_name_has_an_example():
             assert ">>>" in getattr(module, name).__doc__, name
 
 
-def test_readmes_training_code():
-    class Student(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = torch.nn.Linear(8, 192), torch.nn.Linear(192, 10)
+class Student(torch.nn.Module):
+    """In the manner of a ViT: a class token and eight tokens of 192 channels, from a module called norm."""
 
-        def forward_features(self, images):
-            return self.embed(images.flatten(2)[:, :, :8])
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(16, 192), nn.LayerNorm(192), nn.Linear(192, 10)
 
-        def forward_head(self, tokens):
-            return self.head(tokens.mean(1))
+    def forward(self, images):  # (N, 3, 12, 12)
+        return self.head(self.norm(self.embed(images.reshape(len(images), 27, 16)))[:, 0])
 
-    class Teacher(torch.nn.Module):
-        def forward_features(self, images):
-            return images.mean(1, keepdim=True).repeat(1, 3024, 1, 1)
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    student = Student()
+class Teacher(torch.nn.Module):
+    """In the manner of a ResNet: a map of 256 channels from a module called layer4."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer4, self.fc = nn.Conv2d(3, 256, 3), nn.Linear(256, 10)
+
+    def forward(self, images):
+        return self.fc(self.layer4(images).mean((2, 3)))
+
+
+def run_readmes_code(rank, folder):
+    """README's training code on this rank's images; the student's weights before and after, and the projection's."""
+    torch.manual_seed(0)
+    student, teacher = Student(), Teacher()
     before = student.embed.weight.detach().clone()
-    loader = [(torch.randn(2, 3, 4, 4), torch.tensor([1, 2]))] * 2
-    names = {"student": student, "teacher": Teacher(), "loader": loader}
-    exec(code, {**names, "cross_entropy": torch.nn.functional.cross_entropy})
-    assert not torch.equal(student.embed.weight, before)
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(8, 3, 12, 12, generator=generator)
+    names = {"student": student, "teacher": teacher, "images": images, "loader": [(images, torch.arange(8))] * 3}
+    names["cross_entropy"] = nn.functional.cross_entropy
+    (code,) = snippets(ROOT / "README.md")
+    os.chdir(folder)
+    exec(code, names)
+    after, projection = student.embed.weight.detach().clone(), names["distiller"].projection("norm->layer4").detach()
+    torch.save({"before": before, "after": after, "projection": projection}, f"rank{rank}.pt")
+
+
+def test_readmes_training_code_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_readmes_code(0, tmp_path)
+    result = torch.load("rank0.pt")
+    assert not torch.equal(result["before"], result["after"])
+    assert (tmp_path / "student.pt").exists()
+
+
+@pytest.mark.slow
+def test_readmes_training_code_keeps_two_ranks_together(tmp_path):
+    """Ranks with other images end with the same student and the same projection: the gradients of both were reduced."""
+    processes.run_ranks(run_readmes_code, tmp_path, tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert not torch.equal(ranks[0]["before"], ranks[0]["after"])
+    for name in ("after", "projection"):
+        torch.testing.assert_close(ranks[0][name], ranks[1][name], rtol=0, atol=0)
+
+
+def snippets(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+NOT_YET_AMERICAN = {"classification", "detection", "generation", "integrations", "migration", "recipes"}
+STANDALONE = ["index", "getting_started", "choosing", "cayley"]
+
+
+@pytest.mark.parametrize("page", STANDALONE)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in snippets(ROOT / "docs" / f"{page}.md"):
+        exec(compile(code, f"{page}.md", "exec"), names)
+    if page == "getting_started":
+        losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if re.match(r"\d+ ", line)]
+        assert len(losses) == 5 and losses[-1] < 0.8 * losses[0], "the page says that the feature loss falls"
+        assert (tmp_path / "student.pt").exists()
+
+
+def test_the_notebook_runs(monkeypatch):
+    pytest.importorskip("sklearn")
+    notebook = json.loads((ROOT / "examples" / "first_student.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for index, code in enumerate(cells):
+        exec(compile(code, f"cell {index}", "exec"), names)
+    assert names["accuracy"]["distilled"] > names["accuracy"]["alone"]
+
+
+def commands():
+    """Every line of a block without a language that begins like a command; continued lines are joined."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(PYTHONPATH=\. )?(make|python|pip|vkd|torchrun) ", line):
+                    words = shlex.split(line.removeprefix("PYTHONPATH=. "), comments=True)
+                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}")
+
+
+CHECKED_ELSEWHERE = {"vkd": "tests/recipes", "torchrun": "tests/recipes", "pip": "tests/test_build.py"}
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_a_command_of_a_page_is_one(words):
+    """make's targets exist, modules run, pip installs what there is; `vkd` commands are tried by their own tests."""
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    elif words[:2] == ["python", "-m"]:
+        module = importlib.util.find_spec(words[2])
+        assert module is not None and Path(module.origin).exists(), words
+        if words[2] == "vkd_kernels.info":
+            processes.run([sys.executable, *words[1:]], seconds=100).check_returncode()
+    elif words[0] == "pip":
+        assert "." in words or not [word for word in words if word.startswith("vkd_kernels") and "[" not in word]
+    else:
+        assert words[0] in CHECKED_ELSEWHERE, words
+
+
+def test_the_figures_are_those_of_their_script():
+    draw = runpy.run_path(str(ROOT / "tools" / "figures.py"))
+    for name, figure in draw["FIGURES"].items():
+        assert (ROOT / "docs" / "images" / name).read_text() == figure(), f"run: python tools/figures.py ({name})"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files(page):
+    """As GitHub follows them: from the page's own folder, symbolic links not."""
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            path = page.parent / target
+            assert path.exists() and not path.is_symlink(), f"{page.name} -> {target}"
+
+
+BRITISH = re.compile(
+    r"\w*(?:normalis|standardis|synchronis|optimis|initialis|regularis|orthogonalis|parametris|generalis|serialis|"
+    r"summaris|visualis|factoris|minimis|maximis)\w*|\b(?:colour|neighbour|behaviour|favour|licence|centre|centred)s?\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_a_page_is_in_american_spelling(page):
+    if page.stem in NOT_YET_AMERICAN:
+        pytest.skip("another page that is being rewritten")
+    assert not BRITISH.findall(page.read_text())
 
 
 def test_code_of_the_integrations_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    stored, metrics = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
+    codes = snippets(ROOT / "docs" / "integrations.md")
+    (stored,) = (code for code in codes if "teacher_input=stored_features" in code)
+    (metrics,) = (code for code in codes if "metrics=True" in code)
+    (folding,) = (code for code in codes if "to_linear" in code)
+    (initializing,) = (code for code in codes if "_init_weights" in code)
+    student = nn.Sequential(nn.Linear(5, 6), vk.OrthogonalLinear(6, 7))
+    expected = student(torch.ones(2, 5))
+    exec(folding, {**vars(vk), "torch": torch, "student": student})
+    assert type(student[1]) is nn.Linear
+    torch.testing.assert_close(student(torch.ones(2, 5)), expected)
+    bert = pytest.importorskip("transformers").BertPreTrainedModel
+    exec(initializing, {**vars(vk), "BertPreTrainedModel": bert})
     student = torch.nn.Sequential()
     student.add_module("norm", torch.nn.LayerNorm(192))
     names = {**vars(vk), "nn": torch.nn, "json": json, "student": student, "step": 200}
@@ -73,6 +211,25 @@ def test_code_of_the_integrations_page(tmp_path, monkeypatch):
         exec(metrics, {**names, "step": step})
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["diagnostics/norm->/orthogonality_error"] <= 1e-5
+
+
+def test_code_of_the_migration_page():
+    one_line, one_module = snippets(ROOT / "docs" / "migration.md")
+    names = {"torch": torch, "nn": nn, "vkd_kernels": vk}
+    exec(one_line, names)
+    assert vk.diagnostics.orthogonality_error(names["layer"].weight) < 1e-6
+    features = {"student_features": torch.randn(4, 3), "teacher_features": torch.randn(4, 7)}
+    wrapped = nn.Module()
+    names = {**vars(vk), **features, "self": wrapped, "student_dim": 3, "teacher_dim": 7, "loss": 0.0}
+    exec(one_module, names)
+    assert names["loss"] > 0 and any(True for _ in wrapped.parameters())
+
+
+def test_every_page_with_code_has_a_test_that_runs_it():
+    """Pages of recipes: code for a file of a user's own, run by the tests of tests/recipes."""
+    run = {*STANDALONE, "integrations", "migration", "README"}
+    of_recipes = {"classification", "detection", "generation", "foundation_models", "teachers", "architecture"}
+    assert {page.stem for page in PAGES if snippets(page)} <= run | of_recipes
 
 
 def test_every_public_name_is_in_the_api_page():

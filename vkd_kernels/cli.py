@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure the students of a run again"),
     "export": ("export", "write a student alone, without its projection"),
     "inspect": ("inspect", "the metrics that a run logged, as a figure and a table"),
+    "cache": ("vkd_kernels.store.command", "store a teacher's features of a folder of images"),
 }
 CONFIGURED = ("distill", "ablate", "evaluate", "export")  # these take `section.key=value`
 EXTRAS = ("detection", "generation")  # tasks with requirements of their own
@@ -29,10 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vkd_kernels {vkd_kernels.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, add_help=False)
+        command = commands.add_parser(name, help=about, add_help=name == "cache")
         if words[:1] == [name]:
             try:
-                recipe: Any = importlib.import_module(f"vkd_kernels.recipes.{module}")
+                recipe: Any = importlib.import_module(module if "." in module else f"vkd_kernels.recipes.{module}")
             except ModuleNotFoundError as error:
                 print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[recipes]'", file=sys.stderr)
                 return 2

@@ -1,21 +1,35 @@
 """``FeatureDistiller``: student and teacher on the same input, features of named modules compared, losses added up."""
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import diagnostics
+from .denominators import check_total_rows, over_total_rows, share_of_items, weight_of
+from .logits import logit_loss, logits_of
 from .ops import checks, implementations
-from .ops.normalization.all_reduce import GroupHandle, all_reduce, global_loss
-from .ops.normalization.reference import without_masked_rows
+from .ops.normalization.all_reduce import GroupHandle
 from .ops.ortho_proj_loss import api
-from .pair_losses import ComparedRows, PairLosses, convert_when_loading, converted_state_dict
-from .pairs import SIDES, Pair, as_pairs
-from .taps import Tap, as_arguments, cast, entry, find_module, rows
+from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
+from .pairs import Pair, as_pairs
+from .pooling import ComparedRows, compared
+from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped
+from .teachers import KeptModes, ModelTeachers, TeacherAnswer, TeacherCall, TeacherSource
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arguments of one forward pass."""
+
+    student: tuple[tuple, dict]
+    teacher: TeacherCall
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    total_rows: float | torch.Tensor | Mapping[str, Any] | None = None
+    metrics: bool = False
 
 
 class FeatureDistiller(nn.Module):
@@ -112,11 +126,8 @@ class FeatureDistiller(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        for name, model in zip(SIDES, (student, teacher), strict=True):
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"{name} must be a torch.nn.Module; got {checks.describe(model)}")
-        if not {*map(id, student.parameters())}.isdisjoint(map(id, teacher.parameters())):
-            raise ValueError("teacher must share no parameter with student: freezing it would freeze both; copy it")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a torch.nn.Module; got {checks.describe(student)}")
         self.pairs = as_pairs(pairs)
         if not self.pairs and logit_weight is None:
             raise ValueError(f"pairs must not be empty without a logit_weight: there must be a loss; got {pairs}")
@@ -128,24 +139,31 @@ class FeatureDistiller(nn.Module):
         self.logit_weight, self.temperature = logit_weight, temperature
         self.student_logits, self.teacher_logits, self.reduction = student_logits, teacher_logits, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
-        self.student, self._unregistered = student, (teacher.requires_grad_(False).eval(),)
-        self._taps = [[Tap(pair, side) for side in SIDES] for pair in self.pairs]
+        self.student = student
+        self.source: TeacherSource = ModelTeachers(teacher, self.pairs, student)
+        self._taps = {pair.name: Tap(pair.side("student")) for pair in self.pairs}
         self._handles: list = []
         self._attached = False  # Dynamo can read it, which it can't the handles
+        self._turn = Turn()
         self._modules_and_taps()  # are the names right?
 
         parameter = next(student.parameters(), torch.empty(0))
-        options = {
-            "device": parameter.device if device is None else device,
-            "dtype": torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype,
-        }
         dims = self._dims(example_input, example_teacher_input)
-        self.pair_losses = PairLosses(self.pairs, dims, reduction=reduction, backend=backend, **options)
+        self.pair_losses = PairLosses(
+            self.pairs,
+            dims,
+            reduction=reduction,
+            backend=backend,
+            device=parameter.device if device is None else device,
+            dtype=torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype,
+        )
         self.register_load_state_dict_pre_hook(convert_when_loading)
+        if self._compiled():
+            self.attach()
 
     @property
     def teacher(self) -> nn.Module:
-        return self._unregistered[0]
+        return self.source.teacher
 
     def projection(self, name: str) -> torch.Tensor:
         """P ``(T, S)`` of the pair of that name."""
@@ -209,138 +227,111 @@ class FeatureDistiller(nn.Module):
         metrics: bool = False,
         **kwargs: Any,
     ) -> tuple:
-        masks = {} if masks is None else masks
         # Trainer's count of labels is for the student's loss and for the losses here.
         known = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-        teacher = (args, known) if teacher_input is None else as_arguments(teacher_input)
-        if self._attached:
-            return self._losses((args, kwargs), teacher, masks, total_rows, metrics)
-        with self:
-            # a frame, and so a graph, of its own
-            return self._losses((args, kwargs), teacher, masks, total_rows, metrics)
+        step = Step(
+            student=(args, kwargs),
+            teacher=TeacherCall(arguments=(args, known), teacher_input=teacher_input),
+            masks={} if masks is None else masks,
+            total_rows=total_rows,
+            metrics=metrics,
+        )
+        if self._attached and torch.compiler.is_compiling():
+            return self._losses(step)
+        return self._take_turn(step)
 
-    def _losses(self, student_arguments, teacher_arguments, masks, total_rows, metrics):
-        self._check_options(masks, total_rows, metrics)
-        output, teacher_output, compared = self._run(student_arguments, teacher_arguments, masks)
-        losses, projections = self.pair_losses(compared, self.process_group.group)
-        row_weights = {name: _row_weight(rows) for name, rows in compared.items()}
+    @torch.compiler.disable(recursive=False)  # _losses is a frame, and so a graph, of its own
+    def _take_turn(self, step: Step) -> tuple:
+        """Threads share the hooks, so they run one after another."""
+        with self._turn:
+            if self._attached:
+                return self._losses(step)
+            self.attach()
+            try:
+                return self._losses(step)
+            finally:
+                if not self._compiled():
+                    self.remove()
+
+    def _losses(self, step: Step) -> tuple:
+        self._check_options(step)
+        group = self.process_group.group if self.training else None  # ranks may evaluate on their own
+        output, answer, calls = self._run(step)
+        rows: dict[str, ComparedRows] = {}
+        for pair in self.pairs:
+            seen = self._compared(pair, calls[pair.name], answer, step.masks)
+            rows[pair.name] = self.pair_losses.masked_row(pair.name) if seen is None else seen
+        losses, projections = self.pair_losses(rows, group)
         if self.logit_weight is not None:
-            losses["logits"], row_weights["logits"] = self._logit_loss(output, teacher_output, masks.get("logits"))
-        if total_rows is not None:
-            losses = self._over_total_rows(losses, row_weights, total_rows)
-        elif self.reduction == "mean" and student_arguments[1].get("num_items_in_batch") is not None:
-            share = self._share_of_items(student_arguments[1])
+            losses["logits"], weight_of_logits = logit_loss(
+                logits_of(output, self.student_logits, "student"),
+                logits_of(answer.output(""), self.teacher_logits, "teacher"),
+                step.masks.get("logits"),
+                temperature=self.temperature,
+                reduction=self.reduction,
+                process_group=group,
+            )
+        if step.total_rows is not None:
+            row_weights = {name: weight_of(seen) for name, seen in rows.items()}
+            if self.logit_weight is not None:
+                row_weights["logits"] = weight_of_logits
+            losses = over_total_rows(losses, row_weights, step.total_rows, group)
+        elif self.reduction == "mean" and step.student[1].get("num_items_in_batch") is not None:
+            share = share_of_items(step.student[1], group)
             losses = {name: loss * share for name, loss in losses.items()}
         weights = {pair.name: pair.weight for pair in self.pairs} | {"logits": self.logit_weight}
         total = sum(weights[name] * loss for name, loss in losses.items())
-        if not metrics:
+        if not step.metrics:
             return output, {**losses, "total": total}
         report = {"loss": total.detach()} | {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-        for name, seen in compared.items():
+        for name, seen in rows.items():
             pairs_own = diagnostics.metrics(
                 seen.student,
                 seen.teacher,
                 projections[name],
                 mask=seen.mask,
-                process_group=self.process_group.group,
+                process_group=group,
             )
             report |= {f"diagnostics/{name}/{metric}": value for metric, value in pairs_own.items()}
         return output, {**losses, "total": total}, report
 
-    def _check_options(self, masks, total_rows, metrics) -> None:
+    def _run(self, step: Step) -> tuple[Any, TeacherAnswer, dict[str, list[Returned]]]:
+        """The student's output, the teacher's answer, and what the student's tapped modules returned, by pair."""
+        args, kwargs = step.student
+        output, calls = run_tapped(lambda: self.student(*args, **kwargs), self._taps)
+        return output, self.source.answer(step.teacher), calls
+
+    def _compared(
+        self, pair: Pair, calls: list[Returned], answer: TeacherAnswer, masks: Mapping[str, Any]
+    ) -> ComparedRows | None:
+        """What a pair compares in this step; None if it is optional and one of its modules did not run."""
+        mask = masks.get(pair.name)
+        own_masks = mask if isinstance(mask, (tuple, list)) else (mask, mask)
+        if len(own_masks) != 2 or not all(given is None or isinstance(given, torch.Tensor) for given in own_masks):
+            raise TypeError(f"masks[{pair.name!r}] must be a tensor or two; got {checks.describe(mask)}")
+        tap = self._taps[pair.name]
+        returned = tap.chosen(calls)
+        if returned is None and not pair.optional:
+            raise RuntimeError(tap.missing(self.student, calls))
+        target = answer.rows(pair, own_masks[1])
+        if returned is None or target is None:
+            return None
+        return compared(pair, tap.rows(returned, own_masks[0]), target, one_mask=own_masks[0] is own_masks[1])
+
+    def _check_options(self, step: Step) -> None:
         names = [*(pair.name for pair in self.pairs), "logits"]
-        if not isinstance(masks, Mapping):
-            raise TypeError(f"masks must map pairs' names to masks; got {checks.describe(masks)}")
-        if not isinstance(metrics, bool):
-            raise TypeError(f"metrics must be True or False; got {checks.describe(metrics)}")
-        for name in masks:
+        if not isinstance(step.masks, Mapping):
+            raise TypeError(f"masks must map pairs' names to masks; got {checks.describe(step.masks)}")
+        if not isinstance(step.metrics, bool):
+            raise TypeError(f"metrics must be True or False; got {checks.describe(step.metrics)}")
+        for name in step.masks:
             checks.check_choice("a key of masks", name, names)
-        if total_rows is None:
-            return
-        if self.reduction == "sum":
-            raise ValueError("total_rows divides what is a mean otherwise; with reduction='sum' divide the losses")
-        values = total_rows if isinstance(total_rows, Mapping) else {"": total_rows}
-        for name, value in values.items():
-            if isinstance(total_rows, Mapping):
-                checks.check_choice("a key of total_rows", name, names)
-            if not isinstance(value, torch.Tensor):
-                checks.check_number("total_rows", value, above=0)
-            elif value.numel() != 1:
-                raise ValueError(f"total_rows must be a number or a 0-d tensor; got {checks.describe(value)}")
+        if step.total_rows is not None:
+            if self.reduction == "sum":
+                raise ValueError("total_rows divides what is a mean otherwise; with reduction='sum' divide the losses")
+            check_total_rows(step.total_rows, names)
 
-    def _over_total_rows(self, losses, row_weights, total_rows):
-        """Every loss as its share of the mean over total_rows: its own mean times its rows' share of them."""
-        names = [name for name in losses if not isinstance(total_rows, Mapping) or name in total_rows]
-        own = all_reduce(torch.stack([row_weights[name] for name in names]), self.process_group.group)
-        totals = [total_rows[name] if isinstance(total_rows, Mapping) else total_rows for name in names]
-        shares = {name: count / total for name, count, total in zip(names, own.unbind(0), totals, strict=True)}
-        return {name: loss * shares[name] if name in shares else loss for name, loss in losses.items()}
-
-    def _share_of_items(self, kwargs):
-        """This batch's share of ``num_items_in_batch``, Trainer's number of labels in an accumulated step.
-
-        Trainer hands it to a model whose forward takes ``**kwargs``, and relies on every loss being divided by it.
-        """
-        labels = kwargs.get("labels")
-        if not isinstance(labels, torch.Tensor):
-            raise ValueError(
-                "num_items_in_batch needs labels beside it, to know this batch's share; got labels "
-                f"{checks.describe(labels)}. Set accepts_loss_kwargs = False on the model that Trainer gets, or give "
-                "total_rows"
-            )
-        group = self.process_group.group
-        own = all_reduce(labels.ne(-100).sum().float(), group)  # the mean over the ranks: DDP averages, too
-        return own / (kwargs["num_items_in_batch"] * (1 if group is None else group.size()))
-
-    def _run(self, student_arguments, teacher_arguments, masks):
-        """(student's output, teacher's output, what every pair compares)."""
-        for tap in chain(*self._taps):
-            tap.seen = []
-        try:
-            args, kwargs = student_arguments
-            output = self.student(*args, **kwargs)
-            if self.teacher.training:  # someone called teacher.train()
-                self.teacher.eval()
-            # A list, because torch.compile of PyTorch 2.8 can't trace next() of a generator with a default.
-            dtypes = [p.dtype for p in self.teacher.parameters() if p.is_floating_point()]
-            dtype = dtypes[0] if dtypes else None
-            args, kwargs = teacher_arguments
-            args, kwargs = [cast(x, dtype) for x in args], {name: cast(x, dtype) for name, x in kwargs.items()}
-            with torch.no_grad():
-                teacher_output = self.teacher(*args, **kwargs)
-            compared = {}
-            for student, teacher in self._taps:
-                name = student.pair.name
-                compared[name] = ComparedRows(*rows(student, teacher, masks.get(name)))
-            return output, teacher_output, compared
-        finally:
-            for tap in chain(*self._taps):
-                tap.seen = None
-
-    def _logit_loss(self, output, teacher_output, mask):
-        """τ² KL(teacher ‖ student) at temperature τ, the mean over the rows of all ranks; and the rows' weight."""
-        student = entry(output, self.student_logits, "the student's output", "student_logits", default="logits")
-        teacher = entry(teacher_output, self.teacher_logits, "the teacher's output", "teacher_logits", default="logits")
-        if student.shape != teacher.shape or student.dim() < 2:
-            raise ValueError(
-                "student's and teacher's logits must have the same shape (..., classes); got "
-                f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-            )
-        precise = torch.promote_types(student.dtype, torch.float32)
-        row_weight = checks.row_weights('masks["logits"]', mask, student.shape[:-1], student, precise)
-        student, teacher = (
-            F.log_softmax(without_masked_rows(x.flatten(0, -2).to(precise), row_weight) / self.temperature, dim=-1)
-            for x in (student, teacher)
-        )
-        distances = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-        own = student.new_full((), len(student)) if row_weight is None else row_weight.sum()
-        loss = (distances if row_weight is None else distances * row_weight).sum()
-        if self.reduction == "mean":
-            count = all_reduce(own, self.process_group.group)
-            loss = loss / torch.where(count > 0, count, 1.0)
-        return global_loss(self.temperature**2 * loss, self.process_group.group), own
-
-    def _dims(self, example_input, example_teacher_input) -> list[tuple[int, int]]:
+    def _dims(self, example_input: Any, example_teacher_input: Any) -> list[tuple[int, int]]:
         """(S, T) of every pair, as given or as the example shows."""
         if example_input is None:
             if example_teacher_input is not None:
@@ -350,38 +341,55 @@ class FeatureDistiller(nn.Module):
                 raise ValueError(f"example_input is needed, or dims of the pairs {', '.join(map(repr, missing))}")
             return [pair.dims for pair in self.pairs if pair.dims is not None]
         student = as_arguments(example_input)
-        teacher = student if example_teacher_input is None else as_arguments(example_teacher_input)
-        modes = [(module, module.training) for module in self.student.modules()]
-        self.student.eval()  # running statistics must not see the example
-        try:
-            with torch.no_grad(), self:
-                compared = self._run(student, teacher, {})[2]
-        finally:
-            for module, training in modes:
-                module.training = training
-        return [
-            pair.dims or (compared[pair.name].student.shape[-1], compared[pair.name].teacher.shape[-1])
-            for pair in self.pairs
-        ]
+        step = Step(student=student, teacher=TeacherCall(arguments=student, teacher_input=example_teacher_input))
+        with KeptModes(list(self.student.modules())), torch.no_grad(), self:
+            self.student.eval()  # running statistics must not see the example
+            _, answer, calls = self._run(step)
+            rows = {pair.name: self._compared(pair, calls[pair.name], answer, {}) for pair in self.pairs}
+        return [pair.dims or _dims_of(pair, rows[pair.name]) for pair in self.pairs]
 
-    def _modules_and_taps(self):
-        return [(find_module(tap.side, getattr(self, tap.side), tap.module), tap) for tap in chain(*self._taps)]
+    def _modules_and_taps(self) -> list[tuple[nn.Module, Tap]]:
+        return hooks_of("student", self.student, self._taps.values()) + self.source.taps()
 
-    def _apply(self, fn, recurse=True):
+    def _compiled(self) -> bool:
+        """Whether torch.compile has a model: it would not look for hooks that come later, so they stay."""
+        return self.source.compiled() or any(is_compiled(module) for module in self.student.modules())
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FeatureDistiller":
         super()._apply(fn, recurse)
-        held = next(chain(self.teacher.parameters(), self.teacher.buffers()), None)
-        if held is not None:
-            device = fn(held.new_empty(0)).device  # where fn takes tensors from where the teacher is
-            self.teacher.to_empty(device=device) if held.is_meta else self.teacher.to(device)
+        self.source.move(fn)
         return self
+
+    def _replicate_for_data_parallel(self) -> "FeatureDistiller":
+        raise RuntimeError(
+            "FeatureDistiller can't run in torch.nn.DataParallel, whose replicas share hooks and teacher: wrap it in "
+            "torch.nn.parallel.DistributedDataParallel, one process per GPU"
+        )
 
     def extra_repr(self) -> str:
         return "\n".join(f"{pair.name}: weight={pair.weight:g}" for pair in self.pairs)
 
 
-def _row_weight(rows: ComparedRows) -> torch.Tensor:  # -> ()
-    """The number of rows, or the sum of their weights, of this process."""
-    dtype = torch.promote_types(rows.student.dtype, torch.float32)
-    if rows.mask is None:
-        return rows.student.new_full((), rows.student.shape[:-1].numel(), dtype=dtype)
-    return rows.mask.detach().to(dtype).sum()
+def _dims_of(pair: Pair, rows: ComparedRows | None) -> tuple[int, int]:
+    if rows is None:
+        raise ValueError(f"pair {pair.name!r} did not run with example_input: give it dims=(S, T)")
+    return rows.student.shape[-1], rows.teacher.shape[-1]
+
+
+class Turn:
+    """A lock that copies and pickles of a module leave behind: each makes its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def __deepcopy__(self, memo: dict) -> "Turn":
+        return Turn()
+
+    def __reduce__(self) -> tuple:
+        return Turn, ()

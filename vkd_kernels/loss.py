@@ -1,6 +1,7 @@
 """``OrthoProjLoss``: the feature loss with its own orthonormal projection, as a module."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .ops.ortho_proj_loss import api
 from .ops.ortho_proj_loss.ranks import RankAgreement
 from .ops.ortho_proj_loss.spec import Execution, LossSpec
 from .projection import full_precision, make_projection
+from .training_watch import TrainingWatch
 
 TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
     "classification": {"normalization": "layer_norm"},
@@ -47,7 +49,7 @@ class OrthoProjLoss(nn.Module):
     ::
 
         Z = scale · student Pᵀ  (· gain + bias with affine)      P orthonormal, trained
-        L = mean of ρ(Z - normalise(teacher))
+        L = mean of ρ(Z - normalize(teacher)), or of 1 - cos(z, t)
 
     An orthonormal P keeps lengths: a student vector of norm √S stays there while a layer-normed or whitened teacher
     vector has norm √T. ``scale="match"`` multiplies by √(T / S), which preserves every angle; ``"learned"`` starts
@@ -89,8 +91,8 @@ class OrthoProjLoss(nn.Module):
         student_dim: int,
         teacher_dim: int,
         *,
-        normalization: str = "layer_norm",
-        loss: str = "smooth_l1",
+        normalization: str | nn.Module = "layer_norm",
+        loss: str | Mapping[str, float] = "smooth_l1",
         beta: float = 1.0,
         reduction: str = "mean",
         scale: float | str = 1.0,
@@ -107,11 +109,13 @@ class OrthoProjLoss(nn.Module):
         checks.check_dim("student_dim", student_dim)
         checks.check_dim("teacher_dim", teacher_dim)
         api.check_options(normalization, loss, beta, eps, reduction)
+        api.check_scale_acts(LossSpec(loss=LossSpec.shares(loss)), scale, channel_dims=1)
         implementations.requested("ortho_proj_loss", backend)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
         self._agreement = RankAgreement()  # whether the ranks train one projection
+        self.watch = TrainingWatch()
         self.projection = make_projection(
             projection,
             student_dim,
@@ -150,7 +154,7 @@ class OrthoProjLoss(nn.Module):
             scale = scale[0]
         elif scale == 1.0:
             scale = None
-        return api.projected_loss(
+        value = api.projected_loss(
             student,
             teacher,
             self.projection.weight,
@@ -160,6 +164,9 @@ class OrthoProjLoss(nn.Module):
             spec=self.spec,
             execution=self.execution(self.process_group.group),
         )
+        if self.training:
+            self.watch.look(type(self).__name__, student, self.projection)
+        return value
 
     @property
     def spec(self) -> LossSpec:
@@ -195,6 +202,5 @@ class OrthoProjLoss(nn.Module):
 
     def extra_repr(self) -> str:
         scale = "learned" if isinstance(self.scale, torch.Tensor) else f"{self.scale:g}"
-        return (
-            f"normalization={self.normalization!r}, loss={self.loss!r}, beta={self.beta}, scale={scale}, eps={self.eps}"
-        )
+        named = f"normalization={self.normalization!r}, " if isinstance(self.normalization, str) else ""
+        return f"{named}loss={self.loss!r}, beta={self.beta}, scale={scale}, eps={self.eps}"

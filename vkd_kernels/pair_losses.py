@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,18 +13,10 @@ from .loss import OrthoProjLoss
 from .ops.ortho_proj_loss import api
 from .ops.ortho_proj_loss.spec import LossSpec
 from .pairs import Pair
+from .pooling import ComparedRows
 from .projection import stacked_weights
 
 SHAPE_KEYED = re.compile(r"projections\.(\d+x\d+)\.(unconstrained|map\.signs)|scales\.(\d+)")
-
-
-@dataclass(frozen=True)
-class ComparedRows:
-    """What a pair compares in one step."""
-
-    student: torch.Tensor  # (..., S)
-    teacher: torch.Tensor  # (..., T), with the rows of student
-    mask: torch.Tensor | None  # (...)
 
 
 @dataclass(frozen=True)
@@ -92,6 +85,11 @@ class PairLosses(nn.ModuleDict):
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The loss () and the projection (T, S) of every pair, by name."""
         self._check_channels(rows)
+        if self.training:
+            for name, compared in rows.items():
+                loss = self.of(name)
+                if not compared.skipped:
+                    loss.watch.look(f"pair {name!r}", compared.student, loss.projection)
         losses: dict[str, torch.Tensor] = {}
         projections: dict[str, torch.Tensor] = {}
         for shape in self.shapes:
@@ -103,6 +101,14 @@ class PairLosses(nn.ModuleDict):
                 members = [(self.of(name), rows[name]) for name in group.names]
                 losses |= zip(group.names, _losses_of_group(members, weights, process_group), strict=True)
         return losses, projections
+
+    def masked_row(self, name: str) -> ComparedRows:
+        """In place of a pair that was skipped: its loss is 0, and it takes part in every collective."""
+        loss = self.of(name)
+        like = next(chain(loss.parameters(), loss.buffers()))
+        student, teacher = (like.new_zeros(1, dim) for dim in (loss.student_dim, loss.teacher_dim))
+        mask = torch.zeros(1, dtype=torch.bool, device=like.device)
+        return ComparedRows(student, teacher, mask, skipped=True)
 
     def _check_channels(self, rows: Mapping[str, ComparedRows]) -> None:
         for name, compared in rows.items():

@@ -1,160 +1,263 @@
-"""Features of named modules: the hook, pooling and masks; distiller.py compares them."""
+"""Taps: the forward hooks that see what named modules return, and why one may not have seen anything."""
 
 import difflib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
-from .ops import checks
-from .pairs import POOLINGS, Pair
+from .pairs import Side
+from .pooling import Rows, pooled
 
 NAMES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a tapped module returned in one call, or the entry of it that the pair names."""
+
+    value: Any
+    versions: tuple[int, ...]  # of its tensors, which count changes in place
+
+    @classmethod
+    def of(cls, value: Any) -> "Returned":
+        """Where changes in place can't be counted (in a compiled graph, in inference mode) a copy is kept instead."""
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors_in(value)):
+            return cls(copied(value), ())
+        return cls(value, tuple(x._version for x in tensors_in(value)))
+
+    def changed(self) -> bool:
+        return bool(self.versions) and self.versions != tuple(x._version for x in tensors_in(self.value))
 
 
 class Tap:
     """The forward hook on one module, for one side of one pair. A plain object, so that copies and pickles hold."""
 
-    def __init__(self, pair: Pair, side: str):
-        self.pair, self.side, self.module = pair, side, getattr(pair, side)
-        self.pool, self.skip = getattr(pair, f"{side}_pool"), getattr(pair, f"{side}_skip")
-        self.where = f"pair {pair.name!r}: the output of {side} module {self.module!r}"
-        self.seen: list | None = None  # (tensor, its version) of every run; None: not looking
+    def __init__(self, side: Side):
+        self.side = side
+        self.calls: list[Returned] | None = None  # of the pass that is looked at; None: not looking
+        self.thread: int | None = None  # another thread's calls of the module belong to another pass
 
-    def __call__(self, module, args, output):
-        if self.seen is not None:
-            x = entry(output, getattr(self.pair, f"{self.side}_output"), self.where, f"{self.side}_output")
-            self.seen.append((x, version(x)))
+    def start(self) -> None:
+        self.calls = []
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
-    def rows(self, mask):
-        """(rows (..., C), their mask or None): the features pooled, the mask along with them."""
-        if len(self.seen) != 1:
+    def stop(self) -> list[Returned]:
+        """What the module returned since ``start``, call by call."""
+        calls, self.calls = self.calls or [], None
+        return calls
+
+    def __call__(self, module: nn.Module | None, args: Any, output: Any) -> None:
+        if self.calls is not None and (torch.compiler.is_compiling() or self.thread == threading.get_ident()):
+            option = f"{self.side.side}_output"
+            value = selected(output, self.side.output, where=self.side.where, option=option)
+            if not callable(self.side.pool):
+                value = as_tensor(value, output, self.side.output, where=self.side.where, option=option)
+            self.calls.append(Returned.of(value))
+
+    def chosen(self, calls: list[Returned]) -> Returned | None:
+        """The call that the pair is about; None if the module did not run that often."""
+        side = self.side
+        if side.call is None and len(calls) > 1:
             raise RuntimeError(
-                f"{self.where} is needed once; the module ran {len(self.seen)} times in this forward pass. (A model "
-                "compiled and run before it was distilled does not see hooks: compile the distiller instead.)"
+                f"{side.where} is needed once; the module ran {len(calls)} times in this forward pass: say which call "
+                f"by {side.side}_call, 0 for the first or -1 for the last"
             )
-        x, before = self.seen[0]
-        if version(x) != before:
-            raise RuntimeError(f"{self.where} was changed in place afterwards: tap the module that changed it")
-        if callable(self.pool):
-            x = self.pool(x)
-            checks.check_tensor(f"what {self.side}_pool of pair {self.pair.name!r} returns", x)
-            return x, mask
-        layout = POOLINGS[self.pool]
-        if x.dim() != layout.count(",") + 1:
-            fitting = [repr(pool) for pool, other in POOLINGS.items() if other.count(",") + 1 == x.dim()]
-            raise ValueError(
-                f"{self.where} must have the layout {layout} for {self.side}_pool={self.pool!r}; got "
-                f"{tuple(x.shape)}, which suits {', '.join([*fitting, 'a function'])}"
-            )
-        if self.pool is None:
-            return x, mask
-        per_sample = mask is None or mask.dim() == 1
-        if self.pool == "class_token":
-            return x[:, 0], mask if per_sample else mask[:, 0]
-        if x.dim() == 3:
-            if self.skip >= x.shape[1]:
-                raise ValueError(f"{self.where}: {self.side}_skip={self.skip} leaves none of {x.shape[1]} tokens")
-            x, mask = x[:, self.skip :], mask if per_sample else mask[:, self.skip :]
-        else:
-            x = x.permute(0, 2, 3, 1)
-        positions = tuple(range(1, x.dim() - 1))
-        if self.pool in ("tokens", "spatial"):
-            if mask is not None and per_sample:
-                mask = mask.reshape(-1, *(1 for _ in positions)).expand(x.shape[:-1])
-            return x, mask
-        if per_sample:
-            return x.mean(positions), mask
-        precise = torch.promote_types(x.dtype, torch.float32)
-        share = checks.row_weights(f"mask of {self.where}", mask, x.shape[:-1], x, precise).view(*x.shape[:-1], 1)
-        total = share.sum(positions)
-        mean = (torch.where(share > 0, x, 0) * share).sum(positions) / torch.where(total > 0, total, 1.0)
-        return mean.to(x.dtype), total.squeeze(-1) > 0
+        index = 0 if side.call is None else side.call
+        return calls[index] if -len(calls) <= index < len(calls) else None
+
+    def rows(self, returned: Returned, mask: torch.Tensor | None) -> Rows:
+        """The features pooled, the mask along with them."""
+        if returned.changed():
+            raise RuntimeError(f"{self.side.where} was changed in place afterwards: tap the module that changed it")
+        return pooled(self.side, returned.value, mask)
+
+    def missing(self, model: nn.Module, calls: list[Returned]) -> str:
+        """The message for a module that did not run, with the likely cause."""
+        call = f"call {self.side.call} of it is" if self.side.call is not None and calls else "it is"
+        return (
+            f"{self.side.where} was not seen: {call} needed in every forward pass, and the module ran {len(calls)} "
+            f"times in this one. {likely_cause(model, self.side)}"
+        )
 
 
-def rows(student: Tap, teacher: Tap, mask):
-    """(student's rows, teacher's rows, mask of the rows) of one pair: positions and precision made equal."""
-    pair = student.pair
-    masks = mask if isinstance(mask, (tuple, list)) else (mask, mask)
-    if len(masks) != 2 or not all(given is None or isinstance(given, torch.Tensor) for given in masks):
-        raise TypeError(f"masks[{pair.name!r}] must be a tensor or two; got {checks.describe(mask)}")
-    (x, x_mask), (y, y_mask) = student.rows(masks[0]), teacher.rows(masks[1])
-    if x.shape[:-1] != y.shape[:-1]:
-        maps = x.dim() == y.dim() == 4 and len(x) == len(y)
-        if not (maps and pair.resample):
-            hint = "; resample='student' or 'teacher' makes them equal" if maps else ""
-            raise ValueError(
-                f"pair {pair.name!r}: student and teacher must have the same positions; got student rows of shape "
-                f"{tuple(x.shape)} and teacher rows of shape {tuple(y.shape)} (channels last){hint}"
-            )
-        x = resampled(x, y.shape[1:3]) if pair.resample == "student" else x
-        y = resampled(y, x.shape[1:3])
-    if (x.dtype == torch.float64) != (y.dtype == torch.float64):
-        y = y.to(x.dtype)
-    if masks[0] is masks[1] or y_mask is None:
-        return x, y, x_mask
-    if x_mask is None or x_mask.shape == y_mask.shape:
-        return x, y, y_mask if x_mask is None else x_mask * y_mask
-    raise ValueError(
-        f"masks[{pair.name!r}] must agree on the rows; got {tuple(x_mask.shape)} for the student's rows and "
-        f"{tuple(y_mask.shape)} for the teacher's"
+def hooks_of(side: str, model: nn.Module, taps: Iterable[Tap]) -> list[tuple[nn.Module, Tap]]:
+    """The modules that the taps need a hook on: all but the model itself, whose output its caller has."""
+    hooks = []
+    for tap in taps:
+        module = find_module(side, model, tap.side.module)
+        if isinstance(module, torch.jit.ScriptModule) and tap.side.module:
+            raise RuntimeError(f"{tap.side.where} can't be seen. {likely_cause(model, tap.side)}")
+        if tap.side.module:
+            hooks.append((module, tap))
+    return hooks
+
+
+def run_tapped(run: Callable[[], Any], taps: Mapping[str, Tap]) -> tuple[Any, dict[str, list[Returned]]]:
+    """What the model returned, and by the taps' names what their modules returned in every call."""
+    for tap in taps.values():
+        tap.start()
+    try:
+        output = run()
+        for tap in taps.values():
+            if not tap.side.module:
+                tap(None, (), output)
+    finally:
+        calls = {name: tap.stop() for name, tap in taps.items()}
+    return output, calls
+
+
+def likely_cause(model: nn.Module, side: Side) -> str:
+    """Why hooks on a module of the model saw nothing, and what to do."""
+    bare = getattr(model, "_orig_mod", model)
+    module = submodule(bare, side.module)
+    around = [submodule(bare, prefix) for prefix in _prefixes(side.module)]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        entry = next((f"{side.module}.{name}".lstrip(".") for name, _ in module.named_children()), None)
+        return f"A {type(module).__name__} is never called itself: tap one of its entries" + (
+            f", {entry!r} for instance" if entry else ""
+        )
+    if any(isinstance(outer, torch.jit.ScriptModule) for outer in around):
+        return f"TorchScript runs submodules without their hooks: tap the scripted model itself, {side.side}=''"
+    if any(isinstance(outer, fx.GraphModule) for outer in around):
+        return (
+            "A traced graph (torch.fx, torch.export) calls only those modules that tracing left whole; other names are "
+            f"empty shells: tap the model itself, {side.side}='', or one of the modules that its code calls"
+        )
+    if bare is not model or any(is_compiled(part) for part in bare.modules()):
+        return (
+            "The model was compiled and run before these hooks were there, and torch.compile uses that graph again: "
+            "make the distiller before the first call, compile the distiller instead of the model, or call "
+            "torch.compiler.reset() once"
+        )
+    return (
+        "Another module does the work in this pass (LayerDrop, a branch, an early exit), or the model calls its "
+        "forward() directly, which runs no hooks. optional=True counts the pair as 0 in such a step"
     )
 
 
-def resampled(x: torch.Tensor, size) -> torch.Tensor:  # (N, H, W, C) -> (N, *size, C)
-    if x.shape[1:3] == size:
-        return x
-    x32 = x.to(torch.promote_types(x.dtype, torch.float32)).permute(0, 3, 1, 2)
-    return F.interpolate(x32, tuple(size), mode="bilinear", antialias=True).permute(0, 2, 3, 1).to(x.dtype)
+def _prefixes(name: str) -> list[str]:
+    """'a.b.c' -> ['', 'a', 'a.b']: the modules around it."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts))]
 
 
-def version(x: torch.Tensor) -> int:
-    """Counts the changes of a tensor in place. A compiled graph has none to see, inference mode does not count."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has wrapped it, or its own ``compile()`` was called."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def as_arguments(given) -> tuple[tuple, dict]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of what a module returned, inside of tuples, lists and dicts too."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [x for item in value for x in tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def copied(value: Any) -> Any:
+    """The same with clones of its tensors, which later changes in place do not reach."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return type(value)(**{name: copied(item) for name, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        items = [copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def selected(output: Any, key: int | str | tuple | None, *, where: str, option: str) -> Any:
+    """The entry of what a module returned: by a key, a position or a path of them."""
+    value = output
+    for step in () if key is None else key if isinstance(key, tuple) else (key,):
+        entries = entries_of(value)
+        size = len(value) if isinstance(value, torch.Tensor) and value.dim() else 0
+        if isinstance(step, int) and -size <= step < size:
+            value = value[step]
+        elif step in entries:
+            value = entries[step]
+        elif isinstance(step, int) and step < 0 and step + _positions(value) in entries:
+            value = entries[step + _positions(value)]
+        else:
+            raise TypeError(
+                f"{where} has no entry {step!r} of {option}={key!r}; {type(value).__name__}"
+                + (f" has the entries {', '.join(map(repr, entries))}" if entries else " has no entries")
+            )
+    return value
+
+
+def entries_of(value: Any) -> dict[int | str, Any]:
+    """The entries of a tuple, a list, a dict or a Hugging Face output, by name and by position."""
+    if isinstance(value, Mapping):
+        return {**value, **dict(enumerate(value.values()))}
+    if isinstance(value, (tuple, list)):
+        return {**(value._asdict() if hasattr(value, "_asdict") else {}), **dict(enumerate(value))}
+    return {}
+
+
+def _positions(value: Any) -> int:
+    return len(value) if isinstance(value, (Mapping, tuple, list)) else 0
+
+
+def as_tensor(value: Any, output: Any, key: int | str | tuple | None, *, where: str, option: str) -> torch.Tensor:
+    """The value, which must be a tensor."""
+    if not isinstance(value, torch.Tensor):
+        entries = entries_of(value) or entries_of(output)
+        raise TypeError(
+            f"{where} must be a tensor; {option}={key!r} finds {type(value).__name__}"
+            + (f", its entries are {', '.join(map(repr, entries))}" if entries else "")
+        )
+    return value
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """``model.get_submodule(name)``, also of scripted models, which don't have it; None where there is none."""
+    module: Any = model
+    for part in name.split(".") if name else ():
+        module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            return None
+    return module
+
+
+def find_module(side: str, model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, also in a model that ``torch.compile`` has wrapped."""
+    model = getattr(model, "_orig_mod", model)
+    module = submodule(model, name)
+    if module is not None:
+        return module
+    names = sorted(
+        (existing for existing, _ in model.named_modules() if existing),
+        key=lambda existing: -difflib.SequenceMatcher(None, name, existing).ratio(),
+    )
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    raise ValueError(
+        f"{side} has no module {name!r}; it has, nearest first, {', '.join(map(repr, names[:NAMES_SHOWN]))}{more}"
+    )
+
+
+def as_arguments(given: Any) -> tuple[tuple, dict]:
     """(args, kwargs) of a tensor (or any one thing), a tuple of arguments or a dict of keyword arguments."""
     if isinstance(given, Mapping):
         return (), dict(given)
     return (given if isinstance(given, tuple) else (given,)), {}
 
 
-def cast(x, dtype: torch.dtype | None):
-    """Floating-point tensors in ``dtype``; anything else as it is."""
-    return x.to(dtype) if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
-def entry(output, key: int | str | None, where: str, option: str, default: str | None = None) -> torch.Tensor:
-    """The tensor in what a module returned: itself, or the entry ``key`` of a tuple, a dict, a Hugging Face output."""
-    entries: dict = {}
-    if isinstance(output, Mapping):
-        entries = {**output, **dict(enumerate(output.values()))}
-    elif isinstance(output, (tuple, list)):
-        entries = {**(output._asdict() if hasattr(output, "_asdict") else {}), **dict(enumerate(output))}
-    if key is None and default in entries:
-        key = default
-    found = output if key is None else entries.get(key)
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(
-            f"{where} must be a tensor; {option}={key!r} finds {type(found).__name__}"
-            + (f", its entries are {', '.join(map(repr, entries))}" if entries else "")
-        )
-    return found
-
-
-def find_module(side: str, model: nn.Module, name: str) -> nn.Module:
-    """The module of that name, also in a model that ``torch.compile`` has wrapped."""
-    model = getattr(model, "_orig_mod", model)
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        names = sorted(
-            (existing for existing, _ in model.named_modules() if existing),
-            key=lambda existing: -difflib.SequenceMatcher(None, name, existing).ratio(),
-        )
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    raise ValueError(
-        f"{side} has no module {name!r}; it has, nearest first, {', '.join(map(repr, names[:NAMES_SHOWN]))}{more}"
-    )
+def moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Tensors on the device, floating-point ones in the dtype, inside of tuples, lists and dicts too."""
+    if isinstance(value, torch.Tensor):
+        dtype = dtype if value.is_floating_point() else None
+        if (device is None or value.device == device) and (dtype is None or value.dtype == dtype):
+            return value
+        return value.to(device=device, dtype=dtype, non_blocking=device is not None and device.type != "cpu")
+    if type(value) is dict:
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [moved(item, device, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

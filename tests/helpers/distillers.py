@@ -71,17 +71,40 @@ class TextModel(nn.Module):
 
 
 TOKENS_TO_MAP = {
-    "student": "norm", "student_pool": "mean_tokens", "student_skip": 1, "teacher": "relu",
+    "student": "norm",
+    "student_pool": "mean_tokens",
+    "student_skip": 1,
+    "teacher": "relu",
     "teacher_pool": "spatial_mean",
-}  # fmt: skip
+}
 SEVERAL = [
     {**TOKENS_TO_MAP, "name": "a", "weight": 2.0, "loss": "mse", "scale": "match"},
     {**TOKENS_TO_MAP, "name": "b", "student": "blocks.1", "weight": 0.5, "normalization": "batch_norm", "eps": 1e-2},
-    {**TOKENS_TO_MAP, "name": "c", "student": "embed", "student_pool": "spatial_mean", "teacher": "conv",
-     "scale": "learned", "weight": 0.0},
-    {**TOKENS_TO_MAP, "name": "wide", "student_pool": "class_token", "teacher": "fc", "teacher_pool": None,
-     "beta": 0.5, "scale": 3.0},
-]  # fmt: skip
+    {
+        **TOKENS_TO_MAP,
+        "name": "c",
+        "student": "embed",
+        "student_pool": "spatial_mean",
+        "teacher": "conv",
+        "scale": "learned",
+        "weight": 0.0,
+    },
+    {
+        **TOKENS_TO_MAP,
+        "name": "wide",
+        "student_pool": "class_token",
+        "teacher": "fc",
+        "teacher_pool": None,
+        "beta": 0.5,
+        "scale": 3.0,
+    },
+]
+OPTIONS = {  # of SEVERAL, by name
+    "a": {"loss": "mse", "scale": "match"},
+    "b": {"normalization": "batch_norm", "eps": 1e-2},
+    "c": {"scale": "learned"},
+    "wide": {"beta": 0.5, "scale": 3.0},
+}
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 

@@ -5,12 +5,16 @@ many did, and every call that did not.
 """
 
 import collections
+import os
 import random
 import re
 import sys
 import warnings
 
 import numpy as np
+
+os.environ.pop("TRITON_INTERPRET", None)  # with it, backend="triton" takes CPU tensors, and is no bad argument
+
 import torch
 from torch import nn
 

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import vkd_kernels as vk
 from tests.helpers.distillers import (
     CNN,
     IMAGES,
+    OPTIONS,
     SEVERAL,
     TOKENS_TO_MAP,
     TextModel,
@@ -34,8 +34,15 @@ POOLED = {
 
 @pytest.mark.parametrize("pool", POOLED)
 def test_token_poolings(pool):
-    pair = {"student": "norm", "student_pool": pool, "student_skip": 2, "teacher": "norm", "teacher_pool": pool,
-            "teacher_skip": 2, "name": "x"}  # fmt: skip
+    pair = {
+        "student": "norm",
+        "student_pool": pool,
+        "student_skip": 2,
+        "teacher": "norm",
+        "teacher_pool": pool,
+        "teacher_skip": 2,
+        "name": "x",
+    }
     distiller = make([pair], ViT(6, 2), ViT(9, 2))
     x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"]
     y = outputs_of(distiller.teacher, ["norm"], IMAGES)["norm"]
@@ -95,8 +102,15 @@ def test_masked_means_and_samples():
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_masks_of_positions(per_sample):
-    pair = {"student": "norm", "student_pool": "tokens", "student_skip": 1, "teacher": "norm",
-            "teacher_pool": "tokens", "teacher_skip": 1, "name": "x"}  # fmt: skip
+    pair = {
+        "student": "norm",
+        "student_pool": "tokens",
+        "student_skip": 1,
+        "teacher": "norm",
+        "teacher_pool": "tokens",
+        "teacher_skip": 1,
+        "name": "x",
+    }
     distiller = make([pair], ViT(6), ViT(9))
     x, y = (outputs_of(m, ["norm"], IMAGES)["norm"][:, 1:] for m in (distiller.student, distiller.teacher))
     mask = torch.rand(5) if per_sample else torch.rand(5, 17)
@@ -122,10 +136,18 @@ def test_text_models_with_attention_masks():
     tap = {"student": "encoder", "student_output": "last_hidden_state", "student_pool": "mean_tokens"}
     pairs = [
         {**tap, "teacher": "encoder", "teacher_output": 0, "teacher_pool": "mean_tokens", "name": "mean"},
-        {**tap, "student": "encoder.layer", "student_output": 0, "student_pool": "tokens", "teacher": "encoder.layer",
-         "teacher_output": 0, "teacher_pool": "tokens", "name": "tokens"},
+        {
+            **tap,
+            "student": "encoder.layer",
+            "student_output": 0,
+            "student_pool": "tokens",
+            "teacher": "encoder.layer",
+            "teacher_output": 0,
+            "teacher_pool": "tokens",
+            "name": "tokens",
+        },
         {**tap, "student_pool": "class_token", "teacher": "encoder", "teacher_output": "pooler_output", "name": "cls"},
-    ]  # fmt: skip
+    ]
     example = {"input_ids": ids[:1], "attention_mask": attention[:1]}
     distiller = make(pairs, TextModel(4), TextModel(8), example_input=example, logit_weight=1.0)
     masks = {"mean": attention, "tokens": attention}
@@ -154,11 +176,6 @@ def test_maps_of_other_sizes_are_resampled_on_request(resample):
 
 # -------------------------------------------------------------------------------------- several pairs, one Cayley call
 
-OPTIONS = {
-    "a": {"loss": "mse", "scale": "match"}, "b": {"normalization": "batch_norm", "eps": 1e-2},
-    "c": {"scale": "learned"}, "wide": {"beta": 0.5, "scale": 3.0},
-}  # fmt: skip
-
 
 def test_several_pairs_equal_separate_losses(monkeypatch):
     calls = []
@@ -181,10 +198,9 @@ def test_several_pairs_equal_separate_losses(monkeypatch):
         "b": modules["b"](x["blocks.1"][:, 1:].mean(1), y["relu"].mean((2, 3))),
         "c": modules["c"](x["embed"].mean((2, 3)), y["conv"].mean((2, 3))),
         "wide": modules["wide"](x["norm"][:, 0], y["fc"]),
-        "logits": 4 * F.kl_div(
-            F.log_softmax(student(IMAGES) / 2, 1), F.softmax(teacher(IMAGES) / 2, 1), reduction="batchmean"
-        ),
-    }  # fmt: skip
+        "logits": 4
+        * F.kl_div(F.log_softmax(student(IMAGES) / 2, 1), F.softmax(teacher(IMAGES) / 2, 1), reduction="batchmean"),
+    }
     total = 2 * expected["a"] + 0.5 * expected["b"] + 0 * expected["c"] + expected["wide"] + 0.3 * expected["logits"]
     torch.testing.assert_close(losses, {**expected, "total": total})
 
@@ -212,165 +228,6 @@ def test_projections_start_orthonormal_and_differ():
     assert (p[0] - p[1]).abs().max() > 0.1
     with pytest.raises(ValueError, match="name must be one of 'a', 'b', 'c', 'wide'; got 'd'"):
         distiller.projection("d")
-
-
-# --------------------------------------------------------------------------------------- projections belong to names
-
-
-def equal_projections(ours, theirs, names):
-    return all(torch.equal(ours.projection(name), theirs.projection(name)) for name in names)
-
-
-def test_pairs_in_another_order_load_into_their_own_projections():
-    trained = make(SEVERAL)
-    resumed = make(SEVERAL[::-1])
-    resumed.load_state_dict(trained.state_dict())
-    assert equal_projections(resumed, trained, OPTIONS)
-    torch.testing.assert_close(resumed(IMAGES)[1]["c"], make_like(resumed, SEVERAL)(IMAGES)[1]["c"])
-
-
-def make_like(distiller, pairs):
-    other = make(pairs, distiller.student, distiller.teacher)
-    other.load_state_dict(distiller.state_dict(), strict=False)
-    return other
-
-
-def test_a_pair_of_equal_shape_added_to_a_checkpoint_leaves_the_others_alone():
-    trained = make(SEVERAL[1:])
-    more = make(SEVERAL)
-    keys = more.load_state_dict(trained.state_dict(), strict=False)
-    assert {key.split("]")[0] for key in keys.missing_keys} == {"pair_losses.[a"} and not keys.unexpected_keys
-    assert equal_projections(more, trained, ["b", "c", "wide"])
-
-
-AWKWARD = ["keys", "forward", "[a]", "a.b", "a%2Eb", "a%2eb", "%", "a->b", "training", "Block 3: Größe"]
-
-
-def test_names_with_dots_and_names_of_attributes_are_told_apart():
-    pairs = [{**TOKENS_TO_MAP, "name": name} for name in AWKWARD]
-    trained, resumed = make(pairs), make(pairs[::-1])
-    resumed.load_state_dict(trained.state_dict())
-    assert equal_projections(resumed, trained, AWKWARD)
-    assert dict(resumed.named_parameters()).keys() == dict(trained.named_parameters()).keys()
-    assert all(resumed.get_parameter(name) is parameter for name, parameter in resumed.named_parameters())
-    assert set(resumed(IMAGES)[1]) == {*AWKWARD, "total"}
-
-
-def saved_by_version_0_1(distiller, names):
-    """What distillers saved before projections had names: stacked by shape, scales by the pair's index."""
-    state = {key: value for key, value in distiller.state_dict().items() if key.startswith("student.")}
-    for shape in ("10x6", "3x6"):
-        of_shape = [distiller.pair_losses.of(n) for n in names if tuple(distiller.projection(n).shape) == SHAPES[shape]]
-        if of_shape:
-            state[f"projections.{shape}.unconstrained"] = torch.stack([p.projection.unconstrained for p in of_shape])
-            state[f"projections.{shape}.map.signs"] = torch.stack([p.projection.map.signs for p in of_shape])
-    for index, name in enumerate(names):
-        if isinstance(distiller.pair_losses.of(name).scale, nn.Parameter):
-            state[f"scales.{index}"] = distiller.pair_losses.of(name).scale.detach()
-    return state
-
-
-SHAPES = {"10x6": (10, 6), "3x6": (3, 6)}
-
-
-def test_checkpoints_of_version_0_1_load_where_shapes_say_which_pair_is_which():
-    pairs = [SEVERAL[3], SEVERAL[0]]
-    trained, resumed = make(pairs), make(pairs[::-1])
-    resumed.load_state_dict(saved_by_version_0_1(trained, ["wide", "a"]))
-    assert equal_projections(resumed, trained, ["a", "wide"])
-    inside = nn.ModuleDict({"distiller": make(pairs)})
-    state = saved_by_version_0_1(trained, ["wide", "a"])
-    inside.load_state_dict({f"distiller.{key}": value for key, value in state.items()})
-    assert equal_projections(inside["distiller"], trained, ["a", "wide"])
-
-
-def test_checkpoints_of_version_0_1_are_an_error_where_several_pairs_share_a_shape():
-    trained, resumed = make(SEVERAL), make(SEVERAL[::-1])
-    nn.init.constant_(trained.pair_losses.of("c").scale, 7.0)
-    state = saved_by_version_0_1(trained, ["a", "b", "c", "wide"])
-    before = copy.deepcopy(resumed.state_dict())
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"which pair is which.*converted_state_dict\(state_dict, names\)"):
-            resumed.load_state_dict(state, strict=strict)
-    assert all(torch.equal(v, before[k]) for k, v in resumed.state_dict().items() if k.startswith("pair_losses"))
-    resumed.load_state_dict(resumed.converted_state_dict(state, ["a", "b", "c", "wide"]))
-    assert equal_projections(resumed, trained, OPTIONS) and resumed.pair_losses.of("c").scale == 7
-    with pytest.raises(ValueError, match=r"3x6.*1 projections, but of names these have the shape: \[\]"):
-        resumed.converted_state_dict(state, ["a", "b", "c"])
-    with pytest.raises(ValueError, match="names must be one of 'wide', 'c', 'b', 'a'; got 'd'"):
-        resumed.converted_state_dict(state, ["a", "b", "d", "wide"])
-
-
-@pytest.mark.parametrize("kind", ["linear", "identity"])
-def test_projections_to_compare_with(kind):
-    pairs = [{**pair, "projection": kind} if pair["name"] in "ab" else pair for pair in SEVERAL]
-    distiller = make(pairs)
-    x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"][:, 1:].mean(1)
-    y = outputs_of(distiller.teacher, ["relu"], IMAGES)["relu"].mean((2, 3))
-    p = distiller.projection("a")
-    assert kind == "linear" or torch.equal(p, torch.eye(10, 6))
-    expected = vk.functional.ortho_proj_loss(x, y, p, scale=(10 / 6) ** 0.5, loss="mse")
-    torch.testing.assert_close(distiller(IMAGES)[1]["a"], expected)
-    spared = {id(p) for p in distiller.parameter_groups(weight_decay=0.1)[1]["params"]}
-    assert kind == "identity" or id(distiller.pair_losses.of("a").projection.weight) not in spared
-
-
-def test_pair_objects_serve_as_dicts_do():
-    assert make([vk.Pair(**pair) for pair in SEVERAL])(IMAGES)[1].keys() == make(SEVERAL)(IMAGES)[1].keys()
-
-
-# ------------------------------------------------------------------------------------------------------- denominators
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_accumulated_batches_of_unequal_length_have_the_gradient_of_the_whole(reduction):
-    """As Trainer accumulates: tokens of all micro-batches count alike, however they are spread."""
-    tokens = {"student": "norm", "student_pool": "tokens", "student_skip": 1, "teacher": "norm",
-              "teacher_pool": "tokens", "teacher_skip": 1}  # fmt: skip
-    pairs = [{**tokens, "name": "x"}, {**tokens, "name": "y", "loss": "mse", "scale": "match"}, CLASSES]
-    distiller = make(pairs, ViT(6), ViT(9), logit_weight=0.5)
-    mask = torch.arange(17) < torch.tensor([17, 3, 9, 2, 12])[:, None]
-    whole = distiller(IMAGES, masks={"x": mask, "y": mask})[1]
-    want = gradients(distiller, whole["total"])
-    kept = mask[:, 1:].sum()
-    rows = {"x": kept, "y": kept.item(), "head->head": 5, "logits": torch.tensor(5)}
-    distiller.zero_grad()
-    if reduction == "sum":
-        other = make(pairs, distiller.student, distiller.teacher, logit_weight=0.5, reduction="sum")
-        other.load_state_dict(distiller.state_dict())
-        distiller = other
-    sums = {}
-    for part in (slice(0, 2), slice(2, 5)):
-        masks = {"x": mask[part], "y": mask[part]}
-        options = {} if reduction == "sum" else {"total_rows": rows}
-        losses = distiller(IMAGES[part], masks=masks, **options)[1]
-        if reduction == "sum":
-            channels = {"x": 9, "y": 9, "head->head": 3, "logits": 1}
-            losses = {name: losses[name] / (rows[name] * channels[name]) for name in rows}
-            losses["total"] = sum(losses[name] for name in ("x", "y", "head->head")) + 0.5 * losses["logits"]
-        losses["total"].backward()
-        sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
-    torch.testing.assert_close(sums, {name: loss.detach() for name, loss in whole.items()})
-    for name, parameter in distiller.named_parameters():
-        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-6)
-
-
-CLASSES = {"student": "head", "teacher": "head"}
-
-
-def test_one_number_of_total_rows_serves_all_losses_and_bad_ones_are_refused():
-    distiller = make([CLASSES], logit_weight=1.0, teacher=ViT(9))
-    losses, tenth = distiller(IMAGES)[1], distiller(IMAGES, total_rows=50)[1]
-    for name, loss in losses.items():
-        torch.testing.assert_close(tenth[name], loss / 10)
-    with pytest.raises(ValueError, match="a key of total_rows must be one of 'head->head', 'logits'; got 'x'"):
-        distiller(IMAGES, total_rows={"x": 3})
-    with pytest.raises(ValueError, match="total_rows must be .*> 0; got 0"):
-        distiller(IMAGES, total_rows=0)
-    with pytest.raises(ValueError, match=r"total_rows must be a number or a 0-d tensor; got .*\(5,\)"):
-        distiller(IMAGES, total_rows=torch.ones(5))
-    with pytest.raises(ValueError, match="with reduction='sum' divide the losses"):
-        make([CLASSES], teacher=ViT(9), reduction="sum")(IMAGES, total_rows=5)
 
 
 def test_explicit_dims_need_no_example():
@@ -417,14 +274,18 @@ def test_logits_alone_with_masked_rows_and_entries():
     [
         ({"student": "block.1"}, ValueError, "student has no module 'block.1'.*nearest first, 'blocks.1', 'blocks"),
         ({"teacher": "layer4"}, ValueError, "teacher has no module 'layer4'; it has, nearest first.*'conv'"),
-        ({"student_pool": "spatial"}, ValueError, r"'norm' must have the layout \(N, C, H, W\) for student_pool="
-         r"'spatial'; got \(1, 17, 6\), which suits 'class_token', 'mean_tokens', 'tokens', a function"),
+        (
+            {"student_pool": "spatial"},
+            ValueError,
+            r"'norm' must have the layout \(N, C, H, W\) for student_pool="
+            r"'spatial'; got \(1, 17, 6\), which suits 'class_token', 'mean_tokens', 'tokens', a function",
+        ),
         ({"teacher_pool": None}, ValueError, r"layout \(N, C\) for teacher_pool=None; got \(1, 10, 4, 4\)"),
         ({"student_pool": "max"}, ValueError, "student_pool must be one of None, 'class_token'.*got 'max'"),
         ({"student_skip": -1}, ValueError, "student_skip must be an int >= 0; got int -1"),
         ({"student_skip": 17}, ValueError, "student_skip=17 leaves none of 17 tokens"),
         ({"teacher": None}, TypeError, "teacher must be the name of a module; got NoneType"),
-        ({"student_output": "x"}, TypeError, "student_output='x' finds NoneType"),
+        ({"student_output": "x"}, TypeError, "has no entry 'x' of student_output='x'; Tensor has no entries"),
         ({"student_pool": "tokens"}, ValueError, r"same positions; got student rows of shape \(1, 16, 6\) and teacher"),
         ({"weight": "1"}, TypeError, "weight must be a number"),
         ({"scale": "auto"}, ValueError, "scale must be one of 'match', 'learned'"),
@@ -438,7 +299,7 @@ def test_logits_alone_with_masked_rows_and_entries():
         ({"name": "total"}, ValueError, "names of their own.*'total'"),
         ({"studnt": "norm"}, TypeError, "unexpected keyword argument 'studnt'"),
     ],
-)  # fmt: skip
+)
 def test_bad_pairs(pair, error, message):
     with pytest.raises(error, match=message):
         make([{**TOKENS_TO_MAP, **pair}])
@@ -448,8 +309,11 @@ def test_bad_pairs(pair, error, message):
     ("options", "error", "message"),
     [
         ({"example_input": None}, ValueError, "example_input is needed, or dims of the pairs 'norm->relu'"),
-        ({"pairs": [{**TOKENS_TO_MAP, "dims": (6, 10)}], "example_input": None, "example_teacher_input": IMAGES},
-         ValueError, "example_teacher_input needs an example_input"),
+        (
+            {"pairs": [{**TOKENS_TO_MAP, "dims": (6, 10)}], "example_input": None, "example_teacher_input": IMAGES},
+            ValueError,
+            "example_teacher_input needs an example_input",
+        ),
         ({"pairs": [TOKENS_TO_MAP, TOKENS_TO_MAP]}, ValueError, "names of their own.*'norm->relu', 'norm->relu'"),
         ({"pairs": []}, ValueError, "there must be a loss"),
         ({"pairs": ["norm", "relu"]}, TypeError, "list of dicts with the fields of Pair, or of Pairs; got list"),
@@ -461,7 +325,7 @@ def test_bad_pairs(pair, error, message):
         ({"backend": "cuda"}, ValueError, "backend must be None or one of"),
         ({"dtype": torch.bfloat16}, TypeError, "None, float32 or float64"),
     ],
-)  # fmt: skip
+)
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)

@@ -78,15 +78,18 @@ def test_parameter_groups():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     names = {id(p): name for name, p in distiller.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
-        "student.embed.weight", "student.blocks.0.0.weight", "student.blocks.1.0.weight"
-    }  # fmt: skip
+        "student.embed.weight",
+        "student.blocks.0.0.weight",
+        "student.blocks.1.0.weight",
+    }
     trained = {name for name, p in distiller.named_parameters() if p.requires_grad}
     assert {names[id(p)] for g in (decayed, spared) for p in g["params"]} == trained
     assert len(decayed["params"]) + len(spared["params"]) == len(trained)
     assert distiller.no_weight_decay() == {
-        "student.cls_token", "pair_losses.[c].scale",
+        "student.cls_token",
+        "pair_losses.[c].scale",
         *(f"pair_losses.[{n}].projection.unconstrained" for n in ("a", "b", "c", "wide")),
-    }  # fmt: skip
+    }
     torch.optim.AdamW([decayed, spared])
 
 

@@ -138,4 +138,4 @@ def test_reset_parameters_leaves_the_models_alone():
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed - {name for name in changed if name.endswith("map.signs")} == {
         f"pair_losses.[{n}].projection.unconstrained" for n in ("a", "b", "c", "wide")
-    }  # fmt: skip
+    }

@@ -51,22 +51,33 @@ def timm_regnet():
 
 def timm_swin():
     return timm_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=2, depths=(1, 1), embed_dim=12, num_heads=(1, 2),
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=2,
+        depths=(1, 1),
+        embed_dim=12,
+        num_heads=(1, 2),
         num_classes=5,
-    )  # fmt: skip
+    )
 
 
 TAPS = {  # the module whose output forward_features returns, how to pool it, the same by hand
     "timm ViT": (timm_vit, "norm", {"pool": "mean_tokens", "skip": 1}, lambda x: x[:, 1:].mean(1)),
     "timm ViT, class token": (timm_vit, "norm", {"pool": "class_token"}, lambda x: x[:, 0]),
     "timm DeiT, two tokens": (
-        timm_deit_distilled, "norm", {"pool": "mean_tokens", "skip": 2}, lambda x: x[:, 2:].mean(1),
+        timm_deit_distilled,
+        "norm",
+        {"pool": "mean_tokens", "skip": 2},
+        lambda x: x[:, 2:].mean(1),
     ),
     "timm RegNet": (timm_regnet, "final_conv", {"pool": "spatial_mean"}, lambda x: x.mean((2, 3))),
     "timm Swin, channels last": (
-        timm_swin, "norm", {"pool": lambda x: x.mean((1, 2))}, lambda x: x.mean((1, 2)),
+        timm_swin,
+        "norm",
+        {"pool": lambda x: x.mean((1, 2))},
+        lambda x: x.mean((1, 2)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("student", TAPS)
@@ -106,8 +117,12 @@ def test_torchvision_models(name, module):
 
 def bert(transformers, width, kind="BertForSequenceClassification"):
     config = transformers.BertConfig(
-        hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=50,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=50,
+    )
     return getattr(transformers, kind)(config).eval()
 
 
@@ -118,10 +133,16 @@ def test_transformers_text_models_with_attention_masks():
     inputs = {"input_ids": torch.randint(50, (4, 7)), "attention_mask": mask.long()}
     tokens = {"student_pool": "tokens", "teacher_pool": "tokens"}
     pairs = [
-        {"student": "bert.encoder", "student_output": "last_hidden_state", "teacher": "bert.encoder",
-         "teacher_output": "last_hidden_state", **tokens, "name": "last"},
+        {
+            "student": "bert.encoder",
+            "student_output": "last_hidden_state",
+            "teacher": "bert.encoder",
+            "teacher_output": "last_hidden_state",
+            **tokens,
+            "name": "last",
+        },
         {"student": "bert.encoder.layer.0.output", "teacher": "bert.encoder.layer.0.output", **tokens, "name": "first"},
-    ]  # fmt: skip
+    ]
     models = bert(transformers, 16), bert(transformers, 24)
     distiller = make(pairs, *models, example_input=inputs, logit_weight=1.0).eval()
     output, losses = distiller(**inputs, masks={"last": mask, "first": mask})
@@ -137,12 +158,23 @@ def test_transformers_text_models_with_attention_masks():
 def test_transformers_vision_models():
     transformers = pytest.importorskip("transformers", reason="needs transformers (the extra integrations)")
     config = transformers.ViTConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
         num_labels=5,
-    )  # fmt: skip
+    )
     student = transformers.ViTForImageClassification(config).eval()
-    pair = {"student": "vit.layernorm", "student_pool": "mean_tokens", "student_skip": 1, "teacher": "final_conv",
-            "teacher_pool": "spatial_mean", "name": "x"}  # fmt: skip
+    pair = {
+        "student": "vit.layernorm",
+        "student_pool": "mean_tokens",
+        "student_skip": 1,
+        "teacher": "final_conv",
+        "teacher_pool": "spatial_mean",
+        "name": "x",
+    }
     images = torch.randn(3, 3, 32, 32)
     distiller = make([pair], student, timm_regnet(), example_input=images, logit_weight=1.0).eval()
     losses = distiller(images)[1]
@@ -173,9 +205,14 @@ def test_in_a_lightning_module_that_logs_its_metrics(tmp_path):
     module = Distillation()
     before = module.distiller.projection("norm->relu").detach().clone()
     trainer = lightning.Trainer(
-        max_steps=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=tmp_path, log_every_n_steps=1,
-    )  # fmt: skip
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        log_every_n_steps=1,
+    )
     trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), batch_size=3))
     after = module.distiller.projection("norm->relu")
     assert not torch.equal(after, before) and orthogonality_error(after) <= 1e-5
@@ -201,9 +238,16 @@ def test_in_a_hugging_face_trainer(tmp_path):
             return (losses["total"], output) if return_outputs else losses["total"]
 
     options = transformers.TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=1e-2, report_to="none", save_strategy="no",
-        remove_unused_columns=False, disable_tqdm=True, use_cpu=True, per_device_train_batch_size=4,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        per_device_train_batch_size=4,
+    )
     optimizer = torch.optim.AdamW(distiller.parameter_groups(weight_decay=0.05), lr=1e-2)
     data = [{name: value[i] for name, value in fields.items()} for i in range(4)]
     trainer = Trainer(distiller, options, train_dataset=data, optimizers=(optimizer, None))

@@ -276,7 +276,7 @@ GOOD = dict(zip(("student", "teacher", "weight"), inputs(dtype=torch.float32), s
         ({"student": torch.randn(13, 5).double()}, TypeError, "all be float64 or none; got student torch.float64"),
         ({"teacher": torch.randn(13, 9, device="meta")}, ValueError, "teacher must be on student's device; got .*meta"),
         ({"normalization": "layernorm"}, ValueError, "normalization must be one of 'layer_norm'.*got 'layernorm'"),
-        ({"loss": "l2"}, ValueError, "loss must be one of 'smooth_l1', 'mse'; got 'l2'"),
+        ({"loss": "l2"}, ValueError, "loss must be one of 'smooth_l1', 'mse', 'cosine'; got 'l2'"),
         ({"reduction": "none"}, ValueError, "reduction must be one of 'mean', 'sum'; got 'none'"),
         ({"beta": 0}, ValueError, "beta must be a finite number > 0; got 0"),
         ({"beta": "1"}, TypeError, "beta must be a number; got str"),

@@ -239,18 +239,6 @@ def test_column_statistics(dtype, weighted, small_chunks):
     assert squares.dtype == exact and error(squares, truth) <= limit
 
 
-def test_scatter_is_ieee_and_leaves_the_setting():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        with statistics.ieee_products():
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
-
-
 def test_statistics_opcheck():
     x, w, mean, sums = torch.randn(6, 4), torch.rand(6), torch.randn(4), torch.randn(4)
     torch.library.opcheck(OPS.column_sum.default, (x, w))

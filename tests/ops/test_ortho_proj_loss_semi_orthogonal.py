@@ -8,7 +8,7 @@ import torch
 
 import vkd_kernels as vk
 from tests.helpers.loss_cases import error
-from vkd_kernels.ops.ortho_proj_loss import chunked, reference
+from vkd_kernels.ops.ortho_proj_loss import chunked, dispatch, reference, without_z
 from vkd_kernels.ops.ortho_proj_loss.spec import LossInputs, LossSpec, acc_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,3 +209,44 @@ def test_fused_opcheck():
             *[True] * 3,
         ),
     )
+
+
+# ------------------------------------------------------------------------ students that have nearly reached the teacher
+
+
+@pytest.mark.parametrize("s, t", [(24, 24), (24, 60)])
+@pytest.mark.parametrize(
+    "dtype, offset, noise",
+    [
+        (torch.float32, 100.0, 1e-4),
+        (torch.float32, 100.0, 1e-2),
+        (torch.float32, 0.0, 1e-6),
+        (torch.bfloat16, 100.0, 0.1),
+        (torch.bfloat16, 0.0, 1e-4),
+    ],
+)
+def test_a_student_that_is_close_to_a_teacher_of_large_mean(dtype, offset, noise, s, t, monkeypatch):
+    """‖X‖² - 2 ⟨X, T P⟩ + ‖T‖² was -5.5e-5 for 1e-8 in float32, and -0.69 for 0.039 in bfloat16."""
+    module = vk.OrthoProjLoss(s, t, normalization="none", loss="mse")
+    x = (torch.randn(4000, s) + offset).to(dtype)
+    with torch.no_grad():
+        p = module.projection.weight
+        y = (x.float() @ p.T + noise * torch.randn(4000, t)).to(dtype)
+        truth = (x.double() @ p.double().T - y.double()).square().mean()
+        by_reference = module(x, y)
+        monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1)
+        value = module(x, y)
+    assert value >= 0
+    assert error(value, truth) <= max(1.5 * error(by_reference, truth), 1e-6)
+
+
+def test_z_is_formed_only_where_the_squares_cancel(monkeypatch):
+    formed = []
+    multiply = without_z.product
+    monkeypatch.setattr(without_z, "product", lambda *args: formed.append(args[0].shape[1]) or multiply(*args))
+    far, near = Arguments((50, 8, 20), torch.float32), Arguments((50, 8, 20), torch.float32, normalization="none")
+    near.teacher = near.student @ near.weight.T
+    far.run(chunked.semi_orthogonal_loss)
+    assert formed == [20]  # Y P alone
+    near.run(chunked.semi_orthogonal_loss)
+    assert formed == [20, 20, 8]

@@ -96,9 +96,26 @@ def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Seq
 
 def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options: Options) -> Manifest:
     """The manifest of the store in the folder, which must be of this teacher and these data; or a new one."""
-    indices = sorted({0, samples.count // 2, samples.count - 1})
-    probe = frozen(samples.batch(indices), len(indices))
-    wanted = Manifest(
+    wanted, probe = planned(frozen, samples, options)
+    if (folder / MANIFEST).exists():
+        manifest = Manifest.load(folder)
+        check_fresh(folder, manifest, wanted, probe)
+        return manifest
+    again = frozen.arguments(samples.batch(samples.probed))
+    if largest_difference(probe.inputs, frozen.tensors(again)) > 0:
+        raise ValueError(
+            "data gives another view of a sample at every visit, so the stored features would be of views that the "
+            "student never sees: store one view of every sample, or several fixed ones (vkd_kernels.store.FixedViews)"
+        )
+    save_tensors(folder / PROBE, probe_tensors(probe))
+    wanted.save(folder)
+    return wanted
+
+
+def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[Manifest, Answer]:
+    """The manifest of a new store, and the teacher's answer to a few samples, which shows the features' shapes."""
+    probe = frozen(samples.batch(samples.probed), len(samples.probed))
+    manifest = Manifest(
         samples=samples.count,
         shard_samples=options.shard_samples or MOST_SHARD_SAMPLES,
         dtype=str(options.dtype).removeprefix("torch."),
@@ -110,22 +127,10 @@ def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options
         weights=weights_fingerprint(frozen.model),
         transform=samples.transform,
     )
-    if (folder / MANIFEST).exists():
-        manifest = Manifest.load(folder)
-        check_fresh(folder, manifest, wanted, probe)
-        return manifest
     if options.shard_samples is None:
-        fitting = max(1, min(MOST_SHARD_SAMPLES, SHARD_BYTES // max(1, wanted.sample_bytes)))
-        wanted = dataclasses.replace(wanted, shard_samples=fitting)
-    again = frozen.arguments(samples.batch(indices))
-    if largest_difference(probe.inputs, frozen.tensors(again)) > 0:
-        raise ValueError(
-            "data gives another view of a sample at every visit, so the stored features would be of views that the "
-            "student never sees: store one view of every sample, or several fixed ones (vkd_kernels.store.FixedViews)"
-        )
-    save_tensors(folder / PROBE, probe_tensors(probe))
-    wanted.save(folder)
-    return wanted
+        fitting = max(1, min(MOST_SHARD_SAMPLES, SHARD_BYTES // max(1, manifest.sample_bytes)))
+        manifest = dataclasses.replace(manifest, shard_samples=fitting)
+    return manifest, probe
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:

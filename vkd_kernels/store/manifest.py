@@ -35,8 +35,10 @@ class StoredTap:
     module: str
     pool: str | None  # a function by its name
     skip: int
-    output: int | str | None
+    output: int | str | tuple | None
     shape: tuple[int, ...] = ()
+    call: int | None = None
+    layout: str = "NCHW"
 
     @classmethod
     def of(cls, pair: Pair, shape: tuple[int, ...] = ()) -> "StoredTap":
@@ -44,13 +46,22 @@ class StoredTap:
         if callable(pool):
             pool = f"function {getattr(pool, '__qualname__', type(pool).__qualname__)}"
         skip = pair.teacher_skip if pool in SKIPPING_POOLS else 0
-        return cls(pair.teacher, pool, skip, pair.teacher_output, shape)
+        return cls(
+            module=pair.teacher,
+            pool=pool,
+            skip=skip,
+            output=pair.teacher_output,
+            shape=shape,
+            call=pair.teacher_call,
+            layout=pair.teacher_layout,
+        )
 
     def same_as(self, other: "StoredTap") -> bool:
         return dataclasses.replace(self, shape=()) == dataclasses.replace(other, shape=())
 
     def __str__(self) -> str:
         options = {"teacher_pool": self.pool, "teacher_skip": self.skip or None, "teacher_output": self.output}
+        options |= {"teacher_call": self.call, "teacher_layout": None if self.layout == "NCHW" else self.layout}
         shown = [f"{name}={value!r}" for name, value in options.items() if value is not None]
         return " with ".join([repr(self.module), *([", ".join(shown)] if shown else [])])
 
@@ -114,7 +125,10 @@ class Manifest:
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not of the format {FORMAT!r}: delete the folder and build the store again")
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-        taps = {key: StoredTap(**{**tap, "shape": tuple(tap["shape"])}) for key, tap in fields["taps"].items()}
+        taps = {
+            key: StoredTap(**{**tap, "shape": tuple(tap["shape"]), "output": _path(tap["output"])})
+            for key, tap in fields["taps"].items()
+        }
         return cls(**{**fields, "taps": taps})
 
 
@@ -125,6 +139,11 @@ def shard_path(folder: Path, shard: int) -> Path:
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     present = {path.name for path in folder.iterdir()}
     return [shard for shard in range(manifest.shards) if shard_path(folder, shard).name not in present]
+
+
+def _path(output: int | str | list | None) -> int | str | tuple | None:
+    """A path of entries, which JSON has as a list."""
+    return tuple(output) if isinstance(output, list) else output
 
 
 def tap_keys(taps: list[StoredTap]) -> list[str]:
@@ -143,10 +162,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path} ({error.strerror or error}); finished shards are kept: build it again "
-            "with the same arguments to continue"
-        ) from error  # fmt: skip
+        reason = error.strerror or error
+        remedy = "finished shards are kept: build it again with the same arguments to continue"
+        message = f"cannot write {path} ({reason}); {remedy}"
+        raise OSError(error.errno, message) from error
     finally:
         partial.unlink(missing_ok=True)
     if os.name == "posix":  # the new name itself must reach the disk too

@@ -15,16 +15,16 @@ from ..ops import checks
 class Options:
     """The keyword arguments of ``FeatureStore.build``."""
 
-    dtype: torch.dtype
-    teacher_input: Callable[[Any], Any] | None
-    mask: Callable[[Any], torch.Tensor] | None
-    transform: str | None
-    batch_size: int
-    num_workers: int
-    shard_samples: int | None
-    rank: int | None
-    world_size: int | None
-    progress: bool
+    dtype: torch.dtype = torch.float16
+    teacher_input: Callable[[Any], Any] | None = None
+    mask: Callable[[Any], torch.Tensor] | None = None
+    transform: str | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    shard_samples: int | None = None
+    rank: int | None = None
+    world_size: int | None = None
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in checks.FLOATING:

@@ -13,7 +13,9 @@ from torch import nn
 
 from ..ops import checks
 from ..pairs import Pair
+from .build import build
 from .manifest import Manifest, StoredTap, missing_shards, shard_path
+from .options import Options
 
 
 class FeatureStore:
@@ -107,14 +109,19 @@ class FeatureStore:
             ValueError: the store there is of other weights, taps, data or transform; features are not finite.
             OSError: the disk has not enough room for the store, said before the start.
         """
-        from .build import Options, build  # needs safetensors
-
-        build(
-            Path(folder), teacher, data, taps,
-            Options(dtype=dtype, teacher_input=teacher_input, mask=mask, transform=transform, batch_size=batch_size,
-                    num_workers=num_workers, shard_samples=shard_samples, rank=rank, world_size=world_size,
-                    progress=progress),
-        )  # fmt: skip
+        options = Options(
+            dtype=dtype,
+            teacher_input=teacher_input,
+            mask=mask,
+            transform=transform,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            shard_samples=shard_samples,
+            rank=rank,
+            world_size=world_size,
+            progress=progress,
+        )
+        build(Path(folder), teacher, data, taps, options)
         return cls(folder)
 
     @property

@@ -48,6 +48,11 @@ class Samples:
         transform = transform_text(dataset) if options.transform is None else options.transform
         return cls(dataset, len(dataset), loader_options, batch_size, transform)
 
+    @property
+    def probed(self) -> list[int]:
+        """The samples by which other data or another transform are noticed."""
+        return sorted({0, self.count // 2, self.count - 1})
+
     def batch(self, indices: list[int]) -> Any:
         return self.loader_options["collate_fn"]([self.dataset[index] for index in indices])
 

@@ -1,6 +1,6 @@
 """The teacher while a store is built: frozen, with hooks on the tapped modules, fed by batches of any form."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from ..ops import checks
 from ..pairs import Pair
-from ..taps import Tap, as_arguments, cast, find_module
+from ..taps import Tap, as_arguments, hooks_of, moved, run_tapped, tensors_in
 from .manifest import StoredTap, tap_keys
 from .options import Options
 
@@ -31,8 +31,8 @@ class FrozenTeacher:
         self.teacher, self.model = teacher, getattr(teacher, "_orig_mod", teacher)  # compiled, and the model itself
         self.pairs, self.options = pairs, options
         self.keys = tap_keys([StoredTap.of(pair) for pair in pairs])
-        self.hooks = [Tap(pair, "teacher") for pair in pairs]
-        self.modules = [find_module("teacher", teacher, pair.teacher) for pair in pairs]
+        self.hooks = [Tap(pair.side("teacher")) for pair in pairs]
+        hooks_of("teacher", teacher, self.hooks)  # are the names right?
         self.modes = [(module, module.training) for module in teacher.modules()]
         first = next((p for p in teacher.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
@@ -41,9 +41,8 @@ class FrozenTeacher:
 
     def __enter__(self) -> "FrozenTeacher":
         self.teacher.eval()
-        self.handles = [
-            module.register_forward_hook(hook) for module, hook in zip(self.modules, self.hooks, strict=True)
-        ]
+        hooks = hooks_of("teacher", self.teacher, self.hooks)
+        self.handles = [module.register_forward_hook(hook) for module, hook in hooks]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,14 +55,13 @@ class FrozenTeacher:
     def __call__(self, batch: Any, count: int) -> Answer:
         args, kwargs = arguments = self.arguments(batch)
         mask = None if self.options.mask is None else moved(self.options.mask(batch), self.device, None)
-        for hook in self.hooks:
-            hook.seen = []
-        try:
-            self.teacher(*args, **kwargs)
-            rows = {key: hook.rows(mask)[0] for key, hook in zip(self.keys, self.hooks, strict=True)}
-        finally:
-            for hook in self.hooks:
-                hook.seen = None
+        _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.hooks, strict=True)))
+        rows = {}
+        for key, hook in zip(self.keys, self.hooks, strict=True):
+            returned = hook.chosen(calls[key])
+            if returned is None:
+                raise RuntimeError(hook.missing(self.teacher, calls[key]))
+            rows[key] = hook.rows(returned, mask).values
         for key, features in rows.items():
             if features.dim() < 2 or len(features) != count:
                 raise ValueError(
@@ -82,7 +80,7 @@ class FrozenTeacher:
 
     @staticmethod
     def tensors(arguments: tuple[tuple, dict]) -> list[torch.Tensor]:
-        return [*_tensors_in(arguments)]
+        return tensors_in(arguments)
 
 
 def teacher_taps(taps: Sequence[str | Mapping | Pair]) -> list[Pair]:
@@ -98,23 +96,3 @@ def teacher_taps(taps: Sequence[str | Mapping | Pair]) -> list[Pair]:
         if not any(StoredTap.of(pair).same_as(StoredTap.of(other)) for other in pairs):
             pairs.append(pair)
     return pairs
-
-
-def moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    """Tensors on the device, floating-point ones in the dtype, inside of tuples, lists and dicts too."""
-    if isinstance(value, torch.Tensor):
-        return cast(value if device is None else value.to(device, non_blocking=True), dtype)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [moved(item, device, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(item)

@@ -1,19 +1,21 @@
 """The projected feature loss: its public functions (validation.py checks, dispatch.py goes on)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from . import dispatch, validation
 from .spec import Execution, LossSpec
-from .validation import LOSSES, NORMALIZATIONS, REDUCTIONS, check_options, loss_spec
+from .validation import LOSSES, NORMALIZATIONS, REDUCTIONS, check_options, check_scale_acts, loss_spec
 
 __all__ = [
     "LOSSES",
     "NORMALIZATIONS",
     "REDUCTIONS",
     "check_options",
+    "check_scale_acts",
     "loss_spec",
     "ortho_proj_loss",
     "ortho_proj_losses",
@@ -30,33 +32,44 @@ def ortho_proj_loss(
     scale: float | torch.Tensor | None = None,  # number, () or (T,)
     bias: torch.Tensor | None = None,  # (T,)
     mask: torch.Tensor | None = None,  # (...)
-    normalization: str = "layer_norm",
-    loss: str = "smooth_l1",
+    normalization: str | nn.Module = "layer_norm",
+    loss: str | Mapping[str, float] = "smooth_l1",
     beta: float = 1.0,
     eps: float = 1e-5,
     reduction: str = "mean",
     process_group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    r"""Distance between projected student features and normalised teacher features (V_kD, CVPR 2024, section 3).
+    r"""Distance between projected student features and normalized teacher features (V_kD, CVPR 2024, section 3).
 
     ::
 
-        Z = student weightᵀ · scale + bias          T = normalise(teacher)
-        L = mean over rows and channels of ρ(Z - T)
+        Z = student weightᵀ · scale + bias          T = normalize(teacher)
+        L = mean over rows and channels of ρ(Z - T), or mean over rows of 1 - cos(z, t)
 
     ======================  =======================================================================================
     ``normalization``       T
     ======================  =======================================================================================
-    ``"layer_norm"``        every row standardised over its T channels (biased variance + eps)
-    ``"batch_norm"``        every channel standardised over the rows (biased variance + eps), and Z likewise, with
+    ``"layer_norm"``        every row standardized over its T channels (biased variance + eps)
+    ``"batch_norm"``        every channel standardized over the rows (biased variance + eps), and Z likewise, with
                             gradients through its statistics
-    ``"whiten"``            centred and decorrelated (ZCA) with shrinkage ``eps``: choose it larger, 1e-3 say, and
+    ``"whiten"``            centered and decorrelated (ZCA) with shrinkage ``eps``: choose it larger, 1e-3 say, and
                             certainly where there are fewer rows than channels
     ``"none"``              teacher as it is
+    an ``nn.Module``        ``module(teacher (..., T), mask or None)``, called without gradients
     ======================  =======================================================================================
 
-    The product is taken in the student's dtype (autocast's under autocast) and accumulated in float32; normalisation
+    ======================  =======================================================================================
+    ``loss``                of a row
+    ======================  =======================================================================================
+    ``"smooth_l1"``         the mean over channels of d²/2β below β, of abs(d) - β/2 from there on; d = z - t
+    ``"mse"``               the mean over channels of d²
+    ``"cosine"``            1 - ⟨z, t⟩ / (‖z‖ ‖t‖), norms of at least 1e-8: 1 for a row of zeros. One number that scales
+                            all channels changes no angle, so that with cosine alone any ``scale`` but 1.0 is an error
+    ``{name: share}``       a mixture: ``{"cosine": 0.9, "smooth_l1": 0.1}`` adds 0.9 of one to 0.1 of the other
+    ======================  =======================================================================================
+
+    The product is taken in the student's dtype (autocast's under autocast) and accumulated in float32; normalization
     and loss are float32. float64 works throughout when student, teacher and weight all are.
 
     Args:
@@ -65,11 +78,12 @@ def ortho_proj_loss(
         weight: ``(T, S)``, any matrix; gradients are those of any matrix.
         scale: multiplies Z: a number, a 0-d tensor, or one value per teacher channel. Folded into the weight.
         bias: one value per teacher channel.
-        mask: bool, or non-negative float weights, one per row. Rows of weight 0 count nowhere, whatever they hold;
-            with no row left the loss is 0 with zero gradients. Non-negativity is not checked: it would stall a GPU.
-        loss: ``"smooth_l1"`` (quadratic below ``beta`` > 0) or ``"mse"``.
+        mask: bool, or non-negative float weights, one per row; a constant. Rows of weight 0 count nowhere, whatever
+            they hold; with no row left the loss is 0 with zero gradients. That no weight is negative is not checked: it
+            would stall a GPU.
+        beta: of ``"smooth_l1"``, above 0.
         eps: see the table.
-        reduction: ``"mean"`` divides by the rows' total weight times T, ``"sum"`` does not.
+        reduction: ``"mean"`` over the rows by their weights, or ``"sum"`` over rows and (but for cosine) channels.
         process_group: statistics and mean over the rows of all its ranks (pass ``torch.distributed.group.WORLD``).
             Every rank returns the global loss, and gradients averaged over the ranks, as DDP does, are those of one
             process with all rows. Ranks may hold different numbers of rows, also none. ``None``: this process alone.
@@ -109,8 +123,8 @@ def ortho_proj_losses(
     scale: float | torch.Tensor | None = None,  # number, (), (G,) or (G, T)
     bias: torch.Tensor | None = None,  # (G, T)
     masks: Sequence[torch.Tensor | None] | None = None,  # G of (...)
-    normalization: str = "layer_norm",
-    loss: str = "smooth_l1",
+    normalization: str | nn.Module = "layer_norm",
+    loss: str | Mapping[str, float] = "smooth_l1",
     beta: float = 1.0,
     eps: float = 1e-5,
     reduction: str = "mean",
@@ -171,6 +185,7 @@ def projected_loss(
     validation.check_one(
         student, teacher, weight, scale=scale, bias=bias, mask=mask, process_group=execution.process_group
     )
+    validation.check_scale_acts(spec, scale, channel_dims=1)
     return dispatch.loss(student, teacher, weight, scale=scale, bias=bias, mask=mask, spec=spec, execution=execution)
 
 
@@ -190,6 +205,7 @@ def projected_losses(
     validation.check_group_of(
         students, teachers, weights, scale=scale, bias=bias, masks=masks, process_group=execution.process_group
     )
+    validation.check_scale_acts(spec, scale, channel_dims=2)
     return dispatch.group_loss(
         students, teachers, weights, scale=scale, bias=bias, masks=masks, spec=spec, execution=execution
     )

@@ -41,7 +41,7 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
     row_weight, denominator = balanced(inputs)
     coefficients = spec.coefficients(inputs.teacher.shape[1])
     tall = inputs.weight.shape[1] <= inputs.weight.shape[0]
-    if spec.loss == (("cosine", 1.0),) and tall and inputs.bias is None and inputs.channel_shift is None:
+    if spec.is_cosine_alone and tall and inputs.bias is None and inputs.channel_shift is None:
         return _without_z(spec, replace(inputs, scale=1.0), semi_orthogonal=False, workspace_bytes=workspace_bytes)
     on_device = isinstance(denominator, torch.Tensor)
     return chunked_loss(

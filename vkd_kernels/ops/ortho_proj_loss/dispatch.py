@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from .. import implementations
+from .. import checks, implementations
 from ..implementations import Implementation
 from ..normalization.all_reduce import all_reduce_together
 from ..normalization.reference import whiten_each
@@ -65,7 +65,9 @@ def loss(
     """The loss of arguments that api.py has checked."""
     implementation = choose(spec, execution, [student], [teacher])
     product_dtype = _product_dtype(student)
+    spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
+        spec, (teacher,) = _targets_of_module(spec, [teacher], [mask])
         rows = _rows(spec, execution, product_dtype, [student], [teacher], [mask])
         spec, rows = _with_targets(spec, execution, implementation, rows)
         sums = _sums(spec, execution, implementation, rows)
@@ -105,7 +107,9 @@ def group_loss(
     """The losses of arguments that api.py has checked."""
     implementation = choose(spec, execution, students, teachers)
     product_dtype = _product_dtype(students[0])
+    spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
+        spec, teachers = _targets_of_module(spec, teachers, masks)
         rows = _rows(spec, execution, product_dtype, students, teachers, masks)
         spec, rows = _with_targets(spec, execution, implementation, rows)
         sums = _sums(spec, execution, implementation, rows)
@@ -131,6 +135,14 @@ def group_loss(
         else:
             share = _module(implementation).group_loss(spec, _scaled_group(group))
         return all_ranks_loss(share, weights, execution.process_group, execution.agreement)
+
+
+def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
+    """The options with a beta that the dtype has a number for: 0 would give every d its sign, also d = 0."""
+    limits = torch.finfo(dtype)
+    if limits.tiny <= spec.beta <= limits.max:
+        return spec
+    return replace(spec, beta=min(max(spec.beta, limits.tiny), limits.max))
 
 
 # ------------------------------------------------------------------------------------------ which implementation serves
@@ -215,6 +227,28 @@ def _row_weight(mask: torch.Tensor, dtype: torch.dtype, relative: bool) -> torch
     if relative:  # a weighted mean does not depend on the weights' size
         return (mask / mask.amax().clamp_min(torch.finfo(mask.dtype).tiny)).to(dtype)
     return torch.where(mask > 0, mask.to(dtype).clamp_min(torch.finfo(dtype).tiny), mask.to(dtype))
+
+
+def _targets_of_module(
+    spec: LossSpec, teachers: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+) -> tuple[LossSpec, Sequence[torch.Tensor]]:
+    """What a module that is the normalization makes of the teachers: module(features (..., T), mask) -> targets."""
+    module = spec.normalization
+    if isinstance(module, str):
+        return spec, teachers
+    targets = []
+    with torch.no_grad():
+        for teacher, mask in zip(teachers, masks, strict=True):
+            target = module(teacher.detach(), mask)
+            if not isinstance(target, torch.Tensor) or target.shape != teacher.shape or not target.is_floating_point():
+                raise ValueError(
+                    f"normalization must return floating targets of the features' shape {tuple(teacher.shape)}; "
+                    f"{type(module).__name__} returned {checks.describe(target)}"
+                )
+            targets.append(
+                target if teacher.dtype == torch.float64 or target.dtype != torch.float64 else target.float()
+            )
+    return replace(spec, normalization="none"), targets
 
 
 def _with_targets(

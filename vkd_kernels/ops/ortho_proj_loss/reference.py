@@ -44,6 +44,7 @@ def loss(spec: LossSpec, inputs: LossInputs, process_group: "dist.ProcessGroup |
         huber = F.smooth_l1_loss(z, t, beta=spec.beta, reduction="none")
         row_loss = row_loss + coefficients.smooth_l1 * huber.sum(1)
     if coefficients.cosine:
-        z_norm, t_norm = (torch.linalg.vector_norm(x, dim=1).clamp_min(NORM_FLOOR) for x in (z, t))
+        # Clamped before the root, whose second derivative at 0 (a masked row) would be NaN.
+        z_norm, t_norm = (x.square().sum(1).clamp_min(NORM_FLOOR**2).sqrt() for x in (z, t))
         row_loss = row_loss + coefficients.cosine * (1 - (z * t).sum(1) / (z_norm * t_norm))
     return weighted(row_loss[:, None], w).sum() / inputs.denominator

@@ -35,11 +35,9 @@ sequences of G tensors (N, C) and of their (N,) weights or None.
 
 The gradient of weight leaves out what is normal to the manifold, P Xᵀ diag(·) X, which vanishes through any orthogonal
 parametrization. The bracket cancels where t lies almost in the span of P (a teacher with a large mean, S near T): the
-loss must not become negative nor less accurate than the plain form's. So t P is accumulated in float32 or better from
-t about a common origin, t' = t - c x₀ Pᵀ and x' = x - x₀ for one row x₀ (a mean of student rows, or 0 where that is
-not finite: a NaN in one row must not reach another row's gradient), which leaves every formula above as it is; the sums
-of the bracket are added up before the result is clamped at 0. chunked.py, which can look at numbers on a CPU, computes
-t - (t P) Pᵀ instead wherever the bracket is small.
+loss must not become negative nor less accurate than the plain form's, so that Z is formed after all where the result is
+small against what it is the difference of. without_z.py can look at numbers on a CPU; in triton/semi_orthogonal.py the
+device decides.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,6 +46,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 if TYPE_CHECKING:
     from .ranks import RankAgreement
@@ -61,7 +60,7 @@ NORM_FLOOR = 1e-8  # ‖z‖ and ‖t‖ in the cosine are at least that
 class LossSpec:
     """The options of a loss; hashable, so that what an implementation prepares for it can be kept."""
 
-    normalization: str = "layer_norm"
+    normalization: str | nn.Module = "layer_norm"
     eps: float = 1e-5
     loss: tuple[tuple[str, float], ...] = (("smooth_l1", 1.0),)  # (name, its share), each name once
     beta: float = 1.0
@@ -73,6 +72,10 @@ class LossSpec:
         if isinstance(loss, str):
             return ((loss, 1.0),)
         return tuple(sorted((name, float(share)) for name, share in loss.items() if share))
+
+    @property
+    def is_cosine_alone(self) -> bool:
+        return all(name == "cosine" for name, _ in self.loss)
 
     def share(self, name: str) -> float:
         """The share of a loss in the mixture, 0.0 where it has none."""

@@ -5,13 +5,13 @@ rows and need no pass over Z. They are sums, not means, so that they can be adde
 sequences of G tensors (N, C) and of their weights (N,) or None.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..library import differentiable, operator, refuses_gradients
+from ..tf32 import ieee_products
 from . import chunks
 from .chunks import NO_SECOND_ORDER, weighted_, without_masked_rows
 from .spec import acc_dtype
@@ -56,19 +56,6 @@ def _chunks(
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         yield rows, None if row_weight is None else row_weight[rows]
-
-
-@contextlib.contextmanager
-def ieee_products() -> Iterator[None]:
-    """float32 products without TF32, for the statistics; PyTorch's setting comes back as it was."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    if before == "tf32":
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if before == "tf32":
-            torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _centered(x: torch.Tensor, mean: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:

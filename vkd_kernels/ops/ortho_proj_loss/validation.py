@@ -1,16 +1,17 @@
 """What the arguments of the loss must be: every error names the argument and shows what came."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import checks
 from ..normalization.all_reduce import check_group
 from .spec import LossSpec
 
 NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
-LOSSES = ("smooth_l1", "mse")
+LOSSES = ("smooth_l1", "mse", "cosine")
 REDUCTIONS = ("mean", "sum")
 
 
@@ -21,11 +22,38 @@ def loss_spec(*, normalization: Any, loss: Any, beta: Any, eps: Any, reduction: 
 
 
 def check_options(normalization: Any, loss: Any, beta: Any, eps: Any, reduction: Any) -> None:
-    checks.check_choice("normalization", normalization, NORMALIZATIONS)
-    checks.check_choice("loss", loss, LOSSES)
+    if not isinstance(normalization, nn.Module):
+        checks.check_choice("normalization", normalization, NORMALIZATIONS)
+    _check_loss(loss)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     checks.check_number("beta", beta, above=0)
-    checks.check_number("eps", eps, at_least=0, at_most=1 if normalization == "whiten" else None)
+    whitens = isinstance(normalization, str) and normalization == "whiten"
+    checks.check_number("eps", eps, at_least=0, at_most=1 if whitens else None)
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Mapping):
+        checks.check_choice("loss", loss, LOSSES)
+        return
+    for name, share in loss.items():
+        checks.check_choice("a key of loss", name, LOSSES)
+        checks.check_number(f"loss[{name!r}]", share, at_least=0)
+    if not any(loss.values()):
+        raise ValueError(f"loss must have a share above 0; got {dict(loss)}")
+
+
+def check_scale_acts(spec: LossSpec, scale: Any, channel_dims: int) -> None:
+    """One factor for all channels changes no angle: beside the cosine alone it would be without effect.
+
+    channel_dims: the dimensions of a scale that has a factor for each channel, which does change angles.
+    """
+    if not spec.is_cosine_alone or scale is None or (isinstance(scale, torch.Tensor) and scale.dim() == channel_dims):
+        return
+    if isinstance(scale, (str, torch.Tensor)) or scale != 1.0:
+        raise ValueError(
+            "scale has no effect on the loss 'cosine' alone, which compares angles: leave it at 1.0; got "
+            f"{scale!r:.200}"
+        )
 
 
 def check_lists(

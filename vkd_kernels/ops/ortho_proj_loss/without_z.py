@@ -100,10 +100,9 @@ def chunked_loss_without_z(
         on_y = torch.zeros_like(y_square)  # ∂/∂weight = -yᵀ diag(on_y) c x
         grad_cx = torch.zeros_like(cx)
         if mse:
-            residual = cx - m
-            row_loss += mse * (residual.square().sum(1) + _remainder(y, y_square, m, p))
+            row_loss += mse * _square_error(cx, m, y, y_square, p)
             on_y += 2 * mse
-            grad_cx.add_(residual, alpha=2 * mse)
+            grad_cx.add_(cx - m, alpha=2 * mse)
         if cosine:
             q = cx if gram is None else (cx.double() @ gram).to(acc)
             inverse, inverse_square = inverse_lengths((cx * q).sum(1).clamp_min(0), y_square)
@@ -131,16 +130,22 @@ def chunked_loss_without_z(
     return over(total, factor, denominator).to(acc), grad_student, grad_weight, grad_scale
 
 
-def _remainder(y: torch.Tensor, y_square: torch.Tensor, m: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """‖y‖² - ‖m‖² of each row, the square of y's distance from the span of p, for m = y p: (n, T), ..., (T, S) -> (n,).
+def _square_error(
+    cx: torch.Tensor,  # (n, S)
+    m: torch.Tensor,  # (n, S), y p
+    y: torch.Tensor,  # (n, T)
+    y_square: torch.Tensor,  # (n,)
+    p: torch.Tensor,  # (T, S)
+) -> torch.Tensor:  # (n,)
+    """‖c x pᵀ - y‖² of each row: ‖c x - m‖² and the square of y's distance from the span of p, ‖y‖² - ‖m‖².
 
-    Where little is left of ‖y‖² (or NaN), the difference has lost what there is: then it is ‖y - m pᵀ‖².
+    Where that difference leaves little of ‖y‖² (or NaN) it has lost what there is: then Z is formed after all.
     """
-    m_square = m.square().sum(1)
-    left, whole = (x.sum(dtype=torch.float64) for x in (y_square - m_square, y_square))
+    left_of = y_square - m.square().sum(1)
+    left, whole = (x.sum(dtype=torch.float64) for x in (left_of, y_square))
     if left > CANCELS_BELOW * whole:  # on a CPU, looking costs nothing
-        return y_square - m_square
-    return (y - product(m.to(p.dtype), p.T)).square().sum(1)
+        return (cx - m).square().sum(1) + left_of
+    return (product(cx.to(p.dtype), p.T) - y).square().sum(1)
 
 
 differentiable(chunked_loss_without_z, save=save_unscaled, backward=scale_unscaled)

@@ -13,6 +13,8 @@ import triton
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...tf32 import tf32_allowed
+
 # Triton 3.10 changes the default of fp_fusion; the accuracy that the tests hold is that of fused multiply-add.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 INT32_MAX = 2**31 - 1
@@ -164,9 +166,8 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products are IEEE unless PyTorch's setting allows TF32 (this way of reading it accepts both its APIs)."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    """float32 products are IEEE unless PyTorch's setting allows TF32."""
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def group_rows(rows: list[int]) -> tuple[int, ...] | None:

@@ -1,0 +1,117 @@
+"""A loss with a process group whose ranks train projections of their own is an error; evaluation has no group."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import vkd_kernels as vk
+from tests.helpers import processes
+
+S, T = 8, 32
+SAID = re.compile(r"projections of the 2 ranks of process_group differ .* wrap\s+the loss too", re.DOTALL)
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
+)
+
+
+def train(student, loss, rank, steps=20):
+    """Steps of SGD, each rank on rows of its own; returns the largest difference of the ranks' projections."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    x, y = torch.randn(32, 6, generator=generator), torch.randn(32, T, generator=generator)
+    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(student(x), y).backward()
+        optimizer.step()
+    weight = (loss.module if hasattr(loss, "module") else loss).projection.weight.detach()
+    gathered = [torch.empty_like(weight) for _ in range(2)]
+    dist.all_gather(gathered, weight.contiguous())
+    return (gathered[0] - gathered[1]).abs().max().item()
+
+
+def refused(action):
+    with pytest.raises(RuntimeError, match=SAID):
+        action()
+
+
+def bare_loss_beside_ddp(rank, seed):
+    torch.manual_seed(seed)
+    student = DistributedDataParallel(nn.Linear(6, S))
+    loss = vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD)
+    refused(lambda: train(student, loss, rank))
+
+
+def bare_loss_beside_fully_shard(rank):
+    torch.manual_seed(rank)
+    student = nn.Linear(6, S)
+    fully_shard(student)
+    refused(lambda: train(student, vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD), rank))
+
+
+def distiller_with_a_sharded_student(rank):
+    torch.manual_seed(rank)
+    x = torch.randn(16, 6)
+    pairs = [{"student": str(i), "teacher": "0", "dims": (S, T), "name": str(i)} for i in range(2)]
+    distiller = vk.FeatureDistiller(
+        nn.Sequential(nn.Linear(6, S), nn.Linear(S, S)),
+        nn.Sequential(nn.Linear(6, T)),
+        pairs,
+        process_group=dist.group.WORLD,
+    )
+    fully_shard(distiller.student)
+    refused(lambda: distiller(x))
+
+
+def both_wrapped(rank):
+    torch.manual_seed(rank)
+    student = DistributedDataParallel(nn.Linear(6, S))
+    loss = DistributedDataParallel(vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD))
+    assert train(student, loss, rank, steps=70) == 0.0
+
+
+def counted_collectives(rank):
+    """The checksum has no collective of its own, at steps that ask and at those that do not."""
+    torch.manual_seed(0)
+    sizes = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, **options: sizes.append(tensor.numel()) or all_reduce(tensor, **options)
+    try:
+        loss = vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD)
+        for _ in range(3):
+            loss(torch.randn(5, S), torch.randn(5, T))
+        assert sizes == [1, 4] * 3
+        vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD, reduction="sum")(torch.randn(5, S), torch.randn(5, T))
+        assert sizes == [1, 4] * 3 + [4]
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def evaluation_on_one_rank(rank):
+    torch.manual_seed(0)
+    loss = vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD)
+    loss.eval()
+    if rank == 0:
+        x, y = torch.randn(5, S), torch.randn(5, T)
+        alone = vk.functional.ortho_proj_loss(x, y, loss.projection.weight)
+        torch.testing.assert_close(loss(x, y), alone)
+        assert loss.metrics(x, y)
+
+
+def worker(rank):
+    bare_loss_beside_ddp(rank, seed=rank)  # as README's first example would be, with a group
+    bare_loss_beside_ddp(rank, seed=0)  # the same at the start, apart after some steps
+    bare_loss_beside_fully_shard(rank)
+    distiller_with_a_sharded_student(rank)
+    both_wrapped(rank)
+    counted_collectives(rank)
+    evaluation_on_one_rank(rank)
+
+
+def test_a_loss_beside_a_wrapped_student(tmp_path):
+    processes.run_ranks(worker, tmp_path)

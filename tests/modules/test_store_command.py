@@ -1,0 +1,140 @@
+"""vkd cache: a teacher's features of a folder of images, from the command line."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import vkd_kernels as vk
+from tests.helpers import processes
+from vkd_kernels import cli
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+transformers = pytest.importorskip("transformers")
+
+TEACHER = ["--teacher", "timm:vit_tiny_patch16_224", "--weights", "random", "--size", "32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for label in ("cat", "dog"):
+        (folder / label).mkdir()
+        for number in range(5):
+            pixels = torch.randint(256, (40, 36, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / label / f"{number}.png")
+    return folder
+
+
+def run(*words):
+    return cli.main(["cache", *map(str, words)])
+
+
+def test_features_of_a_timm_model(images, tmp_path, capsys):
+    words = [
+        tmp_path / "a",
+        *TEACHER,
+        "--images",
+        images,
+        "--workers",
+        "0",
+        "--batch-size",
+        "4",
+        "--shard-samples",
+        "4",
+    ]
+    taps = ["--tap", "norm,pool=tokens,skip=1", "--tap", ""]
+    assert run(*words, *taps, "--dtype", "float32") == 0
+    assert "10 samples, 70.7 kB in float32 (7.07 kB each), 3 shards" in capsys.readouterr().err
+    store = vk.FeatureStore(tmp_path / "a")
+    torch.manual_seed(0)
+    teacher = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
+    config = {**timm.data.resolve_model_data_config(teacher), "input_size": (3, 32, 32)}
+    data = torchvision.datasets.ImageFolder(images, timm.data.create_transform(**config))
+    batch = torch.stack([data[index][0] for index in (7, 2)])
+    with torch.no_grad():
+        assert torch.allclose(store[[7, 2]]["norm"], teacher.forward_features(batch)[:, 1:], atol=1e-4)
+        assert torch.allclose(store[[7, 2]][""], teacher(batch), atol=1e-4)
+    (tmp_path / "a" / "shard-00001.safetensors").unlink()
+    assert run(*words, *taps, "--dtype", "float32") == 0  # the same command continues
+    assert "3 shards, 2 of them finished" in capsys.readouterr().err
+    assert run(*words, *taps) == 2
+    assert "dtype: float32 there, float16 now" in capsys.readouterr().err
+
+
+def test_weights_from_a_file_and_another_dtype_to_compute_in(images, tmp_path):
+    teacher = timm.create_model("resnet10t", num_classes=7)
+    torch.save({"state_dict": timm.create_model("resnet10t").state_dict()}, tmp_path / "weights.pth")
+    words = ["--teacher", "timm:resnet10t", "--images", images, "--workers", "0", "--size", "64", "--device", "cpu"]
+    tap = ["--tap", "layer4,pool=spatial", "--teacher-dtype", "bfloat16", "--dtype", "bfloat16"]
+    assert run(tmp_path / "a", *words, "--weights", tmp_path / "weights.pth", *tap) == 0
+    assert vk.FeatureStore(tmp_path / "a")[:]["layer4"].shape == (10, 2, 2, 512)
+    torch.save(teacher.state_dict(), tmp_path / "other.pth")
+    assert run(tmp_path / "b", *words, "--weights", tmp_path / "other.pth", *tap) == 2
+
+
+def test_a_transformers_model_in_a_folder(images, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    torch.manual_seed(1)  # random weights of the command are of 0
+    teacher = transformers.ViTModel(config).eval()
+    teacher.save_pretrained(tmp_path / "vit")
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "vit")
+    words = ["--teacher", f"transformers:{tmp_path / 'vit'}", "--images", images, "--workers", "0", "--device", "cpu"]
+    tap = ["--tap", ",output=last_hidden_state,pool=class_token", "--dtype", "float32"]
+    assert run(tmp_path / "a", *words, "--weights", "pretrained", *tap) == 0
+    data = torchvision.datasets.ImageFolder(images)
+    pixels = processor([data[3][0]], return_tensors="pt")["pixel_values"]
+    features = vk.FeatureStore(tmp_path / "a")[3][""]
+    with torch.no_grad():
+        assert torch.allclose(features, teacher(pixels).last_hidden_state[0, 0], atol=1e-4)
+    assert run(tmp_path / "b", *words, "--weights", "random", *tap) == 0
+    assert not torch.allclose(vk.FeatureStore(tmp_path / "b")[3][""], features, atol=1e-2)
+
+
+def test_without_a_tap_it_lists_modules_and_a_dry_run_writes_nothing(images, tmp_path, capsys):
+    words = [tmp_path / "a", *TEACHER, "--images", images, "--workers", "0"]
+    assert run(*words) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["norm", "(1,", "5,", "192)"] for line in lines)
+    assert run(*words, "--tap", "norm,pool=mean_tokens", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "'norm' with teacher_pool='mean_tokens': (192,) per image" in said and "3.84 kB in float16, 1 shards" in said
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher", "resnet18"], "--teacher: timm:NAME or transformers:NAME; got 'resnet18'"),
+        (["--teacher", "timm:resnet_18"], "--teacher: Unknown model (resnet_18)"),
+        (["--weights", "missing.pth"], "--weights: pretrained, random, or a file; there is no file missing.pth"),
+        (["--images", "nowhere"], "--images: there is no folder nowhere"),
+        (["--tap", "norm,pool=max"], "pool is one of class_token, mean_tokens"),
+        (["--tap", "norm,size=3"], "after the module come pool=, skip= or output=; got 'size=3'"),
+        (["--tap", "nrm"], "teacher has no module 'nrm'; it has, nearest first, 'norm'"),
+        (["--batch-size", "0", "--tap", "norm,pool=tokens"], "batch_size must be at least 1"),
+    ],
+)
+def test_what_a_user_got_wrong_is_said(images, tmp_path, capsys, words, message):
+    assert run(tmp_path / "a", *TEACHER, "--images", images, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_and_its_help(images, tmp_path):
+    vkd = [sys.executable, "-m", "vkd_kernels.cli"]
+    shown = processes.run([*vkd, "cache", "--help"], seconds=120)
+    assert shown.returncode == 0 and "Interrupted or killed, the same command continues" in shown.stdout
+    torchrun = shutil.which("torchrun", path=os.path.dirname(sys.executable))
+    words = ["cache", tmp_path / "a", *TEACHER, "--images", images, "--tap", "norm,pool=class_token", "--workers", "0"]
+    words = [*map(str, words), "--shard-samples", "3"]
+    ranks = [torchrun, "--nproc-per-node", "2", "--master-port", "0", "-m", "vkd_kernels.cli", *words]
+    both = processes.run(ranks, seconds=300, env={"OMP_NUM_THREADS": "1"})
+    assert both.returncode == 0, both.stderr
+    assert ", 2 ranks; " in both.stderr and len(vk.FeatureStore(tmp_path / "a")) == 10

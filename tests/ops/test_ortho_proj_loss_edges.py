@@ -1,0 +1,107 @@
+"""Arguments at the edges of what the loss takes: eps of 0, extreme weights and betas, dtypes that differ."""
+
+import math
+
+import pytest
+import torch
+
+from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch
+
+
+@pytest.fixture(params=["reference", "chunked"])
+def path(request, monkeypatch):
+    """Both ways PyTorch takes: the definition, and (chosen by itself for large problems) chunks of rows."""
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1 if request.param == "chunked" else math.inf)
+    return request.param
+
+
+def tensors(n=6, s=3, t=4):
+    return torch.randn(n, s), torch.randn(n, t), torch.randn(t, s)
+
+
+@pytest.mark.parametrize("loss", api.LOSSES)
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+def test_eps_of_0_with_a_masked_row(path, normalization, loss):
+    """A masked row is a row of zeros, which eps = 0 makes NaN: it must not reach the loss or a gradient."""
+    student, teacher, weight = tensors(n=30)
+    mask = torch.arange(30) % 5 > 0
+    leaves = [student.requires_grad_(), weight.requires_grad_()]
+    options = {"normalization": normalization, "loss": loss, "eps": 0.0}
+    value = ortho_proj_loss(student, teacher, weight, mask=mask, **options)
+    expected = ortho_proj_loss(student[mask], teacher[mask], weight, **options)
+    torch.testing.assert_close(value, expected)
+    for got, want in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-50, 1e-300, 1.0, 1e50])
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+def test_float64_mask_weights_of_any_size(path, normalization, size):
+    """A weighted mean does not depend on the weights' size, and float32 has no 1e-50."""
+    student, teacher, weight = tensors()
+    relative = torch.linspace(0, 1, 6, dtype=torch.float64)
+    options = {"normalization": normalization, "eps": 0.1}
+    value = ortho_proj_loss(student, teacher, weight, mask=size * relative, **options)
+    torch.testing.assert_close(value, ortho_proj_loss(student, teacher, weight, mask=relative.float(), **options))
+    masks = [size * relative, None]
+    values = ortho_proj_losses([student] * 2, [teacher] * 2, torch.stack([weight] * 2), masks=masks, **options)
+    torch.testing.assert_close(values[0], value)
+
+
+def test_float64_mask_weights_of_nothing(path):
+    student, teacher, weight = tensors()
+    assert ortho_proj_loss(student, teacher, weight, mask=torch.zeros(6, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+def test_a_float64_bias_or_scale_leaves_the_loss_in_float32(path, normalization):
+    student, teacher, weight = tensors(n=30)
+    bias, scale = torch.randn(4), torch.rand(4) + 0.5
+    options = {"normalization": normalization, "eps": 0.1}
+    leaves = [bias.double().requires_grad_(), scale.double().requires_grad_()]
+    value = ortho_proj_loss(student, teacher, weight, bias=leaves[0], scale=leaves[1], **options)
+    expected = ortho_proj_loss(student, teacher, weight, bias=bias, scale=scale, **options)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected)
+    assert all(gradient.dtype == torch.float64 for gradient in torch.autograd.grad(value, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("beta", [1e-320, 1e-200, 1e-45, 1e-30, 1e30, 1e38, 1e39, 1e300])
+def test_extreme_beta(path, beta, dtype):
+    """d = 0 has gradient 0 and no NaN, also where the loss's dtype has no number for beta."""
+    student, teacher, weight = (x.to(dtype) for x in tensors())
+    student[0] = teacher[0] = 0
+    leaf = student.clone().requires_grad_()
+    value = ortho_proj_loss(leaf, teacher, weight, normalization="none", beta=beta)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert value.isfinite() and gradient.isfinite().all() and torch.count_nonzero(gradient[0]) == 0
+    d = (student.double() @ weight.double().T - teacher.double()).abs()
+    truth = torch.where(d < beta, d * (0.5 * d / beta), d - beta / 2).mean()
+    assert abs(value - truth) <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * truth + 1e-38
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_mask_that_requires_a_gradient_is_refused(grouped):
+    """It is a constant: no gradient reaches it."""
+    student, teacher, weight = tensors()
+    mask = torch.rand(6, requires_grad=True)
+    with pytest.raises(ValueError, match=r"masks?(\[0\])? is a constant, but .* requires a gradient: pass its detach"):
+        if grouped:
+            ortho_proj_losses([student], [teacher], weight[None], masks=[mask])
+        else:
+            ortho_proj_loss(student, teacher, weight, mask=mask)
+    with torch.no_grad():
+        ortho_proj_loss(student, teacher, weight, mask=mask)
+
+
+@pytest.mark.parametrize("loss", api.LOSSES)
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+def test_a_teacher_that_ran_in_inference_mode(path, normalization, loss):
+    student, _, weight = tensors()
+    with torch.inference_mode():
+        teacher = torch.randn(6, 4)
+    leaves = [student.requires_grad_(), weight.requires_grad_()]
+    value = ortho_proj_loss(student, teacher, weight, normalization=normalization, loss=loss, eps=0.1)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, leaves))

@@ -1,0 +1,53 @@
+"""The logit loss: τ² KL(teacher ‖ student) of class probabilities at a temperature τ."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .ops import checks
+from .ops.normalization.all_reduce import all_reduce, global_loss
+from .ops.normalization.reference import without_masked_rows
+from .taps import as_tensor, selected
+
+
+def logits_of(output: Any, key: int | str | tuple | None, side: str) -> torch.Tensor:  # (..., classes)
+    """The logits in what a model returned: itself, the entry ``key``, or by default ``"logits"``."""
+    where, option = f"the {side}'s output", f"{side}_logits"
+    if key is None and isinstance(output, Mapping) and "logits" in output:
+        key = "logits"
+    return as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
+
+
+def logit_loss(
+    student: torch.Tensor,  # (..., classes)
+    teacher: torch.Tensor,  # (..., classes)
+    mask: torch.Tensor | None,  # (...)
+    *,
+    temperature: float,
+    reduction: str,
+    process_group: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (), ()
+    """The loss over the rows of all ranks, and the weight of this process's rows.
+
+    A class that the teacher rules out by a logit of -inf adds nothing, whatever the student says of it.
+    """
+    if student.shape != teacher.shape or student.dim() < 2:
+        raise ValueError(
+            "student's and teacher's logits must have the same shape (..., classes); got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    acc_dtype = torch.promote_types(student.dtype, torch.float32)
+    row_weight = checks.row_weights('masks["logits"]', mask, student.shape[:-1], student, acc_dtype)
+    log_q, log_p = (
+        F.log_softmax(without_masked_rows(x.flatten(0, -2).to(acc_dtype), row_weight) / temperature, dim=-1)
+        for x in (student, teacher.to(student.device))
+    )
+    distances = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)  # (N,)
+    own = log_q.new_full((), len(log_q)) if row_weight is None else row_weight.sum()
+    loss = (distances if row_weight is None else distances * row_weight).sum()
+    if reduction == "mean":
+        count = all_reduce(own, process_group)
+        loss = loss / torch.where(count > 0, count, 1.0)
+    return global_loss(temperature**2 * loss, process_group), own

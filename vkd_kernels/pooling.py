@@ -1,0 +1,189 @@
+"""From what a tapped module returned to the rows that are compared: pooling, grids, resampling, and their masks."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .ops import checks
+from .pairs import Pair, Side
+
+LAYOUTS_OF_POOLINGS = {
+    None: "(N, C)",
+    "class_token": "(N, tokens, C)",
+    "mean_tokens": "(N, tokens, C)",
+    "tokens": "(N, tokens, C)",
+    "spatial_mean": "(N, C, H, W)",
+    "spatial": "(N, C, H, W)",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features of one side, channels last, and the mask of their rows."""
+
+    values: torch.Tensor  # (N, C), (N, tokens, C), (N, H, W, C), or what a function returned
+    mask: torch.Tensor | None = None  # bool or weights, of the rows
+    grid: tuple[int, int] | None = None  # of tokens, where the pair says it
+
+
+@dataclass(frozen=True)
+class ComparedRows:
+    """What a pair compares in one step."""
+
+    student: torch.Tensor  # (..., S)
+    teacher: torch.Tensor  # (..., T), with the rows of student
+    mask: torch.Tensor | None = None  # (...)
+    skipped: bool = False  # a masked row in place of an optional pair that did not run
+
+
+def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
+    """The rows of what a module returned: a tensor, or anything where ``side.pool`` is a function."""
+    if callable(side.pool):
+        values = side.pool(output)
+        checks.check_tensor(f"what {side.side}_pool of pair {side.pair!r} returns", values)
+        return Rows(values, mask, side.grid)
+    layout = LAYOUTS_OF_POOLINGS[side.pool]
+    if output.dim() != layout.count(",") + 1:
+        fitting = [repr(pool) for pool, other in LAYOUTS_OF_POOLINGS.items() if other.count(",") + 1 == output.dim()]
+        raise ValueError(
+            f"{side.where} must have the layout {layout} for {side.side}_pool={side.pool!r}; got "
+            f"{tuple(output.shape)}, which suits {', '.join([*fitting, 'a function'])}"
+        )
+    if side.pool is None:
+        return Rows(output, mask)
+    per_sample = mask is None or mask.dim() == 1
+    if side.pool == "class_token":
+        return Rows(output[:, 0], mask if mask is None or per_sample else mask[:, 0])
+    if output.dim() == 3:
+        if side.skip >= output.shape[1]:
+            raise ValueError(f"{side.where}: {side.side}_skip={side.skip} leaves none of {output.shape[1]} tokens")
+        values = output[:, side.skip :]
+        mask = mask if mask is None or per_sample else mask[:, side.skip :]
+    else:
+        values = output.permute(0, 2, 3, 1) if side.layout == "NCHW" else output
+    positions = tuple(range(1, values.dim() - 1))
+    if side.pool in ("tokens", "spatial"):
+        if mask is not None and per_sample:
+            mask = mask.reshape(-1, *(1 for _ in positions)).expand(values.shape[:-1])
+        return Rows(values, mask, side.grid if side.pool == "tokens" else None)
+    if mask is None or per_sample:
+        return Rows(values.mean(positions), mask)
+    return _masked_mean(f"mask of {side.where}", values, mask)
+
+
+def _masked_mean(name: str, values: torch.Tensor, mask: torch.Tensor) -> Rows:  # (N, ..., C), (N, ...)
+    """The mean over the positions that are left; a sample without any is no row."""
+    acc_dtype = torch.promote_types(values.dtype, torch.float32)
+    row_weights = checks.row_weights(name, mask, values.shape[:-1], values, acc_dtype)
+    assert row_weights is not None  # for there is a mask
+    weights = row_weights.view(*values.shape[:-1], 1)
+    positions = tuple(range(1, values.dim() - 1))
+    total = weights.sum(positions)
+    mean = (torch.where(weights > 0, values, 0) * weights).sum(positions) / torch.where(total > 0, total, 1.0)
+    return Rows(mean.to(values.dtype), total.squeeze(-1) > 0)
+
+
+def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> ComparedRows:
+    """Both sides with the same positions, on the student's device; a row counts where both masks let it through.
+
+    ``one_mask``: both sides were given the same mask, which then counts once, for the side that it fits.
+    """
+    if _shape(student) != _shape(teacher):
+        student, teacher = _on_one_grid(pair, student, teacher)
+    x, y = student.values, teacher.values
+    if y.device != x.device:
+        y = y.to(x.device, non_blocking=x.device.type != "cpu")
+    if (x.dtype == torch.float64) != (y.dtype == torch.float64):
+        y = y.to(x.dtype)
+    x_mask, y_mask = student.mask, teacher.mask
+    if one_mask and x_mask is not None and y_mask is not None:
+        fits_teacher_only = y_mask.shape == x.shape[:-1] != x_mask.shape
+        x_mask, y_mask = (None, y_mask) if fits_teacher_only else (x_mask, None)
+    return ComparedRows(x, y, _both_masks(pair, x_mask, y_mask))
+
+
+def _shape(rows: Rows) -> tuple[int, ...]:
+    """The shape of the rows; of tokens on a known grid, as a map."""
+    shape = tuple(rows.values.shape[:-1])
+    return (shape[0], *rows.grid) if rows.grid is not None and len(shape) == 2 else shape
+
+
+def _on_one_grid(pair: Pair, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
+    maps = [
+        as_map(f"pair {pair.name!r}: {side}_grid", rows, other)
+        for side, rows, other in (("student", student, teacher), ("teacher", teacher, student))
+    ]
+    x, y = (rows for rows in maps)
+    if x is None or y is None or len(x.values) != len(y.values):
+        raise ValueError(
+            f"pair {pair.name!r}: student and teacher must have the same positions; got student rows of shape "
+            f"{tuple(student.values.shape)} and teacher rows of shape {tuple(teacher.values.shape)} (channels last)"
+            f"{_hint_of_grids(student, x, teacher, y)}"
+        )
+    sizes = x.values.shape[1:3], y.values.shape[1:3]
+    if sizes[0] == sizes[1]:
+        return x, y
+    if pair.resample is None:
+        raise ValueError(
+            f"pair {pair.name!r}: student and teacher must have the same positions; got student rows of shape "
+            f"{tuple(student.values.shape)} and teacher rows of shape {tuple(teacher.values.shape)} (channels last); "
+            f"resample='student' or 'teacher' makes them equal, as maps of {tuple(sizes[0])} and {tuple(sizes[1])}"
+        )
+    return (resampled(x, y.values), y) if pair.resample == "student" else (x, resampled(y, x.values))
+
+
+def _hint_of_grids(student: Rows, student_map: Rows | None, teacher: Rows, teacher_map: Rows | None) -> str:
+    flat = [
+        f"{side}_grid=(H, W)"
+        for side, rows, as_grid in (("student", student, student_map), ("teacher", teacher, teacher_map))
+        if as_grid is None and rows.values.dim() == 3
+    ]
+    return f"; {' and '.join(flat)} says which map the tokens are" if flat else ""
+
+
+def as_map(name: str, rows: Rows, other: Rows) -> Rows | None:
+    """Tokens (N, H·W, C) as (N, H, W, C): on their own grid, else on the other side's, else on a square."""
+    if rows.values.dim() == 4:
+        return rows
+    if rows.values.dim() != 3:
+        return None
+    tokens = rows.values.shape[1]
+    if rows.grid is not None and math.prod(rows.grid) != tokens:
+        raise ValueError(f"{name}={rows.grid} has {math.prod(rows.grid)} positions, but there are {tokens} tokens")
+    side = math.isqrt(tokens)
+    others = other.grid if other.values.dim() == 3 else tuple(other.values.shape[1:3])
+    for grid in (rows.grid, others, (side, side)):
+        if grid is not None and len(grid) == 2 and math.prod(grid) == tokens:
+            mask = rows.mask
+            if mask is not None and mask.shape == rows.values.shape[:-1]:
+                mask = mask.unflatten(1, grid)
+            return Rows(rows.values.unflatten(1, grid), mask)
+    return None
+
+
+def resampled(rows: Rows, like: torch.Tensor) -> Rows:  # (N, H, W, C), size of like (N, H', W', any)
+    """The map on another grid, bilinear and antialiased; a mask of its own positions weighs what it is made of."""
+    size = list(like.shape[1:3])
+    values = rows.values.to(torch.promote_types(rows.values.dtype, torch.float32)).permute(0, 3, 1, 2)
+    if rows.mask is None or rows.mask.shape != rows.values.shape[:-1]:
+        values = F.interpolate(values, size, mode="bilinear", antialias=True)
+        return replace(rows, values=values.permute(0, 2, 3, 1).to(rows.values.dtype))
+    weights = rows.mask.detach().to(values.dtype).unsqueeze(1)  # (N, 1, H, W)
+    values = torch.where(weights > 0, values * weights, 0)
+    values, weights = (F.interpolate(x, size, mode="bilinear", antialias=True) for x in (values, weights))
+    values = values / torch.where(weights > 0, weights, 1)
+    return Rows(values.permute(0, 2, 3, 1).to(rows.values.dtype), weights.squeeze(1))
+
+
+def _both_masks(pair: Pair, student: torch.Tensor | None, teacher: torch.Tensor | None) -> torch.Tensor | None:
+    if student is None or teacher is None:
+        return teacher if student is None else student
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"masks[{pair.name!r}] must agree on the rows; got {tuple(student.shape)} for the student's rows and "
+            f"{tuple(teacher.shape)} for the teacher's"
+        )
+    return student * teacher.to(student.device)

@@ -1,0 +1,225 @@
+"""Where the teacher's side of the pairs comes from: ``TeacherSource``, and the frozen models that are one."""
+
+import abc
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops import checks
+from .pairs import Pair
+from .pooling import Rows
+from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, moved, run_tapped
+
+
+@dataclass(frozen=True)
+class TeacherCall:
+    """What a step gives to the teacher."""
+
+    arguments: tuple[tuple, dict]  # the student's
+    teacher_input: Any = None  # in their place
+    indices: Any = None  # of the samples, for stored features
+
+
+class TeacherAnswer(abc.ABC):
+    """A teacher's features and outputs for one batch."""
+
+    @abc.abstractmethod
+    def rows(self, pair: Pair, mask: torch.Tensor | None) -> Rows | None:
+        """The teacher's side of the pair; None where the pair is optional and its module did not run."""
+
+    @abc.abstractmethod
+    def output(self, teacher: str) -> Any:
+        """What the teacher of that name returned, for the logit loss; ``""`` where there is one teacher."""
+
+
+class TeacherSource(abc.ABC):
+    """Gives the teacher's side of every pair: frozen models, or features that were stored.
+
+    A source is no submodule: the distiller's parameters and state dict leave it out.
+    """
+
+    @abc.abstractmethod
+    def answer(self, call: TeacherCall) -> TeacherAnswer:
+        """The features of a batch, without gradients."""
+
+    @property
+    @abc.abstractmethod
+    def teacher(self) -> Any:
+        """What the user gave as the teacher."""
+
+    def taps(self) -> list[tuple[nn.Module, Tap]]:
+        """The modules that need a hook during ``answer``."""
+        return []
+
+    def compiled(self) -> bool:
+        """Whether hooks must stay on, because ``torch.compile`` does not look for new ones."""
+        return False
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Follows the distiller's ``.to()``: fn maps a tensor as ``nn.Module._apply`` does."""
+        return
+
+
+class FrozenTeacher:
+    """One model, frozen in place: no gradients, eval mode in every module, its own dtype and device."""
+
+    def __init__(self, name: str, model: nn.Module, student: nn.Module):
+        if not isinstance(model, nn.Module):
+            where = f"teacher[{name!r}]" if name else "teacher"
+            raise TypeError(f"{where} must be a torch.nn.Module; got {checks.describe(model)}")
+        parameters = list(model.parameters())
+        if not {*map(id, student.parameters())}.isdisjoint(map(id, parameters)):
+            raise ValueError("teacher must share no parameter with student: freezing it would freeze both; copy it")
+        for parameter in parameters:  # not requires_grad_() of the module, which scripted and exported ones refuse
+            parameter.requires_grad_(False)
+        self.name, self.model = name, model
+        of_student = {*map(id, student.modules())}
+        self.modules = [module for module in model.modules() if hasattr(module, "training")]
+        self.shared = [module for module in self.modules if id(module) in of_student]
+        with KeptModes(self.shared):
+            try:
+                model.eval()
+            except NotImplementedError:  # torch.export's modules compute in the mode that they were exported in
+                for module in self.modules:
+                    module.training = False
+        self.stays = dispatched(model)
+
+    def answer(self, args: tuple, kwargs: dict) -> Any:
+        """The model's output. Modules that someone has set to training mode are set back, shared ones for a while."""
+        for module in self.modules:
+            if module.training:
+                return self._answer_of_eval_mode(args, kwargs)
+        return self._answer(args, kwargs)
+
+    def _answer_of_eval_mode(self, args: tuple, kwargs: dict) -> Any:
+        with KeptModes(self.shared):
+            for module in self.modules:
+                if module.training:
+                    module.training = False
+            return self._answer(args, kwargs)
+
+    def _answer(self, args: tuple, kwargs: dict) -> Any:
+        # Lists, because torch.compile of PyTorch 2.8 can't trace next() of a generator with a default.
+        dtypes = [parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()]
+        devices = [] if self.stays else [tensor.device for tensor in self.tensors()]
+        dtype, device = dtypes[0] if dtypes else None, devices[0] if devices else None
+        with torch.no_grad():
+            return self.model(*moved(args, device, dtype), **moved(kwargs, device, dtype))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return chain(self.model.parameters(), self.model.buffers())
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """To where fn takes tensors from the teacher's device, if the teacher is on one device, not there, and can."""
+        devices = {tensor.device for tensor in self.tensors()}
+        if len(devices) != 1 or self.stays:
+            return
+        (device,) = devices
+        target = fn(torch.empty(0, device=device)).device
+        if target == device:
+            return
+        if device.type == "meta":
+            self.model.to_empty(device=target)
+            return
+        try:
+            self.model.to(target)
+        except (ValueError, NotImplementedError) as error:  # as bitsandbytes' models say it
+            warnings.warn(
+                f"the teacher stays on {device}: it can't be moved to {target} ({error}). Its inputs and features are "
+                "moved instead in every step",
+                stacklevel=2,
+            )
+
+
+class KeptModes:
+    """Gives modules back the mode that they had: those that a teacher shares with its student."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.modules = modules
+
+    def __enter__(self) -> None:
+        self.before = [module.training for module in self.modules]
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in zip(self.modules, self.before, strict=True):
+            module.training = training
+
+
+def dispatched(model: nn.Module) -> bool:
+    """Whether accelerate places it: its hooks move weights and inputs, and nobody else may."""
+    return bool(getattr(model, "hf_device_map", None)) or any(hasattr(m, "_hf_hook") for m in model.modules())
+
+
+@dataclass(frozen=True)
+class ModelAnswer(TeacherAnswer):
+    outputs: Mapping[str, Any]  # by the teacher's name
+    taps: Mapping[str, tuple[FrozenTeacher, Tap]]  # by the pair's name
+    calls: Mapping[str, list[Returned]]  # by the pair's name
+
+    def rows(self, pair: Pair, mask: torch.Tensor | None) -> Rows | None:
+        teacher, tap = self.taps[pair.name]
+        returned = tap.chosen(self.calls[pair.name])
+        if returned is not None:
+            return tap.rows(returned, mask)
+        if pair.optional:
+            return None
+        raise RuntimeError(tap.missing(teacher.model, self.calls[pair.name]))
+
+    def output(self, teacher: str) -> Any:
+        return self.outputs[teacher]
+
+
+class ModelTeachers(TeacherSource):
+    """Frozen models that run on the student's arguments or on inputs of their own."""
+
+    def __init__(self, models: nn.Module | Mapping[str, nn.Module], pairs: Sequence[Pair], student: nn.Module):
+        several = isinstance(models, Mapping)
+        by_name = dict(models) if isinstance(models, Mapping) else {"": models}
+        self.teachers = {name: FrozenTeacher(name, model, student) for name, model in by_name.items()}
+        self.several = several
+        self.by_pair: dict[str, tuple[FrozenTeacher, Tap]] = {}
+        for pair in pairs:
+            self.by_pair[pair.name] = self.teachers[""], Tap(pair.side("teacher"))
+
+    @property
+    def teacher(self) -> nn.Module | dict[str, nn.Module]:
+        """The model, or the models by name."""
+        models = {name: teacher.model for name, teacher in self.teachers.items()}
+        return models if self.several else models[""]
+
+    def taps(self) -> list[tuple[nn.Module, Tap]]:
+        hooks: list[tuple[nn.Module, Tap]] = []
+        for name, teacher in self.teachers.items():
+            hooks += hooks_of("teacher", teacher.model, self.taps_of(name).values())
+        return hooks
+
+    def taps_of(self, name: str) -> dict[str, Tap]:
+        """The taps on the teacher of that name, by the pair's name."""
+        teacher = self.teachers[name]
+        return {pair: tap for pair, (owner, tap) in self.by_pair.items() if owner is teacher}
+
+    def compiled(self) -> bool:
+        return any(is_compiled(module) for teacher in self.teachers.values() for module in teacher.modules)
+
+    def answer(self, call: TeacherCall) -> ModelAnswer:
+        if call.indices is not None:
+            raise TypeError("indices are for stored features; this teacher is a model")
+        outputs: dict[str, Any] = {}
+        calls: dict[str, list[Returned]] = {}
+        for name, teacher in self.teachers.items():
+            outputs[name], of_teacher = self._run(name, teacher, call)
+            calls |= of_teacher
+        return ModelAnswer(outputs, self.by_pair, calls)
+
+    def _run(self, name: str, teacher: FrozenTeacher, call: TeacherCall) -> tuple[Any, dict[str, list[Returned]]]:
+        args, kwargs = call.arguments if call.teacher_input is None else as_arguments(call.teacher_input)
+        return run_tapped(lambda: teacher.answer(args, kwargs), self.taps_of(name))
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for teacher in self.teachers.values():
+            teacher.move(fn)

@@ -1,0 +1,98 @@
+"""Two likely mistakes of a training loop, seen while it trains, and said once."""
+
+import warnings
+import weakref
+
+import torch
+from torch import nn
+
+PATIENCE = 20  # steps of an optimizer that leave the projection alone
+NODES_SEARCHED = 2000  # of the student's graph, for a parameter by which an optimizer's steps can be counted
+
+
+class TrainingWatch:
+    """Watches a loss's student features and its projection: features without a graph, a projection that never moves.
+
+    It looks at version counters, which count changes in place, and reads values only right before it warns. Copies and
+    pickles of a module start a watch of their own.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False  # of features without a graph
+        self.settled = False  # the projection moves, or it has been said that it does not
+        self.student: weakref.ref[torch.Tensor] | None = None  # a parameter of the student
+        self.versions = 0, 0  # of that parameter and of the projection's
+        self.start: torch.Tensor | None = None  # a part of the projection's parameter at the first step
+        self.idle_steps = 0
+
+    def __deepcopy__(self, memo: dict) -> "TrainingWatch":
+        return TrainingWatch()
+
+    def __reduce__(self) -> tuple:
+        return TrainingWatch, ()
+
+    def look(self, where: str, student: torch.Tensor, projection: nn.Module) -> None:
+        """Called in every forward pass of training mode; ``where`` is how a warning names the loss."""
+        if not torch.is_grad_enabled():
+            return
+        if not student.requires_grad:
+            if not self.warned:
+                self.warned = True
+                warn_of_features_without_graph(where)
+        elif not self.settled and not torch.compiler.is_compiling():
+            self._watch_projection(where, student, projection)
+
+    def _watch_projection(self, where: str, student: torch.Tensor, projection: nn.Module) -> None:
+        parameter = next((p for p in projection.parameters() if p.requires_grad), None)
+        if parameter is None:
+            return
+        if self.student is None:
+            leaf = parameter_behind(student)
+            if leaf is not None:
+                self.student, self.start = weakref.ref(leaf), parameter.detach()[..., :1, :].clone()
+                self.versions = leaf._version, parameter._version
+            return
+        leaf = self.student()
+        if leaf is None or parameter._version != self.versions[1]:
+            self.settled, self.start = True, None
+            return
+        if leaf._version != self.versions[0] and parameter.grad is not None:
+            self.idle_steps += 1
+        self.versions = leaf._version, parameter._version
+        if self.idle_steps < PATIENCE:
+            return
+        # Optimizers that write through .data leave the version counter alone.
+        if self.start is not None and torch.equal(self.start, parameter.detach()[..., :1, :]):
+            warnings.warn(
+                f"{where}: in {PATIENCE} steps that changed the student its projection received gradients and did not "
+                "move. Give the optimizer the loss's parameters too, without weight decay: those of the distiller, or "
+                "[*student.parameters(), *loss.parameters()]",
+                stacklevel=2,
+            )
+        self.settled, self.start = True, None
+
+
+@torch.compiler.assume_constant_result  # said while torch.compile traces, at no cost afterwards
+def warn_of_features_without_graph(where: str) -> None:
+    warnings.warn(
+        f"{where}: the student's features have no graph, so the loss trains its projection alone and the student gets "
+        "no gradient. Run the student with gradients; tap a part that is trained; and inside of activation "
+        "checkpointing use use_reentrant=False",
+        stacklevel=2,
+    )
+
+
+def parameter_behind(features: torch.Tensor) -> torch.Tensor | None:
+    """A leaf of the graph, the nearest one to the features; None where there is none."""
+    nodes = [features.grad_fn]
+    for _ in range(NODES_SEARCHED):
+        if not nodes:
+            return None
+        node = nodes.pop(0)
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, torch.Tensor) and leaf.is_leaf:
+            return leaf
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+    return None
