@@ -96,9 +96,9 @@ def cka(
 
         CKA = HSIC(X, Y) / √(HSIC(X, X) HSIC(Y, Y))
 
-    With ``debiased=False`` HSIC(X, Y) = ‖XᵀY‖² for centered columns (Kornblith et al. 2019). That estimate is biased: it
-    tends to 1 for any features of more channels than rows. ``debiased`` takes the unbiased one of Song et al. (2012),
-    of K = XXᵀ and L = YYᵀ without their diagonals, which for centered X and Y comes to
+    With ``debiased=False`` HSIC(X, Y) = ‖XᵀY‖² for centered columns (Kornblith et al. 2019). That estimate is biased:
+    it tends to 1 for any features of more channels than rows. ``debiased`` takes the unbiased one of Song et al.
+    (2012), of K = XXᵀ and L = YYᵀ without their diagonals, which for centered X and Y comes to
 
     ::
 

@@ -90,10 +90,9 @@ class RunningStatistics(nn.Module):
         count: torch.Tensor,  # (), Σ of the rows' weights: a batch that is all masked changes nothing
     ) -> None:
         running_spread = getattr(self, self.spread_name)
-        mean, spread, counted = (x.to(running_spread.device) for x in (mean, spread, count > 0))
-        counted = counted & ~self.frozen
-        mean, spread = mean.double(), spread.double()
-        share = (1 / (self.batches_seen.double() + 1)).clamp_min(self.momentum or 0.0) * counted
+        mean, spread = (as_float64(x).to(running_spread.device) for x in (mean, spread))
+        counted = (count > 0).to(running_spread.device) & ~self.frozen
+        share = (1 / (as_float64(self.batches_seen) + 1)).clamp_min(self.momentum or 0.0) * counted
         delta = mean - self.running_mean
         between = delta.square() if spread.dim() == 1 else torch.outer(delta, delta)
         mixed = torch.lerp(running_spread, spread, share) + share * (1 - share) * between
@@ -103,19 +102,19 @@ class RunningStatistics(nn.Module):
         self.batches_seen.add_(counted)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # Casts leave float64 statistics alone, and a device that has no float64 leaves them on the CPU.
-        kept = {name: x for name, x in self._buffers.items() if x is not None and x.dtype == torch.float64}
+        # Casts leave the statistics alone, and with a device that has no float64 they stay on the CPU.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         for name in kept:
             self._buffers[name] = None
         try:
             super()._apply(fn, recurse)
         finally:
-            for name, statistic in kept.items():
-                device = fn(statistic.new_empty(0, dtype=torch.float32)).device
-                if has_float64(device) and device != statistic.device:
-                    empty = statistic.is_meta or device.type == "meta"
-                    statistic = torch.empty_like(statistic, device=device) if empty else statistic.to(device)
-                self._buffers[name] = statistic
+            for name, buffer in kept.items():
+                device = fn(torch.empty(0, device=buffer.device)).device
+                if has_float64(device) and device != buffer.device:
+                    empty = buffer.is_meta or device.type == "meta"
+                    buffer = torch.empty_like(buffer, device=device) if empty else buffer.to(device)
+                self._buffers[name] = buffer
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
