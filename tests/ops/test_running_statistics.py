@@ -241,6 +241,32 @@ def test_a_teacher_under_inference_mode(make):
         assert not out.is_inference()
 
 
+@modules
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse", "cosine"])
+def test_a_loss_whose_targets_a_module_makes(make, loss):
+    """The module is part of the loss: it trains with it, is saved with it, and stays behind in eval mode."""
+    distill = vk.OrthoProjLoss(4, 7, normalization=make(momentum=0.3), loss=loss, dtype=torch.float64)
+    alone = make(momentum=0.3)
+    x = torch.randn(50, 4, dtype=torch.float64)
+    for seed in range(3):
+        targets = alone(features(seed=seed))
+        z = x @ distill.projection.weight.T
+        expected = {
+            "smooth_l1": lambda: nn.functional.smooth_l1_loss(z, targets),  # noqa: B023
+            "mse": lambda: nn.functional.mse_loss(z, targets),  # noqa: B023
+            "cosine": lambda: 1 - nn.functional.cosine_similarity(z, targets).mean(),  # noqa: B023
+        }[loss]()
+        torch.testing.assert_close(distill(x, features(seed=seed)), expected)
+    resumed = vk.OrthoProjLoss(4, 7, normalization=make(momentum=0.3), loss=loss, dtype=torch.float64)
+    resumed.load_state_dict(distill.state_dict())
+    assert torch.equal(resumed(x, features(seed=3)), distill(x, features(seed=3)))
+    before = copy.deepcopy(distill.state_dict())
+    assert torch.equal(distill.eval()(x, features(seed=4)), resumed.eval()(x, features(seed=4)))
+    distill.train().normalization.freeze()
+    distill(x, features(seed=5))
+    assert all(torch.equal(v, before[k]) for k, v in distill.state_dict().items() if "frozen" not in k)
+
+
 def ranks_equal_one_process(rank):
     x = features(20)
     mask = torch.rand(20, generator=torch.Generator().manual_seed(1)) > 0.3
