@@ -40,13 +40,10 @@ def count(labels: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"labels": labels.ne(-100).sum().clamp(min=1), "tokens": mask.sum().clamp(min=1)}
 
 
-class DistillationTrainer(Trainer):
-    def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(self.args.device).eval()
+class CountingTrainer(Trainer):
+    """Gives the model, as ``counts``, what all micro-batches of a step hold on all ranks; its losses are over that."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one step of the optimizer: what is counted here is what the step divides by."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [count(batch["labels"], batch["attention_mask"]) for batch in batches]
         local = torch.tensor([[c["labels"], c["tokens"]] for c in counts] or [[0, 0]], device=device).sum(0)
@@ -57,11 +54,20 @@ class DistillationTrainer(Trainer):
         return batches, items
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
+        output = model(counts=self.counts if model.training else None, **inputs)
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+
+class DistillationTrainer(CountingTrainer):
+    def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
         with torch.no_grad():
             known = {name: value for name, value in inputs.items() if name != "labels"}
             targets = self.teacher(**known, output_hidden_states=True).hidden_states[-1]
-        output = model(targets=targets, counts=self.counts if model.training else None, **inputs)
-        return (output["loss"], output) if return_outputs else output["loss"]
+        return super().compute_loss(model, {**inputs, "targets": targets}, return_outputs)
 
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.startswith("distill.")]

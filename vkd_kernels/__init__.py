@@ -7,7 +7,7 @@ from .distiller import FeatureDistiller
 from .images import renormalize
 from .loss import OrthoProjLoss
 from .ops.cayley import cayley
-from .ops.normalization import Whitening
+from .ops.normalization import Standardization, Whitening
 from .pairs import Pair
 from .parametrization import orthogonal
 from .projection import OrthogonalLinear
@@ -19,6 +19,7 @@ __all__ = [
     "OrthoProjLoss",
     "OrthogonalLinear",
     "Pair",
+    "Standardization",
     "Whitening",
     "__version__",
     "cayley",

@@ -4,10 +4,12 @@ Everything is float64 inside, without gradients, and costs a few covariances: no
 """
 
 import torch
+from torch.distributed import ProcessGroup
 
 from .ops import checks
+from .ops.float64 import as_float64
 from .ops.normalization.all_reduce import all_reduce, check_group
-from .ops.normalization.reference import mean, sum_of_weights, without_masked_rows
+from .ops.normalization.reference import in_float64, mean, sum_of_weights, without_masked_rows
 
 __all__ = ["cka", "effective_rank", "metrics", "orthogonality_error"]
 MOST_ROWS = 4096  # of a batch that ``metrics`` looks at: enough for features, and a cap on its memory and time
@@ -28,18 +30,23 @@ def orthogonality_error(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S) ->
     checks.check_tensor("weight", weight)
     if weight.dim() < 2 or weight.numel() == 0:
         raise ValueError(f"weight must have the shape (..., T, S) and not be empty; got {tuple(weight.shape)}")
-    tall = (weight if weight.shape[-2] >= weight.shape[-1] else weight.mT).double()
+    tall = as_float64(weight if weight.shape[-2] >= weight.shape[-1] else weight.mT)
     eye = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)
     return (tall.mT @ tall - eye).abs().amax()
 
 
 @torch.no_grad()
-def effective_rank(features: torch.Tensor, *, mask=None, process_group=None) -> torch.Tensor:  # (..., C) -> ()
-    r"""How many directions features use: exp of the entropy of their normalised singular values (Roy & Vetterli 2007).
+def effective_rank(
+    features: torch.Tensor,  # (..., C)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    process_group: ProcessGroup | None = None,
+) -> torch.Tensor:  # ()
+    r"""How many directions features use: exp of the entropy of their normalized singular values (Roy & Vetterli 2007).
 
     ::
 
-        p_i = σ_i / Σ σ        effective rank = exp(-Σ p_i log p_i)        σ: singular values of the centred rows
+        p_i = σ_i / Σ σ        effective rank = exp(-Σ p_i log p_i)        σ: singular values of the centered rows
 
     Between 1 (all rows on a line) and the smaller of C and N - 1 (no direction preferred); 0 for equal rows. A student
     whose rank falls while its loss does has collapsed. PyTorch checks on the host that the eigenvalues were found: on a
@@ -63,7 +70,7 @@ def effective_rank(features: torch.Tensor, *, mask=None, process_group=None) -> 
         1.0
     """
     rows, kept = _rows("features", features, mask, process_group)
-    scatter = _scatter(_centred(rows, kept, process_group), process_group)
+    scatter = _scatter(_centered(rows, kept, process_group), process_group)
     finite = scatter.isfinite().all()
     squares = torch.linalg.eigvalsh(torch.where(finite, scatter, 0.0))  # σ²
     # Below this an eigenvalue is rounding, whose root would count.
@@ -81,17 +88,17 @@ def cka(
     *,
     mask: torch.Tensor | None = None,  # (...)
     debiased: bool = True,
-    process_group=None,
+    process_group: ProcessGroup | None = None,
 ) -> torch.Tensor:  # ()
-    r"""Linear centred kernel alignment: how alike two sets of features are, up to rotation and scale.
+    r"""Linear centered kernel alignment: how alike two sets of features are, up to rotation and scale.
 
     ::
 
         CKA = HSIC(X, Y) / √(HSIC(X, X) HSIC(Y, Y))
 
-    With ``debiased=False`` HSIC(X, Y) = ‖XᵀY‖² for centred columns (Kornblith et al. 2019). That estimate is biased: it
-    tends to 1 for any features of more channels than rows. ``debiased`` takes the unbiased one of Song et al. (2012),
-    of K = XXᵀ and L = YYᵀ without their diagonals, which for centred X and Y comes to
+    With ``debiased=False`` HSIC(X, Y) = ‖XᵀY‖² for centered columns (Kornblith et al. 2019). That estimate is biased:
+    it tends to 1 for any features of more channels than rows. ``debiased`` takes the unbiased one of Song et al.
+    (2012), of K = XXᵀ and L = YYᵀ without their diagonals, which for centered X and Y comes to
 
     ::
 
@@ -108,7 +115,8 @@ def cka(
         process_group: over the rows of all its ranks; ``None``: of this process alone.
 
     Returns:
-        float64, 0-d, at most 1. NaN where there is nothing to tell: no variance, too few rows, NaN or Inf in one.
+        float64, 0-d, at most 1. NaN where there is nothing to tell: no variance, too few rows, rows all equally far
+        apart (for ``debiased``), NaN or Inf in one.
 
     Raises:
         TypeError, ValueError: naming the argument, with what came; ValueError also for no rows.
@@ -122,20 +130,24 @@ def cka(
     if not isinstance(debiased, bool):
         raise TypeError(f"debiased must be True or False; got {checks.describe(debiased)}")
     x, y, kept = _pair(student, teacher, mask, process_group)
-    x, y = _centred(x, kept, process_group), _centred(y, kept, process_group)
-    n = sum_of_weights(x[:, :0], kept, process_group)
+    x, y = _centered(x, kept, process_group), _centered(y, kept, process_group)
+    n = sum_of_weights(x[:, :0], in_float64(kept), process_group)
 
-    def hsic(x, y):
+    def hsic(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # () and its rounding error
         product = _scatter(x, process_group) if x is y else all_reduce(x.mT @ y, process_group)
         product = product.square().sum()
         if not debiased:
-            return product
+            return product, 0.0 * product
         a, b = x.square().sum(1), y.square().sum(1)
         ab, a, b = all_reduce(torch.stack([(a * b).sum(), a.sum(), b.sum()]), process_group)
-        return product - n / (n - 2) * ab + a * b / ((n - 1) * (n - 2))
+        diagonal, rest = n / (n - 2) * ab, a * b / ((n - 1) * (n - 2))
+        return product - diagonal + rest, 1e-12 * (product + diagonal + rest).abs()
 
-    value = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
-    return torch.where(n > 3, value, torch.nan) if debiased else value
+    (xx, xx_error), (yy, yy_error) = hsic(x, x), hsic(y, y)
+    value = hsic(x, y)[0] / (xx * yy).sqrt()
+    # Features without variance, or whose debiased HSIC is 0 or less, are like nothing, themselves included.
+    told = (xx > xx_error) & (yy > yy_error)
+    return torch.where((told & (n > 3)) if debiased else told, value, torch.nan)
 
 
 @torch.no_grad()
@@ -145,7 +157,7 @@ def metrics(
     weight: torch.Tensor,  # (T, S)
     *,
     mask: torch.Tensor | None = None,  # (...)
-    process_group=None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, torch.Tensor]:
     """All of them for one pair of features and its projection, for a logger; see the functions for the arguments.
 
@@ -160,8 +172,8 @@ def metrics(
         >>> import torch, vkd_kernels as vk
         >>> distill = vk.OrthoProjLoss(192, 1024)
         >>> student, teacher = torch.randn(32, 192), torch.randn(32, 1024)
-        >>> found = vk.diagnostics.metrics(student, teacher, distill.projection.weight)
-        >>> bool(found["orthogonality_error"] < 1e-5 and 1 < found["effective_rank_student"] < 32)
+        >>> report = vk.diagnostics.metrics(student, teacher, distill.projection.weight)
+        >>> bool(report["orthogonality_error"] < 1e-5 and 1 < report["effective_rank_student"] < 32)
         True
     """
     x, y, kept = _pair(student, teacher, mask, process_group)
@@ -179,8 +191,13 @@ def metrics(
     }
 
 
-def _rows(name: str, features, mask, group):  # (..., C), (...) or None -> (N, C), (N,) or None
-    """Features as 2-D rows in their own dtype; which of them count, as 1 and 0."""
+def _rows(
+    name: str,
+    features: torch.Tensor,  # (..., C)
+    mask: torch.Tensor | None,  # (...)
+    group: ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (N, C), (N,)
+    """Features as 2-D rows in their own dtype; which of them count, as bools."""
     checks.check_tensor(name, features)
     check_group(group)
     if features.dim() < 2 or features.shape[-1] < 1:
@@ -189,12 +206,18 @@ def _rows(name: str, features, mask, group):  # (..., C), (...) or None -> (N, C
         )
     if features.numel() == 0 and group is None:
         raise ValueError(f"{name} has no rows: its shape is {tuple(features.shape)}")
-    weight = checks.row_weights("mask", mask, features.shape[:-1], features, torch.float64)
-    return features.reshape(-1, features.shape[-1]), None if weight is None else (weight > 0).double()
+    dtype = mask.dtype if isinstance(mask, torch.Tensor) else torch.float32  # its own, in which no weight becomes 0
+    weight = checks.row_weights("mask", mask, features.shape[:-1], features, dtype)
+    return features.reshape(-1, features.shape[-1]), None if weight is None else weight > 0
 
 
-def _pair(student, teacher, mask, group):
-    """(student's rows, teacher's rows, which of them count)."""
+def _pair(
+    student: torch.Tensor,  # (..., S)
+    teacher: torch.Tensor,  # (..., T)
+    mask: torch.Tensor | None,  # (...)
+    group: ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # (N, S), (N, T), (N,)
+    """The rows of both, and which of them count."""
     x, kept = _rows("student", student, mask, group)
     y, _ = _rows("teacher", teacher, None, group)
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -206,12 +229,21 @@ def _pair(student, teacher, mask, group):
     return x, y, kept
 
 
-def _centred(rows: torch.Tensor, kept, group) -> torch.Tensor:  # (N, C) -> (N, C) float64
-    rows = without_masked_rows(rows.double(), kept)
-    return without_masked_rows(rows - mean(rows, kept, group), kept)
+def _centered(
+    rows: torch.Tensor,  # (N, C)
+    kept: torch.Tensor | None,  # (N,)
+    group: ProcessGroup | None,
+) -> torch.Tensor:  # (N, C) float64
+    """Rows minus their mean; 0 where that is rounding: a channel whose values are all the same has no variance."""
+    weight = in_float64(kept)
+    rows = without_masked_rows(as_float64(rows), weight)
+    mu = mean(rows, weight, group)
+    centered = without_masked_rows(rows - mu, weight)
+    rounding = 32 * torch.finfo(rows.dtype).eps * mu.abs()
+    return torch.where(centered.abs() <= rounding, 0.0, centered)
 
 
-def _scatter(rows: torch.Tensor, group) -> torch.Tensor:  # (N, C) -> (C, C), or (N, N)
+def _scatter(rows: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:  # (N, C) -> (C, C), or (N, N)
     """XᵀX over all ranks; of fewer rows than channels XXᵀ, which has the same norm and eigenvalues (but zeros)."""
     few = group is None and rows.shape[0] < rows.shape[1]
     return rows @ rows.mT if few else all_reduce(rows.mT @ rows, group)

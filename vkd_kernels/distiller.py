@@ -17,6 +17,8 @@ from .ops.ortho_proj_loss import api
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
 from .pairs import Pair, as_pairs
 from .pooling import ComparedRows, compared
+from .store import FeatureStore
+from .store.source import StoredTeacher
 from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped
 from .teachers import KeptModes, ModelTeachers, TeacherAnswer, TeacherCall, TeacherSource
 
@@ -56,7 +58,7 @@ class FeatureDistiller(nn.Module):
     ``"layer4"``, a Hugging Face encoder's tokens from ``"encoder"`` with ``student_output="last_hidden_state"``.
 
     Args:
-        student, teacher: any modules.
+        student, teacher: any modules; in the teacher's place also a ``FeatureStore`` of its features.
         pairs: one dict of the fields of ``Pair`` (or one ``Pair``) per pair.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments for both models: one pass in eval
             mode finds the channels, so that the projections exist before the optimiser. Or give every pair ``dims``.
@@ -69,13 +71,13 @@ class FeatureDistiller(nn.Module):
         device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
 
     Shape:
-        ``forward(*args, masks=None, teacher_input=None, total_rows=None, metrics=False, **kwargs)`` -> (student's
-        output, losses), and with ``metrics`` a third: a flat dictionary for any logger. Arguments go to both models.
+        ``forward(*args, masks=None, teacher_input=None, indices=None, total_rows=None, metrics=False, **kwargs)`` ->
+        (student's output, losses), and with ``metrics`` a third: a flat dictionary for a logger. Arguments go to both.
         ``losses``: a scalar per pair by name and ``"logits"``, before weighting; and ``"total"``.
 
     ``teacher_input``: what the teacher gets in place of the arguments: a tensor, a tuple of arguments or a dict of
-    keyword arguments. For another resolution or tokenizer; or outputs of the teacher that were stored, with a teacher
-    that returns what it is given, ``nn.Identity()``. (They must be of the very view that the student sees.)
+    keyword arguments. For another resolution, normalization (``renormalize``) or tokenizer. With a ``FeatureStore``
+    give ``indices``, of the batch's samples, or ``teacher_input=store[indices]``, as workers of a loader read it.
 
     ``metrics``: the losses once more, ``"loss"`` (the total) and ``"loss/<pair>"``, and for every pair
     ``"diagnostics/<pair>/<name>"``: see ``diagnostics.metrics``. Detached 0-d tensors; every rank must ask for them.
@@ -110,7 +112,7 @@ class FeatureDistiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | FeatureStore,
         pairs: Sequence[Mapping[str, Any] | Pair],
         *,
         example_input=None,
@@ -140,7 +142,11 @@ class FeatureDistiller(nn.Module):
         self.student_logits, self.teacher_logits, self.reduction = student_logits, teacher_logits, reduction
         self.process_group, self.backend = GroupHandle(process_group), backend
         self.student = student
-        self.source: TeacherSource = ModelTeachers(teacher, self.pairs, student)
+        self.source: TeacherSource = (
+            StoredTeacher(teacher, self.pairs)
+            if isinstance(teacher, FeatureStore)
+            else ModelTeachers(teacher, self.pairs, student)
+        )
         self._taps = {pair.name: Tap(pair.side("student")) for pair in self.pairs}
         self._handles: list = []
         self._attached = False  # Dynamo can read it, which it can't the handles
@@ -162,7 +168,7 @@ class FeatureDistiller(nn.Module):
             self.attach()
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> Any:
         return self.source.teacher
 
     def projection(self, name: str) -> torch.Tensor:
@@ -223,6 +229,7 @@ class FeatureDistiller(nn.Module):
         *args: Any,
         masks: Mapping[str, Any] | None = None,
         teacher_input: Any = None,
+        indices: Any = None,
         total_rows: float | torch.Tensor | Mapping[str, Any] | None = None,
         metrics: bool = False,
         **kwargs: Any,
@@ -231,7 +238,7 @@ class FeatureDistiller(nn.Module):
         known = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         step = Step(
             student=(args, kwargs),
-            teacher=TeacherCall(arguments=(args, known), teacher_input=teacher_input),
+            teacher=TeacherCall(arguments=(args, known), teacher_input=teacher_input, indices=indices),
             masks={} if masks is None else masks,
             total_rows=total_rows,
             metrics=metrics,
@@ -341,7 +348,8 @@ class FeatureDistiller(nn.Module):
                 raise ValueError(f"example_input is needed, or dims of the pairs {', '.join(map(repr, missing))}")
             return [pair.dims for pair in self.pairs if pair.dims is not None]
         student = as_arguments(example_input)
-        step = Step(student=student, teacher=TeacherCall(arguments=student, teacher_input=example_teacher_input))
+        call = self.source.example(TeacherCall(arguments=student, teacher_input=example_teacher_input))
+        step = Step(student=student, teacher=call)
         with KeptModes(list(self.student.modules())), torch.no_grad(), self:
             self.student.eval()  # running statistics must not see the example
             _, answer, calls = self._run(step)

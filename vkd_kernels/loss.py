@@ -129,7 +129,10 @@ class OrthoProjLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A fresh projection, and a learned scale back at √(T / S): also for modules built on the meta device."""
+        """A fresh projection, and a learned scale back at √(T / S): also for modules built on the meta device.
+
+        A module that makes the targets has a ``reset_parameters()`` of its own.
+        """
         self.projection.reset_parameters()
         if isinstance(self.scale, nn.Parameter):
             nn.init.constant_(self.scale, math.sqrt(self.teacher_dim / self.student_dim))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .images import different_normalization
 from .ops import checks
 from .pairs import Pair
 from .pooling import Rows
@@ -51,6 +52,10 @@ class TeacherSource(abc.ABC):
     @abc.abstractmethod
     def teacher(self) -> Any:
         """What the user gave as the teacher."""
+
+    def example(self, call: TeacherCall) -> TeacherCall:
+        """What to answer beside an example input of the student's."""
+        return call
 
     def taps(self) -> list[tuple[nn.Module, Tap]]:
         """The modules that need a hook during ``answer``."""
@@ -182,6 +187,8 @@ class ModelTeachers(TeacherSource):
         by_name = dict(models) if isinstance(models, Mapping) else {"": models}
         self.teachers = {name: FrozenTeacher(name, model, student) for name, model in by_name.items()}
         self.several = several
+        unlike = {name: different_normalization(student, model) for name, model in by_name.items()}
+        self.unlike = {name: message for name, message in unlike.items() if message}  # said once, in training
         self.by_pair: dict[str, tuple[FrozenTeacher, Tap]] = {}
         for pair in pairs:
             self.by_pair[pair.name] = self.teachers[""], Tap(pair.side("teacher"))
@@ -217,9 +224,16 @@ class ModelTeachers(TeacherSource):
         return ModelAnswer(outputs, self.by_pair, calls)
 
     def _run(self, name: str, teacher: FrozenTeacher, call: TeacherCall) -> tuple[Any, dict[str, list[Returned]]]:
+        if name in self.unlike and call.teacher_input is None and torch.is_grad_enabled():
+            warn_of_images(self.unlike.pop(name))
         args, kwargs = call.arguments if call.teacher_input is None else as_arguments(call.teacher_input)
         return run_tapped(lambda: teacher.answer(args, kwargs), self.taps_of(name))
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for teacher in self.teachers.values():
             teacher.move(fn)
+
+
+@torch.compiler.assume_constant_result  # said while torch.compile traces, at no cost afterwards
+def warn_of_images(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

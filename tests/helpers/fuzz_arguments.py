@@ -225,6 +225,22 @@ CALLS = {
         {"features": student},
         {"features": {**FEATURES, "shape (2, 4, 4)": torch.randn(2, 4, 4)}, "mask": MASK},
     ),
+    "Standardization": (
+        vk.Standardization,
+        {"num_features": S},
+        {
+            "num_features": DIMS,
+            "eps": EPS,
+            "process_group": GROUP,
+            "isotropic": things(but=("True",)),
+            "momentum": numbers(but=OPTIONAL, zero=0, above=1.5, **NEGATIVE),
+        },
+    ),
+    "Standardization.forward": (
+        vk.Standardization(S),
+        {"features": student},
+        {"features": {**FEATURES, "shape (2, 4, 4)": torch.randn(2, 4, 4)}, "mask": MASK},
+    ),
     "FeatureDistiller": (
         vk.FeatureDistiller,
         {

@@ -143,6 +143,32 @@ def test_where_there_is_nothing_to_tell():
     assert diagnostics.cka(x, y, mask=three).isnan() and diagnostics.cka(x, y, mask=three, debiased=False) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.1, 1e8, 1e-8, 0.0])
+def test_equal_rows_have_no_rank_and_are_like_nothing(value, dtype):
+    equal = torch.full((50, 6), value, dtype=dtype) * torch.arange(1, 7).to(dtype)
+    assert diagnostics.effective_rank(equal) == 0
+    for debiased in (True, False):
+        assert diagnostics.cka(equal, equal, debiased=debiased).isnan()
+        assert diagnostics.cka(equal, torch.randn(50, 3), debiased=debiased).isnan()
+
+
+def test_a_small_variance_beside_a_large_mean_counts():
+    x = torch.randn(50, 6, dtype=torch.float64)
+    torch.testing.assert_close(diagnostics.effective_rank(1e6 + 1e-3 * x), rank_of(x), rtol=1e-3, atol=0)
+
+
+def test_debiased_cka_of_features_alike_to_nothing_is_nan():
+    """Rows all equally far apart have a debiased HSIC of 0, up to rounding; a few rows of many channels a negative."""
+    far_apart = torch.eye(4), torch.eye(6, dtype=torch.float64), 7 * torch.eye(5)
+    for x in (*far_apart, *(torch.randn(4, 1000, generator=torch.Generator().manual_seed(i)) for i in range(10))):
+        own = hsic_of(x, x, debiased=True)
+        value = diagnostics.cka(x, x)
+        assert value.isnan() if own <= 1e-9 else value.item() == pytest.approx(1)
+        assert diagnostics.cka(x, torch.randn(len(x), 3)).isinf().logical_not()
+        assert diagnostics.cka(x, x, debiased=False).item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_metrics_of_large_batches_look_at_evenly_spaced_rows(masked):
     x, y = torch.randn(9, 1001, 4), torch.randn(9, 1001, 6)

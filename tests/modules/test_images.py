@@ -138,3 +138,24 @@ def test_a_difference_that_the_models_show():
     assert "vkd_kernels.renormalize(images, from_=student, to=teacher)" in different_normalization(resnet, vit)
     assert different_normalization(resnet, deit) == ""
     assert different_normalization(resnet, torch.nn.Linear(2, 2)) == ""
+
+
+def test_a_distiller_says_once_that_nothing_converts_the_images(recwarn):
+    timm = pytest.importorskip("timm")
+    student = timm.create_model("resnet10t", num_classes=3)
+    teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    pair = {"student": "", "teacher": ""}
+    images = torch.randn(2, 3, 32, 32)
+
+    def said():
+        return [str(warning.message) for warning in recwarn if "different normalization" in str(warning.message)]
+
+    distiller = vk.FeatureDistiller(student, teacher, [pair], example_input=images)
+    distiller(images, teacher_input=vk.renormalize(images, from_=student, to=teacher))
+    assert not said()
+    for _ in range(2):
+        distiller(images)
+    assert len(said()) == 1 and "renormalize(images, from_=student, to=teacher)" in said()[0]
+    alike = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    vk.FeatureDistiller(alike, teacher, [pair], example_input=images)(images)
+    assert len(said()) == 1

@@ -188,11 +188,11 @@ def test_standardize(shape, channels, dtype, layout, mask_kind, power, seed):
 
 @examples(150)
 @given(
-    row_shapes, dims, dtypes, layouts, masks, st.sampled_from(["zca", "cholesky", "pca"]),
+    row_shapes, dims, dtypes, layouts, masks, st.sampled_from(["zca", "cholesky", "pca", "phi_s"]),
     st.sampled_from([1e-3, 0.1, 1.0]), st.integers(-2, 2), st.integers(0, 99),
 )  # fmt: skip
 def test_whiten(shape, channels, dtype, layout, mask_kind, method, eps, power, seed):
-    """Whatever the method, products of whitened rows are those of the centred rows through Σ⁻¹."""
+    """Products of whitened rows are those of the centered rows through Σ⁻¹; with phi_s, those over tr Σ/C."""
     count("whiten")
     x, rows = drawn_rows(shape, channels, dtype, layout, power, seed)
     mask = mask_of(mask_kind, shape, seed)
@@ -210,7 +210,9 @@ def test_whiten(shape, channels, dtype, layout, mask_kind, method, eps, power, s
         return
     sigma = (centred * w).T @ centred / degrees
     sigma = (1 - eps) * sigma + eps * sigma.trace() / channels * torch.eye(channels, dtype=torch.float64)
-    truth = centred @ torch.linalg.solve(sigma, centred.T)
+    truth = centred @ (
+        centred.T * channels / sigma.trace() if method == "phi_s" else torch.linalg.solve(sigma, centred.T)
+    )
     size = truth.abs().max().item()
     torch.testing.assert_close(out @ out.T, truth, rtol=1e-6, atol=50 * channels * EPS[dtype] * size)
     if method == "zca":

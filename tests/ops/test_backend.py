@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ WITHOUT = """
 import sys
 sys.modules[{missing!r}] = None  # importing it fails
 import warnings
+from pathlib import Path
 warnings.simplefilter("error")
 import torch, vkd_kernels as vk
 facts = vk.info()
@@ -184,3 +186,13 @@ def test_no_warning_on_the_cpu_where_nothing_is_missing():
 def test_public_names():
     for name in vk.__all__:
         assert getattr(vk, name) is not None
+
+
+def test_the_architecture_page_has_the_table_of_candidates():
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    rows = [
+        f"| {op} | {implementation.value} | {when} |"
+        for op, candidates in implementations.CANDIDATES.items()
+        for implementation, when in candidates
+    ]
+    assert "\n".join(rows) in page

@@ -234,7 +234,7 @@ def test_inverse_is_well_conditioned_for_large_matrices():
 
 
 def test_inverse_refuses_a_matrix_that_is_not_orthonormal():
-    with pytest.raises(ValueError, match=r"matrix must be orthonormal; max .* is"):
+    with pytest.raises(ValueError, match=r"matrix must be semi-orthogonal; max .* is"):
         cayley_inverse(torch.randn(5, 3))
 
 
@@ -312,3 +312,17 @@ def test_compiles_to_one_graph(backend):
 
 def test_meta_tensors():
     assert vk.cayley(torch.empty(7, 3, device="meta"), backend="torch").shape == (7, 3)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (2, 5, 5)])
+def test_forward_mode_derivative(shape):
+    weight, tangent = torch.randn(2, *shape, dtype=torch.float64).unbind(0)
+    _, expected = torch.func.jvp(lambda w: vk.functional.cayley(w, backend="torch"), (weight,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, tangent)
+        for backend in (None, "torch"):
+            value = torch.autograd.forward_ad.unpack_dual(vk.functional.cayley(dual, backend=backend))
+            torch.testing.assert_close(value.tangent, expected)
+        if implementations.extension()[0] is not None:
+            with pytest.raises(RuntimeError, match='no forward-mode derivative of cayley: use backend="torch"'):
+                vk.functional.cayley(dual, backend="extension")

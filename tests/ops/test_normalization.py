@@ -1,4 +1,7 @@
-"""standardize, whiten and Whitening: formulas, invariants, masks, running statistics, bad arguments."""
+"""standardize, whiten and Whitening: formulas, invariants, masks, running statistics, bad arguments.
+
+Standardization, freezing and what is saved: test_running_statistics.py.
+"""
 
 import math
 
@@ -44,7 +47,10 @@ def test_masked_rows_count_nowhere_and_come_out_as_zero(method):
     assert bool((out[~keep] == 0).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+DECORRELATING = [method for method in METHODS if method != "phi_s"]
+
+
+@pytest.mark.parametrize("method", DECORRELATING)
 def test_whitened_features_have_the_identity_as_covariance(method):
     x = features()
     white = whiten(x, method=method, eps=0.0)
@@ -55,8 +61,32 @@ def test_whitened_features_have_the_identity_as_covariance(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_and_16_bit_are_whitened_in_float64(method):
     x = features(2000, 20)
-    assert covariance_error(whiten(x.float(), method=method, eps=0.0)) < 1e-4
+    torch.testing.assert_close(
+        whiten(x.float(), method=method, eps=0.0), whiten(x.float().double(), method=method, eps=0.0).float()
+    )
     assert whiten(x.bfloat16(), method=method).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 7, 8, 12, 65])
+def test_phi_s_is_a_rotation_and_one_scale_to_equal_variances(c):
+    x = features(500, c)
+    out = whiten(x, method="phi_s", eps=1e-3)
+    torch.testing.assert_close(out.var(0), torch.ones(c, dtype=torch.float64))
+    assert out.mean(0).abs().max() < 1e-12
+    centered, variance = x - x.mean(0), torch.cov(x.T).reshape(c, c).trace() / c
+    torch.testing.assert_close(out @ out.T, centered @ centered.T / variance)  # angles and ratios of lengths stay
+    torch.testing.assert_close(whiten(x, method="phi_s", eps=0.5), out)  # the shrinkage has no part in it
+
+
+def test_phi_s_rotates_by_what_looks_like_a_hadamard_matrix():
+    """The literal composition: principal components, a rotation whose entries are about 1/√C, one scale."""
+    x = features(500, 8)
+    centered = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    rotation = torch.linalg.lstsq(centered @ vectors * values.mean().rsqrt(), whiten(x, method="phi_s")).solution
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(8, dtype=torch.float64))
+    assert rotation.abs().max() <= math.sqrt(2 / 8) + 1e-9  # Hadamard: 1/√8
+    torch.testing.assert_close((rotation.T * values @ rotation).diagonal(), values.mean().expand(8))
 
 
 def test_zca_is_symmetric_pca_is_ordered_cholesky_is_the_published_formula():
@@ -92,6 +122,12 @@ def test_rows_without_variance_whiten_to_zero(method, x):
     assert torch.equal(whiten(x, method=method), torch.zeros_like(x))
 
 
+def test_float64_mask_weights_too_small_for_float32_count():
+    x, weights = features(40), torch.rand(40, dtype=torch.float64)
+    for function in (standardize, lambda x, mask: whiten(x, mask=mask)):
+        torch.testing.assert_close(function(x.float(), mask=1e-50 * weights), function(x.float(), mask=weights))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_whitening_does_not_depend_on_the_scale(method, scale):
@@ -109,39 +145,6 @@ def test_nan_makes_the_result_nan(method):
 def test_whitening_without_momentum_is_the_function():
     x = features()
     assert torch.equal(vk.Whitening(7, method="cholesky", eps=0.1)(x), whiten(x, method="cholesky", eps=0.1))
-
-
-def test_running_statistics_pool_small_batches_exactly():
-    x = features(64 * 8, 6)
-    module = vk.Whitening(6, momentum=1e-3)  # a cumulative average for the first 1000 batches
-    for batch in x.split(8):
-        module(batch)
-    torch.testing.assert_close(module.running_mean, x.mean(0))
-    torch.testing.assert_close(module.running_covariance, torch.cov(x.T, correction=0))
-    assert module.batches_seen == 64
-
-
-def test_eval_mode_uses_running_statistics_and_leaves_them():
-    module = vk.Whitening(7, momentum=0.1, eps=1e-6)
-    for _ in range(30):
-        module(features(50))
-    module.eval()
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    one_row = module(features(1))
-    assert one_row.isfinite().all() and one_row.norm() > 0
-    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
-    restored = vk.Whitening(7, momentum=0.1, eps=1e-6).eval()
-    restored.load_state_dict(before)
-    x = features(3)
-    assert torch.equal(restored(x), module(x))
-
-
-def test_a_masked_batch_leaves_running_statistics_alone():
-    module = vk.Whitening(7, momentum=0.1)
-    module(features(20))
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    module(torch.full((4, 7), math.nan), mask=torch.zeros(4, dtype=torch.bool))
-    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
 @pytest.mark.parametrize(

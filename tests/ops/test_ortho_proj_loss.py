@@ -53,6 +53,8 @@ def literal(student, teacher, weight, *, normalization, loss, beta, eps, scale=N
         sigma = (1 - eps) * sigma + eps * sigma.trace() / t * torch.eye(t, dtype=sigma.dtype)
         values, vectors = torch.linalg.eigh(sigma)
         target = centred @ vectors @ torch.diag(values**-0.5) @ vectors.T
+    elif normalization == "l2":
+        target = torch.stack([row / max(row.norm(), eps) for row in teacher])
     else:
         target = teacher
     d = (z - target).abs()

@@ -269,3 +269,19 @@ def test_opcheck(needed):
     )  # fmt: skip
     unscaled = [torch.randn(*size) for size in ((6, 5), (7, 5), (7,))]
     torch.library.opcheck(chunks.chunked_backward, (torch.ones(()), *unscaled, None, 0.5, torch.float16, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"loss": "mse"}, {"bias": True, "weights": True, "beta": 0.05}])
+@pytest.mark.parametrize("form", [chunked.loss, one_row_chunks])
+def test_l2(form, options, dtype):
+    for shape in SHAPES[1:]:
+        Case(shape, dtype, normalization="l2", **options).check(form)
+
+
+def test_l2_of_rows_of_zeros():
+    """As F.normalize: a norm counts as eps at least."""
+    case = Case((6, 3, 5), torch.float32, normalization="l2", eps=1e-3)
+    case.teacher[2] = 0
+    case.teacher[3] *= 1e-6
+    case.check(chunked.loss)

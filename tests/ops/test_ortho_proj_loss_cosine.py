@@ -56,6 +56,8 @@ def projected_and_target(student, teacher, weight, *, normalization, eps, beta, 
         return z, (teacher - mean) / (variance + eps).sqrt(), w
     if normalization == "batch_norm":
         return (*(vk.functional.standardize(x, mask=w, eps=eps) for x in (z, teacher)), w)
+    if normalization == "l2":
+        return z, torch.stack([row / max(row.norm(), eps) for row in teacher]), w
     if normalization == "whiten":
         return z, vk.functional.whiten(teacher, mask=w, eps=eps), w
     return z, teacher, w
@@ -66,7 +68,7 @@ def projected_and_target(student, teacher, weight, *, normalization, eps, beta, 
 
 @pytest.mark.parametrize("masked", ["no mask", "bool", "weights"])
 @pytest.mark.parametrize("loss", MIXTURES, ids=str)
-@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm", "whiten", "none"])
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
 def test_equals_the_literal_formula_with_gradients(path, normalization, loss, masked):
     student, teacher, weight = inputs()
     mask = {"no mask": None, "bool": torch.arange(13) % 3 != 0, "weights": torch.arange(13.0).double() % 4 / 3}[masked]
@@ -152,7 +154,7 @@ def test_errors_are_within_those_of_the_composition(option, loss, dtype):
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.3, "learned"])
 @pytest.mark.parametrize("loss", ["cosine", {"cosine": 0.9, "mse": 0.1}], ids=str)
-@pytest.mark.parametrize("normalization", ["layer_norm", "none"])
+@pytest.mark.parametrize("normalization", ["layer_norm", "l2", "none"])
 @pytest.mark.parametrize("s, t", [(20, 45), (24, 24)])
 def test_a_semi_orthogonal_projection_needs_no_z(s, t, normalization, loss, scale, dtype, monkeypatch):
     """Loss and gradients are as exact as those of the composition, through the parametrization."""

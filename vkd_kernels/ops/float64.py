@@ -4,11 +4,13 @@ import functools
 
 import torch
 
+HAVE_FLOAT64 = ("cpu", "cuda", "meta")  # types of devices; others are tried
+
 
 @torch.compiler.assume_constant_result
 def has_float64(device: torch.device) -> bool:
     """Whether tensors on the device can be float64."""
-    return device.type in ("cpu", "cuda", "meta") or _accepts_float64(device.type)
+    return device.type in HAVE_FLOAT64 or _accepts_float64(device.type)
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """The Cayley transform: validates, chooses a backend, documents (reference.py is the definition)."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import checks, implementations
+from ..float64 import as_float64
 from ..implementations import Implementation
 from . import extension, reference
 
@@ -10,7 +12,7 @@ _HINT = "; an orthogonal matrix in 16 bit is off by 4e-3: keep the weight in flo
 MAX_KERNEL_COLUMNS = 1024  # unmeasured: see candidates
 
 
-def _check_weight(name: str, weight) -> None:
+def _check_weight(name: str, weight: torch.Tensor) -> None:  # (..., T, S)
     checks.check_tensor(name, weight, checks.FULL_PRECISION, _HINT)
     if weight.dim() < 2 or weight.shape[-1] < 1 or weight.shape[-2] < 1:
         raise ValueError(f"{name} must have the shape (..., T, S) with T, S >= 1; got {tuple(weight.shape)}")
@@ -28,15 +30,17 @@ def candidates(device_type: str, s: int) -> tuple[Implementation, ...]:
     return (Implementation.EXTENSION, Implementation.REFERENCE)
 
 
-def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    r"""The orthonormal matrix of an unconstrained one: a Cayley transform in closed form.
+def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:  # (..., T, S) -> (..., T, S)
+    r"""The semi-orthogonal matrix of an unconstrained one: a Cayley transform in closed form.
 
     For ``weight = [U; V]`` with U the first S rows::
 
         R = (I + U - Uᵀ + VᵀV)⁻¹        Q = [2R - I; -2 V R]        QᵀQ = I
 
     which are the first S columns of ``(I + K)⁻¹(I - K)``, ``K = [[U - Uᵀ, -Vᵀ], [V, 0]]``, at O(T S²) instead of
-    O(T³). The inverse is taken in float64 whatever the weight's dtype, also under autocast.
+    O(T³): a point on the Stiefel manifold. The closed form is known (Trockman and Kolter, arXiv 2104.07167; Orthogonium
+    has it, too). The inverse is taken in float64 whatever the weight's dtype, also under autocast, and on the CPU where
+    the device has no float64 (Apple's MPS).
 
     Args:
         weight: ``(..., T, S)`` float32 or float64, any strides, on any device. Leading dimensions are a batch.
@@ -44,7 +48,8 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
 
     Returns:
         ``(..., T, S)`` of the weight's dtype: orthonormal columns for T >= S, orthonormal rows for T < S (a wide
-        weight is the transpose of a tall one). Differentiable; a second-order gradient needs ``backend="torch"``.
+        weight is the transpose of a tall one). Differentiable, also in forward mode (by PyTorch); a second-order
+        gradient needs ``backend="torch"``.
 
     Raises:
         TypeError: a weight that is no tensor or has another dtype.
@@ -62,13 +67,22 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         return cayley(weight.mT, backend=backend).mT
     device = weight.device.type
     chosen = implementations.decide("cayley", backend, device, weight.dtype, candidates(device, weight.shape[-1]))
+    if chosen is Implementation.EXTENSION and _has_tangent(weight):
+        if implementations.requested("cayley", backend)[0] is chosen:
+            raise RuntimeError('the extension has no forward-mode derivative of cayley: use backend="torch"')
+        chosen = Implementation.REFERENCE
     return (extension if chosen is Implementation.EXTENSION else reference).cayley(weight)
 
 
-def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight whose Cayley transform is a given matrix, up to the signs of its columns.
+def _has_tangent(weight: torch.Tensor) -> bool:
+    """Whether it is a dual number of ``torch.autograd.forward_ad``, whose tangent an operator drops without a word."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(weight).tangent is not None
 
-    Every orthonormal matrix is ``cayley(weight) * signs`` for some weight; the signs D keep ``I + Q1 D`` well
+
+def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight whose Cayley transform is a given semi-orthogonal matrix, up to the signs of its columns.
+
+    Every such matrix is ``cayley(weight) * signs`` for some weight; the signs D keep ``I + Q1 D`` well
     conditioned, which the Cayley transform alone (it never reaches the eigenvalue -1) can't.
 
     Args:
@@ -92,9 +106,9 @@ def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if matrix.shape[-2] < matrix.shape[-1]:
         weight, signs = cayley_inverse(matrix.mT)
         return weight.mT, signs.mT
-    q = matrix.detach().double()
+    q = as_float64(matrix.detach())
     error = (q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().amax().item() if q.numel() else 0
     if not error <= 1e-3:
-        raise ValueError(f"matrix must be orthonormal; max |QᵀQ - I| of the one given is {error:.1e}")
+        raise ValueError(f"matrix must be semi-orthogonal; max |QᵀQ - I| of the one given is {error:.1e}")
     weight, signs = reference.cayley_inverse(matrix)
     return weight, signs.unsqueeze(-2)

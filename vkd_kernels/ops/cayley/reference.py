@@ -2,11 +2,12 @@
 
 import torch
 
+from ..float64 import as_float64
 from ..implementations import no_autocast
 
 
 def _inverse(m: torch.Tensor) -> torch.Tensor:  # (..., S, S), symmetric part >= I: never singular
-    # inv_ex neither checks nor synchronises. A batch goes one by one on the CPU: PyTorch's batched LU (seen with 2.14
+    # inv_ex neither checks nor synchronizes. A batch goes one by one on the CPU: PyTorch's batched LU (seen with 2.14
     # and MKL) can hang when it has more than one thread.
     if m.device.type != "cpu" or m.dim() == 2:
         return torch.linalg.inv_ex(m).inverse
@@ -17,11 +18,12 @@ def cayley(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S), T >= S -> (...
     """Q = [2R - I; -2 V R] with R = (I + U - Uᵀ + VᵀV)⁻¹ and weight = [U; V], in float64 throughout."""
     s = weight.shape[-1]
     with no_autocast(weight.device.type):
-        w = weight.double()
+        w = as_float64(weight)
         u, v = w[..., :s, :], w[..., s:, :]
         eye = torch.eye(s, dtype=w.dtype, device=w.device)
         r = _inverse(eye + (u - u.mT) + v.mT @ v)
-        return torch.cat([2 * r - eye, v @ (-2 * r)], dim=-2).to(weight.dtype)
+        q = torch.cat([2 * r - eye, v @ (-2 * r)], dim=-2)
+        return q.to(weight.dtype).to(weight.device)  # in this order: the device may have no float64
 
 
 def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (..., T, S) -> (..., T, S), (..., S)
@@ -31,7 +33,7 @@ def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  
     Q1 + D: the k-th sign is that of the k-th pivot, which keeps every pivot at least 1 in magnitude.
     """
     s = matrix.shape[-1]
-    q = matrix.detach().double()
+    q = as_float64(matrix.detach())
     rest = q[..., :s, :].clone()
     signs = torch.ones((*q.shape[:-2], s), dtype=q.dtype, device=q.device)
     for k in range(s):
@@ -43,4 +45,4 @@ def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  
     eye = torch.eye(s, dtype=q.dtype, device=q.device)
     half_m = _inverse(eye + qd[..., :s, :])
     weight = torch.cat([(half_m - half_m.mT) / 2, -qd[..., s:, :] @ half_m], dim=-2)
-    return weight.to(matrix.dtype), signs.to(matrix.dtype)
+    return weight.to(matrix.dtype).to(matrix.device), signs.to(matrix.dtype).to(matrix.device)

@@ -1,5 +1,6 @@
-"""Task-specific normalisation of features: api.py (start here), reference.py, all_reduce.py."""
+"""Normalization of features: api.py (start here), reference.py (the definition), modules.py, all_reduce.py."""
 
-from .api import Whitening, standardize, whiten
+from .api import standardize, whiten
+from .modules import Standardization, Whitening
 
-__all__ = ["Whitening", "standardize", "whiten"]
+__all__ = ["Standardization", "Whitening", "standardize", "whiten"]

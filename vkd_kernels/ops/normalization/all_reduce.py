@@ -1,5 +1,8 @@
 """Sums over the ranks of a process group, as autograd sees them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -10,14 +13,14 @@ class _AllReduceSum(torch.autograd.Function):
     """y = Σ over ranks of x; every rank's y depends on every rank's x, so the gradient is a sum over ranks too."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         y = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(y, group=group)
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _AllReduceSum.apply(grad, ctx.group), None
 
 
@@ -26,36 +29,36 @@ class _GlobalLoss(torch.autograd.Function):
     so that the average DDP takes of the parameters' gradients is the gradient of the global loss."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.size = dist.get_world_size(group)
         y = x.clone()
         dist.all_reduce(y, group=group)
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad * ctx.size, None
 
 
-def all_reduce(x: torch.Tensor, group) -> torch.Tensor:
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Σ over the ranks of ``group`` of ``x`` (``x`` itself for ``group=None``), differentiable: for statistics."""
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
-def all_reduce_together(tensors: list, group) -> list:
-    """all_reduce of each tensor, all in one collective; the tensors must have one dtype."""
+def all_reduce_together(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> Sequence[torch.Tensor]:
+    """all_reduce of several tensors of one dtype, all in one collective."""
     if group is None:
         return tensors
-    parts = all_reduce(torch.cat([x.reshape(-1) for x in tensors]), group).split([x.numel() for x in tensors])
-    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+    sums = all_reduce(torch.cat([x.reshape(-1) for x in tensors]), group).split([x.numel() for x in tensors])
+    return [flat.view(x.shape) for flat, x in zip(sums, tensors, strict=True)]
 
 
-def global_loss(x: torch.Tensor, group) -> torch.Tensor:
+def global_loss(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Σ over the ranks of ``group`` of the local shares ``x`` of a loss (``x`` itself for ``group=None``)."""
     return x if group is None else _GlobalLoss.apply(x, group)
 
 
-def check_group(group) -> None:
+def check_group(group: object) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be None or a torch.distributed.ProcessGroup; got {describe(group)}")
 
@@ -64,12 +67,12 @@ class GroupHandle:
     """A module's process group. It stays with copies of the module and does not travel with pickles: a group belongs
     to its process, so a module unpickled elsewhere computes the statistics of its own rows until it is given one."""
 
-    def __init__(self, group=None):
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         check_group(group)
         self.group = group
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["GroupHandle"], tuple[()]]:
         return GroupHandle, ()

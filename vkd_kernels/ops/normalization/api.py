@@ -1,16 +1,21 @@
-"""Normalisation of features: validates, documents (reference.py is the definition)."""
+"""Normalization of features: validates, documents (reference.py is the definition, modules.py keeps statistics)."""
 
 import torch
-from torch import nn
+from torch.distributed import ProcessGroup
 
 from .. import checks
 from . import reference
-from .all_reduce import GroupHandle, check_group
+from .all_reduce import check_group
 
-METHODS = ("zca", "cholesky", "pca")
+METHODS = ("zca", "cholesky", "pca", "phi_s")
 
 
-def _rows(name: str, features, mask, process_group):
+def flat_rows(
+    name: str,
+    features: torch.Tensor,  # (..., C)
+    mask: torch.Tensor | None,  # (...)
+    process_group: ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # (N, C), (N,)
     """Features as 2-D rows in float32 or better, and the rows' weights."""
     checks.check_tensor(name, features)
     check_group(process_group)
@@ -21,14 +26,22 @@ def _rows(name: str, features, mask, process_group):
     rows = features.reshape(-1, features.shape[-1])
     if rows.shape[0] == 0 and process_group is None:
         raise ValueError(f"{name} has no rows: its shape is {tuple(features.shape)}")
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return rows.to(dtype), checks.row_weights("mask", mask, features.shape[:-1], features, dtype)
+    dtype = weight_dtype = torch.promote_types(features.dtype, torch.float32)
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.float64:
+        weight_dtype = torch.float64  # whose small weights float32 would take for masked rows
+    return rows.to(dtype), checks.row_weights("mask", mask, features.shape[:-1], features, weight_dtype)
 
 
-def standardize(features: torch.Tensor, *, mask=None, eps: float = 1e-5, process_group=None) -> torch.Tensor:
-    r"""Each channel standardised over all rows: ``(x - mean) / sqrt(biased variance + eps)``.
+def standardize(
+    features: torch.Tensor,  # (..., C)
+    *,
+    mask: torch.Tensor | None = None,  # (...)
+    eps: float = 1e-5,
+    process_group: ProcessGroup | None = None,
+) -> torch.Tensor:  # (..., C)
+    r"""Each channel standardized over all rows: ``(x - mean) / sqrt(biased variance + eps)``.
 
-    The normalisation of the paper's detection task; what ``batch_norm`` does without affine or running statistics.
+    The normalization of the paper's detection task; what ``batch_norm`` does without affine or running statistics.
 
     Args:
         features: ``(..., C)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
@@ -48,27 +61,37 @@ def standardize(features: torch.Tensor, *, mask=None, eps: float = 1e-5, process
         >>> bool(out.mean((0, 1)).abs().max() < 1e-5), bool((out.var((0, 1), correction=0) - 1).abs().max() < 1e-4)
         (True, True)
     """
-    rows, row_weight = _rows("features", features, mask, process_group)
+    rows, row_weight = flat_rows("features", features, mask, process_group)
     checks.check_number("eps", eps, at_least=0)
     out = reference.standardize(rows, row_weight, eps=eps, group=process_group)
     return out.to(features.dtype).reshape(features.shape)
 
 
 def whiten(
-    teacher: torch.Tensor, *, method: str = "zca", eps: float = 1e-3, mask=None, process_group=None
-) -> torch.Tensor:
-    r"""Features centred and decorrelated, float64 inside: the normalisation of the paper's generation task.
+    teacher: torch.Tensor,  # (..., C)
+    *,
+    method: str = "zca",
+    eps: float = 1e-3,
+    mask: torch.Tensor | None = None,  # (...)
+    process_group: ProcessGroup | None = None,
+) -> torch.Tensor:  # (..., C)
+    r"""Features centered and decorrelated, float64 inside: the normalization of the paper's generation task.
 
     With the covariance Σ of the rows (N - 1 in the denominator) shrunk to ``(1 - eps) Σ + eps (tr Σ / C) I``::
 
-        zca:       (y - μ) Σ^(-1/2)      closest to y
-        cholesky:  (y - μ) L⁻ᵀ           Σ = L Lᵀ; the cheapest, and no host synchronisation on a GPU
-        pca:       (y - μ) E Λ^(-1/2)    decreasing variance, signs fixed
+        zca:       (y - μ) Σ^(-1/2)           closest to y
+        cholesky:  (y - μ) L⁻ᵀ                Σ = L Lᵀ; the cheapest, and no host synchronization on a GPU
+        pca:       (y - μ) E Λ^(-1/2)         Σ = E Λ Eᵀ; decreasing variance, signs fixed
+        phi_s:     (y - μ) E Hᵀ / √(tr Σ/C)   a rotation and one scale, after which every channel has variance 1
+
+    ``phi_s`` is PHI-S of RADIO (arXiv 2410.01680), which keeps the ratios of distances between rows. H is like a
+    Hadamard matrix: Fourier's cosines and sines, with phases that make all variances equal, for any number of channels.
 
     Args:
         teacher: ``(..., C)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
-        method: ``"zca"``, ``"cholesky"`` or ``"pca"``.
-        eps: share of the shrinkage target, in [0, 1]. With fewer rows than channels Σ is singular and eps must be > 0.
+        method: ``"zca"``, ``"cholesky"``, ``"pca"`` or ``"phi_s"``.
+        eps: share of the shrinkage target, in [0, 1]. With fewer rows than channels Σ is singular and eps must be > 0
+            (``phi_s`` does not depend on it).
         mask: ``(...)`` bool, or non-negative float weights. Rows of weight 0 enter no statistic and come out as 0.
         process_group: statistics over the rows of all its ranks; ``None``: of this process alone.
 
@@ -85,90 +108,8 @@ def whiten(
         >>> torch.allclose(torch.cov(out.T), torch.eye(8), atol=1e-3)
         True
     """
-    rows, row_weight = _rows("teacher", teacher, mask, process_group)
+    rows, row_weight = flat_rows("teacher", teacher, mask, process_group)
     checks.check_choice("method", method, METHODS)
     checks.check_number("eps", eps, at_least=0, at_most=1)
     out = reference.whiten(rows, row_weight, method=method, eps=eps, group=process_group)
     return out.to(teacher.dtype).reshape(teacher.shape)
-
-
-class Whitening(nn.Module):
-    r"""Whitens features by the statistics of the batch or, with ``momentum``, by running ones.
-
-    A batch with fewer rows than channels has a singular covariance; running statistics pool several batches. With
-    ``momentum`` the statistics are updated in training mode, then used, in training and in eval mode alike: a
-    cumulative average until ``1 / momentum`` batches have been seen, an exponential one afterwards. The spread of the
-    batches' means counts as variance, so that batches of one size pool to the (biased) covariance of all their rows.
-    Before the first update the map is the identity.
-
-    Args:
-        num_features: C.
-        method, eps: as for ``functional.whiten``.
-        momentum: ``None`` for batch statistics in both modes, or a number in (0, 1].
-        process_group: statistics over the rows of all its ranks; ``None``: of this process alone.
-
-    Shape:
-        forward(features (..., C), mask (...) or None) -> (..., C), a constant (no gradient).
-
-    Example:
-        >>> import torch, vkd_kernels as vk
-        >>> whitening = vk.Whitening(8, momentum=0.1)
-        >>> whitening(torch.randn(4, 8)).shape, int(whitening.batches_seen)
-        (torch.Size([4, 8]), 1)
-    """
-
-    running_mean: torch.Tensor  # (C,) float64, as the other statistics; there with momentum alone
-    running_covariance: torch.Tensor  # (C, C)
-    batches_seen: torch.Tensor  # ()
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        method: str = "zca",
-        eps: float = 1e-3,
-        momentum: float | None = None,
-        process_group=None,
-    ):
-        super().__init__()
-        checks.check_dim("num_features", num_features)
-        checks.check_choice("method", method, METHODS)
-        checks.check_number("eps", eps, at_least=0, at_most=1)
-        if momentum is not None:
-            checks.check_number("momentum", momentum, above=0, at_most=1)
-        self.num_features, self.method, self.eps, self.momentum = num_features, method, eps, momentum
-        self.process_group = GroupHandle(process_group)
-        if momentum is not None:
-            self.register_buffer("running_mean", torch.zeros(num_features, dtype=torch.float64))
-            self.register_buffer("running_covariance", torch.eye(num_features, dtype=torch.float64))
-            self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def forward(self, features: torch.Tensor, mask=None) -> torch.Tensor:
-        checks.check_tensor("features", features)
-        if features.dim() and features.shape[-1] != self.num_features:
-            raise ValueError(f"features must have {self.num_features} channels; got the shape {tuple(features.shape)}")
-        if self.momentum is None:
-            return whiten(features, method=self.method, eps=self.eps, mask=mask, process_group=self.process_group.group)
-        rows, row_weight = _rows("features", features, mask, self.process_group.group)
-        rows = reference.without_masked_rows(rows, row_weight).double()
-        if self.training:
-            self._update(rows, None if row_weight is None else row_weight.double())
-        matrix = reference.whitening_matrix(self.running_covariance, method=self.method, eps=self.eps)
-        out = reference.without_masked_rows((rows - self.running_mean) @ matrix, row_weight)
-        return out.to(features.dtype).reshape(features.shape)
-
-    def _update(self, rows: torch.Tensor, row_weight) -> None:
-        group = self.process_group.group
-        mean, covariance = reference.covariance(rows, row_weight, group, biased=True)
-        counted = reference.sum_of_weights(rows, row_weight, group) > 0  # a batch that is all masked changes nothing
-        share = (1.0 / (self.batches_seen + 1.0)).clamp_min(self.momentum or 0.0).to(mean.dtype) * counted
-        first = (self.batches_seen == 0) & counted
-        delta = mean - self.running_mean
-        mixed = torch.lerp(self.running_covariance, covariance, share) + share * (1 - share) * torch.outer(delta, delta)
-        self.running_covariance.copy_(torch.where(first, covariance, mixed))
-        self.running_mean.lerp_(mean, torch.where(first, 1.0, share))
-        self.batches_seen.add_(counted)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, method={self.method!r}, eps={self.eps}, momentum={self.momentum}"

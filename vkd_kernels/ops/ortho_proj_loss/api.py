@@ -47,46 +47,25 @@ def ortho_proj_loss(
         Z = student weightᵀ · scale + bias          T = normalize(teacher)
         L = mean over rows and channels of ρ(Z - T), or mean over rows of 1 - cos(z, t)
 
-    ======================  =======================================================================================
-    ``normalization``       T
-    ======================  =======================================================================================
-    ``"layer_norm"``        every row standardized over its T channels (biased variance + eps)
-    ``"batch_norm"``        every channel standardized over the rows (biased variance + eps), and Z likewise, with
-                            gradients through its statistics
-    ``"whiten"``            centered and decorrelated (ZCA) with shrinkage ``eps``: choose it larger, 1e-3 say, and
-                            certainly where there are fewer rows than channels
-    ``"none"``              teacher as it is
-    an ``nn.Module``        ``module(teacher (..., T), mask or None)``, called without gradients
-    ======================  =======================================================================================
-
-    ======================  =======================================================================================
-    ``loss``                of a row
-    ======================  =======================================================================================
-    ``"smooth_l1"``         the mean over channels of d²/2β below β, of abs(d) - β/2 from there on; d = z - t
-    ``"mse"``               the mean over channels of d²
-    ``"cosine"``            1 - ⟨z, t⟩ / (‖z‖ ‖t‖), norms of at least 1e-8: 1 for a row of zeros. One number that scales
-                            all channels changes no angle, so that with cosine alone any ``scale`` but 1.0 is an error
-    ``{name: share}``       a mixture: ``{"cosine": 0.9, "smooth_l1": 0.1}`` adds 0.9 of one to 0.1 of the other
-    ======================  =======================================================================================
-
     The product is taken in the student's dtype (autocast's under autocast) and accumulated in float32; normalization
     and loss are float32. float64 works throughout when student, teacher and weight all are.
 
     Args:
-        student: ``(..., S)`` float32, bfloat16, float16 or float64. Rows are all dimensions but the last.
-        teacher: ``(..., T)`` with the same rows. A constant: no gradient flows to it.
-        weight: ``(T, S)``, any matrix; gradients are those of any matrix.
-        scale: multiplies Z: a number, a 0-d tensor, or one value per teacher channel. Folded into the weight.
-        bias: one value per teacher channel.
-        mask: bool, or non-negative float weights, one per row; a constant. Rows of weight 0 count nowhere, whatever
-            they hold; with no row left the loss is 0 with zero gradients. That no weight is negative is not checked: it
-            would stall a GPU.
-        beta: of ``"smooth_l1"``, above 0.
-        eps: see the table.
+        student, teacher: float32, bfloat16, float16 or float64; rows are all dimensions but the last. The teacher is a
+            constant.
+        weight: any matrix; gradients are those of any matrix.
+        scale, bias: multiply and shift Z; with the loss cosine alone any ``scale`` of all channels but 1.0 is an error.
+        mask: bool, or non-negative float weights (not checked: it would stall a GPU), a constant. Rows of weight 0
+            count nowhere, whatever they hold; with no row left the loss is 0 with zero gradients.
+        normalization: of each teacher row: ``"layer_norm"`` (standardized over its channels), ``"l2"`` (divided by its
+            norm) or ``"none"``; over the rows: ``"batch_norm"`` (each channel standardized, Z likewise, with gradients
+            through its statistics) or ``"whiten"`` (ZCA with shrinkage ``eps``: choose it larger, 1e-3 say); or an
+            ``nn.Module``, called as ``module(teacher, mask)`` for the targets.
+        loss: ``"smooth_l1"`` (quadratic below ``beta``), ``"mse"``, ``"cosine"`` (norms of at least 1e-8, so that a row
+            of zeros has the loss 1), or a mixture such as ``{"cosine": 0.9, "smooth_l1": 0.1}``.
         reduction: ``"mean"`` over the rows by their weights, or ``"sum"`` over rows and (but for cosine) channels.
-        process_group: statistics and mean over the rows of all its ranks (pass ``torch.distributed.group.WORLD``).
-            Every rank returns the global loss, and gradients averaged over the ranks, as DDP does, are those of one
-            process with all rows. Ranks may hold different numbers of rows, also none. ``None``: this process alone.
+        process_group: statistics and mean over the rows of all its ranks, which may differ in number. Every rank
+            returns the global loss, and gradients that DDP averages are those of one process with all rows.
         backend: ``None`` chooses; ``"triton"`` or ``"torch"`` asks for one, and is an error where it can't serve.
 
     Returns:

@@ -10,7 +10,7 @@ from .. import checks
 from ..normalization.all_reduce import check_group
 from .spec import LossSpec
 
-NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
+NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "l2", "none")
 LOSSES = ("smooth_l1", "mse", "cosine")
 REDUCTIONS = ("mean", "sum")
 

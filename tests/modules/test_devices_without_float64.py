@@ -1,0 +1,119 @@
+"""Apple's MPS and other devices without float64: what needs it runs on the CPU, everything else stays on the device.
+
+No such device is at hand. The CPU plays both: tensors are on the device unless they come from ``.cpu()``, and to make
+float64 of one on the device is an error, as on MPS.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vkd_kernels as vk
+from vkd_kernels.ops import float64
+
+
+class NoFloat64(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.on_the_cpu = []  # alive, so that no other tensor has the same identity
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        returned = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        known = {id(x) for x in self.on_the_cpu}
+        if any(id(x) in known or x.dtype == torch.float64 for x in given):
+            self.on_the_cpu += returned
+        elif given and any(x.dtype == torch.float64 for x in returned):
+            raise TypeError(f"Cannot convert a Tensor to float64 as the device doesn't support it ({function})")
+        return result
+
+
+@pytest.fixture
+def no_float64(monkeypatch):
+    mode = NoFloat64()
+
+    def cpu(tensor):
+        copied = tensor.clone()
+        mode.on_the_cpu.append(copied.detach())
+        mode.on_the_cpu.append(copied)
+        return copied
+
+    monkeypatch.setenv("VKD_KERNELS_BACKEND", "torch")
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(float64, "HAVE_FLOAT64", ())
+    monkeypatch.setattr(float64, "_accepts_float64", lambda device_type: False)
+    with mode:
+        with pytest.raises(TypeError, match="Cannot convert a Tensor to float64"):
+            torch.ones(2).double()
+        yield
+
+
+def student_and_teacher():
+    return torch.randn(6, 4).requires_grad_(), torch.randn(6, 16)
+
+
+@pytest.mark.usefixtures("no_float64")
+def test_orthogonal_projections():
+    for shape in ((16, 4), (4, 16), (3, 16, 4)):
+        q = vk.cayley(torch.randn(shape))
+        assert q.dtype == torch.float32
+    for orthogonal_map in ("cayley", "matrix_exp", "householder"):
+        layer = vk.OrthogonalLinear(4, 16, orthogonal_map=orthogonal_map)
+        layer.weight = torch.randn(16, 4)
+        assert layer(torch.randn(5, 4)).dtype == torch.float32
+        vk.orthogonal(torch.nn.Linear(4, 16), orthogonal_map=orthogonal_map)
+
+
+@pytest.mark.usefixtures("no_float64")
+@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm", "whiten", "none"])
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse"])
+def test_the_loss(loss, normalization):
+    student, teacher = student_and_teacher()
+    module = vk.OrthoProjLoss(4, 16, loss=loss, normalization=normalization)
+    assert module(student, teacher, torch.arange(6) > 2).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("no_float64")
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_normalizations(momentum):
+    x = torch.randn(6, 16)
+    for module in (vk.Whitening(16, momentum=momentum), vk.Standardization(16, momentum=momentum)):
+        module.to("cpu")
+        assert module(x, torch.arange(6) > 2).dtype == torch.float32
+    assert vk.functional.standardize(x).dtype == vk.functional.whiten(x).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("no_float64")
+def test_diagnostics():
+    student, teacher = student_and_teacher()
+    weight, mask = torch.randn(16, 4), torch.rand(6)
+    assert len(vk.diagnostics.metrics(student, teacher, weight, mask=mask)) == 4
+
+
+def test_running_statistics_stay_on_the_cpu_when_the_module_moves(monkeypatch):
+    monkeypatch.setattr(float64, "_accepts_float64", lambda device_type: False)
+    monkeypatch.setattr(float64, "HAVE_FLOAT64", ("cpu",))
+    for module in (vk.Whitening(16, momentum=0.1), vk.Standardization(16, momentum=0.1)):
+        module.to("meta")  # the other device
+        assert all(buffer.device.type == "cpu" for buffer in module.buffers())
+
+
+def test_values_and_gradients_are_those_of_a_device_with_float64(monkeypatch):
+    weight, x = torch.randn(16, 4, requires_grad=True), torch.randn(20, 16)
+    upstream = torch.randn(16, 4)
+    functions = [
+        lambda: torch.autograd.grad(vk.functional.cayley(weight, backend="torch"), weight, upstream)[0],
+        lambda: vk.functional.cayley(weight, backend="torch"),
+        lambda: vk.functional.whiten(x),
+        lambda: vk.Whitening(16, momentum=0.1)(x),
+        lambda: vk.Standardization(16, momentum=0.1)(x),
+        lambda: vk.Standardization(16)(x),
+        lambda: vk.diagnostics.cka(x, x[:, :4]),
+    ]
+    expected = [function() for function in functions]
+    monkeypatch.setattr(float64, "HAVE_FLOAT64", ())
+    monkeypatch.setattr(float64, "_accepts_float64", lambda device_type: False)
+    for function, value in zip(functions, expected, strict=True):
+        torch.testing.assert_close(function(), value)

@@ -1,0 +1,314 @@
+"""Whitening and Standardization: literal formulas, running statistics, freezing, casts, saving, loops people have."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import vkd_kernels as vk
+from tests.helpers import processes
+from vkd_kernels.ops.normalization.api import METHODS
+
+MODULES = {
+    **{method: (lambda method=method, **o: vk.Whitening(7, method=method, eps=1e-2, **o)) for method in METHODS},
+    "standardization": lambda **o: vk.Standardization(7, **o),
+    "isotropic": lambda **o: vk.Standardization(7, isotropic=True, **o),
+}
+modules = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+
+
+def features(n=50, c=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(c, c, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    return torch.randn(n, c, dtype=torch.float64, generator=generator) @ mixing + 3
+
+
+# ---------------------------------------------------------------------------------------------------- formulas
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("weights", [None, "mask", "weights"])
+def test_standardization_of_a_batch_is_its_formula(weights, isotropic, dtype):
+    x, w = features().to(dtype), None
+    if weights is not None:
+        w = (
+            torch.arange(50) % 3 > 0
+            if weights == "mask"
+            else torch.rand(50, dtype=torch.float64) * (torch.rand(50) > 0.3)
+        )
+    rows, count = x.double(), torch.ones(50, dtype=torch.float64) if w is None else w.double()
+    mean = (rows * count[:, None]).sum(0) / count.sum()
+    variance = ((rows - mean).square() * count[:, None]).sum(0) / count.sum()
+    expected = (rows - mean) / ((variance.mean() if isotropic else variance) + 1e-2).sqrt() * (count > 0)[:, None]
+    got = vk.Standardization(7, isotropic=isotropic, eps=1e-2)(x.view(5, 10, 7), None if w is None else w.view(5, 10))
+    assert got.dtype == dtype and got.shape == (5, 10, 7) and not got.requires_grad
+    torch.testing.assert_close(got.view(50, 7), expected.to(dtype))
+
+
+def test_standardization_of_a_batch_stands_a_mean_far_from_zero():
+    x = features().float() + 1e4
+    got = vk.Standardization(7)(x).double()
+    rows = x.double()
+    torch.testing.assert_close(
+        got, (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_isotropic_standardization_keeps_ratios_of_distances():
+    x = features()
+    ratio = torch.cdist(vk.Standardization(7, isotropic=True)(x), vk.Standardization(7, isotropic=True)(x))
+    ratio = ratio[0, 1:] / torch.cdist(x, x)[0, 1:]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+@modules
+def test_running_statistics_pool_small_batches_to_those_of_all_rows(make):
+    """To the last digits of float64, with counts and shares that no float32 has rounded."""
+    x = features(7 * 40)
+    module = make(momentum=1e-3)  # a cumulative average for the first 1000 batches
+    for batch in x.split(7):
+        module(batch)
+    torch.testing.assert_close(module.running_mean, x.mean(0), rtol=1e-13, atol=1e-13)
+    spread = torch.cov(x.T, correction=0)
+    got = getattr(module, module.spread_name)
+    torch.testing.assert_close(got, spread if got.dim() == 2 else spread.diagonal(), rtol=1e-12, atol=1e-12)
+    assert module.batches_seen == 40
+
+
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_standardization_uses_the_running_statistics_in_both_modes(isotropic):
+    module = vk.Standardization(7, momentum=0.5, isotropic=isotropic)
+    batches = [features(seed=seed) for seed in range(3)]
+    mean, variance = batches[0].mean(0), batches[0].var(0, correction=0)
+    for share, batch in zip((1.0, 0.5, 0.5), batches, strict=True):
+        delta = batch.mean(0) - mean
+        variance = (1 - share) * variance + share * batch.var(0, correction=0) + share * (1 - share) * delta.square()
+        mean = mean + share * delta
+        expected = (batch - mean) / ((variance.mean() if isotropic else variance) + 1e-5).sqrt()
+        torch.testing.assert_close(module(batch), expected)
+    torch.testing.assert_close(module.eval()(batch), expected)
+
+
+@modules
+def test_before_the_first_update_the_map_is_the_identity(make):
+    x = features()
+    torch.testing.assert_close(make(momentum=0.1).eval()(x), x, rtol=0, atol=0)
+
+
+@modules
+def test_eval_mode_uses_running_statistics_and_leaves_them(make):
+    module = make(momentum=0.1)
+    for seed in range(5):
+        module(features(seed=seed))
+    module.eval()
+    before = copy.deepcopy(module.state_dict())
+    one_row = module(features(1))
+    assert one_row.isfinite().all() and one_row.norm() > 0
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+@modules
+def test_a_masked_batch_leaves_running_statistics_alone(make):
+    module = make(momentum=0.1)
+    module(features())
+    before = copy.deepcopy(module.state_dict())
+    out = module(torch.full((4, 7), math.nan), mask=torch.zeros(4, dtype=torch.bool))
+    assert bool((out == 0).all()) and all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert bool((make()(torch.full((4, 7), math.nan), mask=torch.zeros(4, dtype=torch.bool)) == 0).all())
+
+
+# ------------------------------------------------------------------------------------------- freezing, saving, copies
+
+
+@modules
+def test_frozen_statistics_stay_through_training_saving_and_resuming(make):
+    module = make(momentum=0.1)
+    module(features())
+    assert module.freeze() is module
+    before = copy.deepcopy(module.state_dict())
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = make(momentum=0.1)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for copied in (module, resumed, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied.training
+        copied(features(seed=3))
+        assert all(torch.equal(v, before[k]) for k, v in copied.state_dict().items())
+        assert torch.equal(copied(features(seed=4)), module(features(seed=4)))
+    module.reset_parameters()
+    module(features(seed=3))
+    assert module.batches_seen == 1
+
+
+@modules
+def test_a_resumed_run_goes_on_bit_for_bit(make):
+    run = make(momentum=0.3)
+    for seed in range(3):
+        run(features(seed=seed))
+    resumed = make(momentum=0.3)
+    resumed.load_state_dict(run.state_dict())
+    for seed in range(3, 6):
+        assert torch.equal(resumed(features(seed=seed)), run(features(seed=seed)))
+
+
+def test_whitening_checkpoints_of_version_0_1_load():
+    module = vk.Whitening(7, momentum=0.1)
+    module(features())
+    state = module.state_dict()
+    del state["frozen"]
+    other = vk.Whitening(7, momentum=0.1)
+    other.load_state_dict(state)
+    assert torch.equal(other.running_covariance, module.running_covariance) and not other.is_frozen
+
+
+@modules
+def test_casts_leave_the_statistics_in_float64(make):
+    module = make(momentum=0.1)
+    module(features())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for cast in ("half", "bfloat16", "float", "double"):
+        for mode in ("train", "eval"):
+            model = nn.Sequential(copy.deepcopy(module), nn.Linear(7, 3))
+            getattr(model, cast)()
+            getattr(model, mode)()
+            assert all(torch.equal(v, before[k]) for k, v in model[0].state_dict().items())
+            x = getattr(features(seed=1), cast)()
+            assert model[0](x).dtype == x.dtype and model[0](x).isfinite().all()
+
+
+@modules
+def test_from_the_meta_device(make):
+    with torch.device("meta"):
+        module = make(momentum=0.1)
+    module.to_empty(device="cpu")
+    for value in module.state_dict().values():
+        value.fill_(77)  # what it may hold
+    module.reset_parameters()
+    fresh = make(momentum=0.1)
+    for _ in range(2):
+        assert torch.equal(module(features()), fresh(features()))
+    assert make().to("meta").reset_parameters() is None  # nothing to reset
+
+
+@modules
+def test_without_momentum_nothing_is_kept_and_nothing_can_be_frozen(make):
+    assert not make().state_dict()
+    with pytest.raises(RuntimeError, match=r"freeze\(\) needs running statistics: build the module with momentum"):
+        make().freeze()
+
+
+# ------------------------------------------------------------------------------------------------ training stacks
+
+
+@modules
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_compile_full_graph(make, momentum):
+    torch.compiler.reset()
+    eager, compiled = make(momentum=momentum), make(momentum=momentum)
+    function = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for n in (20, 30, 40):
+        x, mask = features(n), torch.arange(n) % 4 > 0
+        torch.testing.assert_close(function(x, mask), eager(x, mask))
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value)
+
+
+@modules
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_autocast_does_not_reach_the_statistics(make, momentum):
+    plain, under = make(momentum=momentum), make(momentum=momentum)
+    x = features().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = under(x)
+    torch.testing.assert_close(got, plain(x), rtol=0, atol=0)
+
+
+@modules
+def test_a_teacher_under_inference_mode(make):
+    for momentum in (None, 0.3):
+        module = make(momentum=momentum)
+        with torch.inference_mode():
+            x = features()
+        out = module(x)
+        (nn.Parameter(torch.ones(7, dtype=torch.float64)) * out).sum().backward()
+        assert not out.is_inference()
+
+
+@modules
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse", "cosine"])
+def test_a_loss_whose_targets_a_module_makes(make, loss):
+    """The module is part of the loss: it trains with it, is saved with it, and stays behind in eval mode."""
+    distill = vk.OrthoProjLoss(4, 7, normalization=make(momentum=0.3), loss=loss, dtype=torch.float64)
+    alone = make(momentum=0.3)
+    x = torch.randn(50, 4, dtype=torch.float64)
+    for seed in range(3):
+        targets = alone(features(seed=seed))
+        z = x @ distill.projection.weight.T
+        expected = {
+            "smooth_l1": lambda: nn.functional.smooth_l1_loss(z, targets),  # noqa: B023
+            "mse": lambda: nn.functional.mse_loss(z, targets),  # noqa: B023
+            "cosine": lambda: 1 - nn.functional.cosine_similarity(z, targets).mean(),  # noqa: B023
+        }[loss]()
+        torch.testing.assert_close(distill(x, features(seed=seed)), expected)
+    resumed = vk.OrthoProjLoss(4, 7, normalization=make(momentum=0.3), loss=loss, dtype=torch.float64)
+    resumed.load_state_dict(distill.state_dict())
+    assert torch.equal(resumed(x, features(seed=3)), distill(x, features(seed=3)))
+    before = copy.deepcopy(distill.state_dict())
+    assert torch.equal(distill.eval()(x, features(seed=4)), resumed.eval()(x, features(seed=4)))
+    distill.train().normalization.freeze()
+    distill(x, features(seed=5))
+    assert all(torch.equal(v, before[k]) for k, v in distill.state_dict().items() if "frozen" not in k)
+
+
+def ranks_equal_one_process(rank):
+    x = features(20)
+    mask = torch.rand(20, generator=torch.Generator().manual_seed(1)) > 0.3
+    for name, make in MODULES.items():
+        for momentum in (None, 0.3):
+            for first in (10, 4, 0):
+                mine = slice(0, first) if rank == 0 else slice(first, 20)
+                ours, alone = make(momentum=momentum, process_group=dist.group.WORLD), make(momentum=momentum)
+                for _ in range(2):
+                    expected = alone(x, mask)[mine]
+                    torch.testing.assert_close(ours(x[mine], mask[mine]), expected, msg=f"{name}, {momentum}, {first}")
+                for key, value in ours.state_dict().items():
+                    torch.testing.assert_close(value, alone.state_dict()[key])
+        if rank == 0:  # validation on one rank alone: no collective to wait in
+            ours.eval()(x)
+    dist.barrier()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_two_ranks_equal_one_process(tmp_path):
+    processes.run_ranks(ranks_equal_one_process, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: vk.Standardization(0), ValueError, "num_features must be at least 1; got 0"),
+        (lambda: vk.Standardization(4, momentum=0.0), ValueError, "momentum must be .*got 0.0"),
+        (lambda: vk.Standardization(4, momentum="0.1"), TypeError, "momentum must be a number; got str '0.1'"),
+        (lambda: vk.Standardization(4, eps=-1.0), ValueError, "eps must be .*got -1.0"),
+        (lambda: vk.Standardization(4, isotropic=1), TypeError, "isotropic must be True or False; got int 1"),
+        (lambda: vk.Standardization(4, process_group="world"), TypeError, "process_group must be None or"),
+        (lambda: vk.Standardization(4)(torch.randn(3, 5)), ValueError, r"features must have 4 channels; .*\(3, 5\)"),
+        (lambda: vk.Standardization(4)(torch.randn(0, 4)), ValueError, "features has no rows"),
+        (lambda: vk.Standardization(4)([1]), TypeError, "features must be a tensor; got list"),
+        (
+            lambda: vk.Standardization(4)(torch.randn(3, 4), torch.ones(3, 1)),
+            ValueError,
+            r"mask .*\(3,\); got \(3, 1\)",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,93 @@
+"""A store in the teacher's place: the features of a batch come from the disk, by the samples' indices."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ops import checks
+from ..pairs import Pair
+from ..pooling import Rows
+from ..taps import tensors_in
+from ..teachers import TeacherAnswer, TeacherCall, TeacherSource
+from .reader import FeatureStore
+
+
+@dataclass(frozen=True)
+class StoredAnswer(TeacherAnswer):
+    store: FeatureStore
+    keys: Mapping[str, str]  # of the store's features, by the pair's name
+    features: Mapping[str, torch.Tensor]  # by key
+
+    def rows(self, pair: Pair, mask: torch.Tensor | None) -> Rows:
+        features = self.features[self.keys[pair.name]]
+        grid = pair.teacher_grid if pair.teacher_pool == "tokens" or callable(pair.teacher_pool) else None
+        return Rows(features, stored_mask(pair, features, mask), grid)
+
+    def output(self, teacher: str) -> Any:
+        outputs = {tap.output: self.features[key] for key, tap in self.store.taps.items() if tap.module == ""}
+        if not outputs:
+            raise ValueError(
+                f"the store in {self.store.folder} has no outputs of the teacher, which logit_weight needs: build one "
+                'with {"teacher": ""} among the taps'
+            )
+        return outputs[None] if None in outputs else outputs
+
+
+class StoredTeacher(TeacherSource):
+    """What ``store[indices]`` gives, or features that a ``DataLoader`` has read, as ``teacher_input``."""
+
+    def __init__(self, store: FeatureStore, pairs: Sequence[Pair]):
+        self.store = store
+        self.keys = {pair.name: store.key_of(pair) for pair in pairs}
+
+    @property
+    def teacher(self) -> FeatureStore:
+        return self.store
+
+    def answer(self, call: TeacherCall) -> StoredAnswer:
+        if (call.indices is None) == (call.teacher_input is None):
+            given = "neither" if call.indices is None else "both"
+            raise TypeError(
+                "with a FeatureStore, forward needs indices=, those of the batch's samples, or teacher_input=, what "
+                f"store[indices] gave for them; got {given}"
+            )
+        features = self.read(call.indices) if call.teacher_input is None else call.teacher_input
+        if not isinstance(features, Mapping) or not {*self.keys.values()} <= {*features}:
+            raise TypeError(
+                f"teacher_input must be features by name, as store[indices] gives them; got {checks.describe(features)}"
+            )
+        return StoredAnswer(self.store, self.keys, features)
+
+    def example(self, call: TeacherCall) -> TeacherCall:
+        """Features of as many samples as the student's example has."""
+        if call.indices is not None or call.teacher_input is not None:
+            return call
+        count = len(tensors_in(call.arguments)[0])
+        return TeacherCall(arguments=call.arguments, indices=[0] * count)
+
+    @torch.compiler.disable
+    def read(self, indices: Any) -> dict[str, torch.Tensor]:
+        return self.store[indices if isinstance(indices, torch.Tensor) else list(indices)]
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Stored features stay on the CPU; those of a batch go where the student's are."""
+
+
+def stored_mask(pair: Pair, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of stored rows, from one of the samples (N,) or of the positions that the tap had."""
+    pool = pair.teacher_pool
+    if mask is None or pool is None or callable(pool):
+        return mask
+    positions = features.shape[1:-1]
+    if mask.dim() == 1:
+        return mask.reshape(-1, *(1 for _ in positions)).expand(features.shape[:-1]) if positions else mask
+    if pool == "class_token":
+        return mask[:, 0]
+    if pool in ("mean_tokens", "spatial_mean"):
+        raise ValueError(
+            f"masks[{pair.name!r}]: the teacher's means were taken when the store was built, so that a mask of their "
+            f"positions comes too late: give mask= to FeatureStore.build; got {checks.describe(mask)}"
+        )
+    return mask[:, pair.teacher_skip :] if pool == "tokens" else mask
