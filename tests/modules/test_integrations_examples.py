@@ -14,11 +14,14 @@ NEEDS = {  # the libraries beyond torch that each imports
     "accelerate_loop": ("transformers", "accelerate"),
     "causal_lm": ("transformers", "accelerate"),
     "ddp_loop": ("timm",),
+    "dense": ("timm", "torchvision"),
+    "detector_neck": ("torchvision",),
+    "embedding_model": ("sentence_transformers", "datasets"),
     "huggingface_trainer": ("transformers", "accelerate"),
     "lightning_module": ("lightning", "torchvision"),
     "timm_loop": ("timm",),
 }
-ARGUMENTS = {"causal_lm": ["--random"]}  # instead of weights that are downloaded
+RANDOM = {"causal_lm", "dense", "detector_neck", "embedding_model"}  # which else load pretrained weights
 
 
 def test_example_timm_loop():
@@ -67,6 +70,69 @@ def test_example_causal_lm(tmp_path):
     assert_same(again.state_dict().values(), student.state_dict().values(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("student", ["convnext_atto", "resnet18"])
+def test_example_dense(student):
+    """A map against tokens, of the same grid (stride 16) and of another one (an earlier map, resampled)."""
+    timm = needs("timm")
+    dense = example("dense")
+    torch.manual_seed(0)
+    small = {"embed_dim": 32, "num_heads": 2, "depth": 1, "img_size": 64}
+    teacher = timm.create_model("vit_small_patch16_dinov3", **small)
+    batch = torch.randn(4, 3, 64, 64)
+    for tap in (dense.TAPS[student], {"convnext_atto": "stages.1", "resnet18": "layer2"}[student]):
+        distiller = dense.distiller_of(timm.create_model(student), teacher, tap, batch[:1])
+        losses = dense.train(distiller, [(batch, None)] * 12, lr=3e-3)
+        assert losses[-1] < 0.8 * losses[0]
+        assert orthogonality_error(distiller.projection("dense")) <= 1e-5
+
+
+def test_example_detector_neck():
+    """The pyramids come nearer, the detector's own losses train its heads, and the teacher stays as it is."""
+    detection = needs("torchvision").models.detection
+    neck = example("detector_neck")
+    torch.manual_seed(0)
+    options = {"weights": None, "weights_backbone": None, "min_size": 128, "max_size": 128}
+    student = detection.fasterrcnn_mobilenet_v3_large_fpn(**options)
+    teacher = detection.fasterrcnn_resnet50_fpn(**options)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    head = student.roi_heads.box_predictor.cls_score.weight.detach().clone()
+    losses = neck.train(neck.distiller_of(student, teacher), neck.scenes(6))
+    assert losses[-1] < losses[0]
+    assert not torch.equal(student.roi_heads.box_predictor.cls_score.weight, head)
+    assert_same(teacher.state_dict().values(), before.values(), rtol=0, atol=0)
+
+
+def test_example_embedding_model(tmp_path):
+    """Accumulation is one large batch, the projection trains, and the student is saved as any of its kind."""
+    library, _ = needs("sentence_transformers"), needs("datasets")
+    module = example("embedding_model")
+    torch.manual_seed(0)
+    student, teacher = module.random_model(16), module.random_model(24)
+    sentences = ["the cat sat", "a dog ran to the mat", "the mat", "a cat on a mat"]
+    store = module.store_of(tmp_path / "store", teacher, sentences)
+    expected = teacher.encode(sentences, convert_to_tensor=True)
+    (name,) = store.taps
+    torch.testing.assert_close(store[[3, 0]][name].float(), expected[[3, 0]], atol=1e-3, rtol=1e-3)
+    for child in student.modules():
+        if isinstance(child, torch.nn.Dropout):
+            child.p = 0.0
+    steps = []
+    for micro_batches in (1, 2):
+        loss = module.StoredTargets(copy.deepcopy(student), store)
+        loss.distill.projection.weight = torch.eye(24, 16)
+        options = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "max_steps": 1, "save_strategy": "no"}
+        options |= {"lr_scheduler_type": "constant", "gradient_accumulation_steps": micro_batches}
+        options |= {"per_device_train_batch_size": 4 // micro_batches, "use_cpu": True, "disable_tqdm": True}
+        before = {name: p.detach().clone() for name, p in loss.named_parameters()}
+        module.train(loss.model, loss, sentences, output=str(tmp_path), **options)
+        steps.append({name: p.detach() - before[name] for name, p in loss.named_parameters()})
+    assert_same(steps[1].values(), steps[0].values(), rtol=1e-3, atol=1e-5)
+    assert steps[0]["distill.projection.unconstrained"].abs().max() > 1e-4
+    loss.model.save_pretrained(str(tmp_path / "student"))
+    again = library.SentenceTransformer(str(tmp_path / "student"), device="cpu")
+    torch.testing.assert_close(again.encode(sentences), loss.model.encode(sentences))
+
+
 def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS)
 
@@ -76,8 +142,7 @@ def test_the_example_runs_as_it_is(name, tmp_path):
     for library in NEEDS[name]:
         needs(library)
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
-    result = processes.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])], seconds=300, cwd=tmp_path, env=env
-    )
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *(["--random"] if name in RANDOM else [])]
+    result = processes.run(command, seconds=300, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "loss" in result.stdout

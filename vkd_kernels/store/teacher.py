@@ -54,6 +54,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, batch: Any, count: int) -> Answer:
         args, kwargs = arguments = self.arguments(batch)
+        inputs = self.tensors(arguments)  # now: a teacher may write its output into the dict that it is given
         mask = None if self.options.mask is None else moved(self.options.mask(batch), self.device, None)
         _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.hooks, strict=True)))
         rows = {}
@@ -68,7 +69,7 @@ class FrozenTeacher:
                     f"features of {key!r} must have the shape (samples, ..., channels), with {count} samples in this "
                     f"batch; got {tuple(features.shape)}"
                 )
-        return Answer(self.tensors(arguments), rows)
+        return Answer(inputs, rows)
 
     def arguments(self, batch: Any) -> tuple[tuple, dict]:
         if self.options.teacher_input is not None:
