@@ -144,7 +144,7 @@ class OrthogonalWeight(parametrize.ParametrizationList):
         if not checks.is_sharded(value):
             checks.check_tensor("an orthogonal weight", value)
         if value.dtype != self.original.dtype:
-            raise TypeError(f"the weight takes a {self.original.dtype} matrix; got {checks.describe(value)}")
+            raise ValueError(f"the weight takes a {self.original.dtype} matrix; got {checks.describe(value)}")
         orthogonal_map: Any = self[0]
         assign(orthogonal_map, self.original, value)
 
