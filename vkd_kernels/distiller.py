@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import diagnostics
+from .balance import LossBalance, LossTerm
 from .denominators import check_total_rows, over_total_rows, share_of_items, weight_of
-from .logits import logit_loss, logits_of
+from .export import TeacherSpace
+from .logits import logit_loss, logit_terms, logits_of
 from .ops import checks, implementations
 from .ops.normalization.all_reduce import GroupHandle
 from .ops.ortho_proj_loss import api
@@ -41,56 +44,22 @@ class FeatureDistiller(nn.Module):
 
         total = Σ over pairs of weight · L(student's rows, teacher's rows)  +  logit_weight · τ² KL(teacher ‖ student)
 
-    with L of ``OrthoProjLoss``: an orthonormal projection per pair, those of equal shape in one batched Cayley call.
-    Wrap, compile and optimise the distiller, which holds student and projections. Infer with ``distiller.student``.
-
-    The teacher is frozen in place: no gradients, eval mode whatever ``train()`` says, its own dtype (floating-point
-    arguments are cast to it; autocast applies to it as to the student). It is no submodule: ``parameters()`` and
-    ``state_dict()`` leave it out. ``.to()`` moves it, and leaves its dtype alone; ``to_empty()`` moves it too, and
-    leaves it undefined only where it had no values, on the meta device.
-
-    Hooks are on the models' modules during ``forward`` only. Putting them there breaks the graph of ``torch.compile``
-    once, before everything else; models and losses are one graph. For ``fullgraph=True`` keep the hooks on by
-    ``attach()`` until ``remove()``, or by ``with distiller:``. Features inside a reentrant activation checkpoint have
-    no gradient; inside the non-reentrant kind they have.
-
-    Which modules: what ``forward_features`` of a timm ViT returns comes from ``"norm"``, ResNet's last map from
-    ``"layer4"``, a Hugging Face encoder's tokens from ``"encoder"`` with ``student_output="last_hidden_state"``.
+    with L of ``OrthoProjLoss``. Wrap, compile and optimize the distiller, which holds student and projections (not the
+    teacher); infer with ``distiller.student``. ``forward(*args, masks=None, teacher_input=None, indices=None,
+    total_rows=None, metrics=False, **kwargs)`` -> (student's output, losses: a scalar by each pair's name, ``"logits"``
+    and ``"total"``), and with ``metrics`` a third, a flat dictionary. docs/distiller.md has every argument at length.
 
     Args:
-        student, teacher: any modules; in the teacher's place also a ``FeatureStore`` of its features.
-        pairs: one dict of the fields of ``Pair`` (or one ``Pair``) per pair.
-        example_input: a tensor, a tuple of arguments or a dict of keyword arguments for both models: one pass in eval
-            mode finds the channels, so that the projections exist before the optimiser. Or give every pair ``dims``.
-        example_teacher_input: the same for the teacher alone, of as many samples: where ``teacher_input`` will come.
-        logit_weight: weight of the logit loss, a mean over rows; ``None``: there is none.
-        temperature: τ of the logit loss.
-        reduction: ``"mean"`` over rows and channels, or ``"sum"``.
+        student: any module.
+        teacher: any module, frozen in place; ``{name: module}``, whose pairs say ``"name:module"``; a ``FeatureStore``.
+        pairs: dicts of the fields of ``Pair``, or ``Pair`` objects.
+        example_input, example_teacher_input: a tensor, a tuple of arguments or a dict of keyword arguments: one pass
+            in eval mode finds the channels. Or give every pair ``dims``.
+        logit_weight, temperature: weight and τ of the logit loss; of several teachers ``{name: weight}``.
         student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
-        process_group, backend: see ``functional.ortho_proj_loss``; the logit loss is global, too.
+        teacher_weights, balance, drop_best: for several teachers: ``{name: weight}``, and see ``LossBalance``.
+        reduction, process_group, backend: see ``OrthoProjLoss``; the logit loss is global, too.
         device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
-
-    Shape:
-        ``forward(*args, masks=None, teacher_input=None, indices=None, total_rows=None, metrics=False, **kwargs)`` ->
-        (student's output, losses), and with ``metrics`` a third: a flat dictionary for a logger. Arguments go to both.
-        ``losses``: a scalar per pair by name and ``"logits"``, before weighting; and ``"total"``.
-
-    ``teacher_input``: what the teacher gets in place of the arguments: a tensor, a tuple of arguments or a dict of
-    keyword arguments. For another resolution, normalization (``renormalize``) or tokenizer. With a ``FeatureStore``
-    give ``indices``, of the batch's samples, or ``teacher_input=store[indices]``, as workers of a loader read it.
-
-    ``metrics``: the losses once more, ``"loss"`` (the total) and ``"loss/<pair>"``, and for every pair
-    ``"diagnostics/<pair>/<name>"``: see ``diagnostics.metrics``. Detached 0-d tensors; every rank must ask for them.
-
-    ``masks`` maps the name of a pair to a mask, or to ``(student's mask or None, teacher's mask or None)``: bool or
-    non-negative float weights, ``(N,)`` for samples or one per position of the tap: ``(N, tokens)``, skipped ones
-    included, or ``(N, H, W)``. A mean is taken over the positions left; a sample without any is no row of the loss.
-    After a function or a resampling a mask has the shape of the compared rows, as ``masks["logits"]`` of the logits'.
-
-    ``total_rows``: how many rows (or what weight of rows) all micro-batches of an accumulated step have, on all ranks
-    of ``process_group``: a number, or ``{name: number}`` for some of the losses. A loss is then divided by that, not by
-    its own rows, so that losses, and gradients, add up to the mean over the accumulated batch. In its place the
-    ``num_items_in_batch`` of Hugging Face's Trainer weighs a batch by its share of the labels.
 
     Example:
         >>> import torch, vkd_kernels as vk
@@ -112,41 +81,39 @@ class FeatureDistiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | FeatureStore,
+        teacher: nn.Module | Mapping[str, nn.Module] | FeatureStore,
         pairs: Sequence[Mapping[str, Any] | Pair],
         *,
-        example_input=None,
-        example_teacher_input=None,
-        logit_weight: float | None = None,
+        example_input: Any = None,
+        example_teacher_input: Any = None,
+        logit_weight: float | Mapping[str, float] | None = None,
         temperature: float = 1.0,
         reduction: str = "mean",
-        student_logits: int | str | None = None,
-        teacher_logits: int | str | None = None,
-        process_group=None,
+        student_logits: int | str | tuple | None = None,
+        teacher_logits: int | str | tuple | None = None,
+        teacher_weights: Mapping[str, float] | None = None,
+        balance: str | None = None,
+        drop_best: float = 0.0,
+        process_group: "dist.ProcessGroup | None" = None,
         backend: str | None = None,
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module; got {checks.describe(student)}")
         self.pairs = as_pairs(pairs)
-        if not self.pairs and logit_weight is None:
-            raise ValueError(f"pairs must not be empty without a logit_weight: there must be a loss; got {pairs}")
-        if logit_weight is not None:
-            checks.check_number("logit_weight", logit_weight)
         checks.check_number("temperature", temperature, above=0)
         checks.check_choice("reduction", reduction, api.REDUCTIONS)
         implementations.requested("ortho_proj_loss", backend)
-        self.logit_weight, self.temperature = logit_weight, temperature
-        self.student_logits, self.teacher_logits, self.reduction = student_logits, teacher_logits, reduction
+        self.temperature, self.reduction = temperature, reduction
+        self.student_logits, self.teacher_logits = student_logits, teacher_logits
         self.process_group, self.backend = GroupHandle(process_group), backend
         self.student = student
-        self.source: TeacherSource = (
-            StoredTeacher(teacher, self.pairs)
-            if isinstance(teacher, FeatureStore)
-            else ModelTeachers(teacher, self.pairs, student)
-        )
+        self.source = as_source(teacher, self.pairs, student)
+        self.logit_terms = logit_terms(logit_weight, self.source.names())
+        if not self.pairs and not self.logit_terms:
+            raise ValueError(f"pairs must not be empty without a logit_weight: there must be a loss; got {pairs}")
         self._taps = {pair.name: Tap(pair.side("student")) for pair in self.pairs}
         self._handles: list = []
         self._attached = False  # Dynamo can read it, which it can't the handles
@@ -154,13 +121,15 @@ class FeatureDistiller(nn.Module):
         self._modules_and_taps()  # are the names right?
 
         parameter = next(student.parameters(), torch.empty(0))
-        dims = self._dims(example_input, example_teacher_input)
+        device = parameter.device if device is None else torch.device(device)
+        self.terms = (*self._pair_terms(teacher_weights), *self.logit_terms)
+        self.balance = LossBalance(self.terms, balance, drop_best, device)
         self.pair_losses = PairLosses(
             self.pairs,
-            dims,
+            self._dims(example_input, example_teacher_input),
             reduction=reduction,
             backend=backend,
-            device=parameter.device if device is None else device,
+            device=device,
             dtype=torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype,
         )
         self.register_load_state_dict_pre_hook(convert_when_loading)
@@ -169,7 +138,32 @@ class FeatureDistiller(nn.Module):
 
     @property
     def teacher(self) -> Any:
+        """The teacher; with several ``{name: teacher}``."""
         return self.source.teacher
+
+    def _pair_terms(self, teacher_weights: Mapping[str, float] | None) -> list[LossTerm]:
+        names = self.source.names()
+        for name, weight in (teacher_weights or {}).items():
+            checks.check_choice("a key of teacher_weights", name, names)
+            checks.check_number("teacher_weights", weight)
+        terms = []
+        for pair in self.pairs:
+            teacher = self.source.teacher_of(pair)
+            weight = pair.weight * (teacher_weights or {}).get(teacher, 1.0)
+            terms.append(LossTerm(name=pair.name, teacher=teacher, weight=weight))
+        return terms
+
+    def export(self, name: str) -> TeacherSpace:
+        """The student as a plain module whose output is the pair's projected features, in the teacher's space.
+
+        It copies the student, runs in eval mode, needs no operator of this package, and exports to ONNX. What it gives
+        is compared with the teacher's features after the pair's normalization.
+        """
+        checks.check_choice("name", name, [pair.name for pair in self.pairs])
+        loss = self.pair_losses.of(name)
+        (pair,) = (pair for pair in self.pairs if pair.name == name)
+        scale = loss.scale.detach() if isinstance(loss.scale, torch.Tensor) else loss.scale
+        return TeacherSpace(self.student, pair, loss.projection.to_linear(scale))
 
     def projection(self, name: str) -> torch.Tensor:
         """P ``(T, S)`` of the pair of that name."""
@@ -185,6 +179,7 @@ class FeatureDistiller(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh projections, and learned scales back at √(T / S), also after ``to_empty()``; the models stay."""
         self.pair_losses.reset_parameters()
+        self.balance.reset_parameters()
 
     def attach(self) -> "FeatureDistiller":
         """Puts the hooks on and keeps them there until ``remove()``. Outside ``forward`` they do nothing."""
@@ -269,28 +264,29 @@ class FeatureDistiller(nn.Module):
             seen = self._compared(pair, calls[pair.name], answer, step.masks)
             rows[pair.name] = self.pair_losses.masked_row(pair.name) if seen is None else seen
         losses, projections = self.pair_losses(rows, group)
-        if self.logit_weight is not None:
-            losses["logits"], weight_of_logits = logit_loss(
+        row_weights: dict[str, torch.Tensor] = {}
+        for term in self.logit_terms:
+            losses[term.name], row_weights[term.name] = logit_loss(
                 logits_of(output, self.student_logits, "student"),
-                logits_of(answer.output(""), self.teacher_logits, "teacher"),
-                step.masks.get("logits"),
+                logits_of(answer.output(term.teacher), self.teacher_logits, "teacher"),
+                step.masks.get(term.name),
+                name=term.name,
                 temperature=self.temperature,
                 reduction=self.reduction,
                 process_group=group,
             )
         if step.total_rows is not None:
-            row_weights = {name: weight_of(seen) for name, seen in rows.items()}
-            if self.logit_weight is not None:
-                row_weights["logits"] = weight_of_logits
+            row_weights |= {name: weight_of(seen) for name, seen in rows.items()}
             losses = over_total_rows(losses, row_weights, step.total_rows, group)
         elif self.reduction == "mean" and step.student[1].get("num_items_in_batch") is not None:
             share = share_of_items(step.student[1], group)
             losses = {name: loss * share for name, loss in losses.items()}
-        weights = {pair.name: pair.weight for pair in self.pairs} | {"logits": self.logit_weight}
-        total = sum(weights[name] * loss for name, loss in losses.items())
+        factors, balance_report = self.balance(losses)
+        total = sum(factors.get(term.name, 1.0) * term.weight * losses[term.name] for term in self.terms)
         if not step.metrics:
             return output, {**losses, "total": total}
         report = {"loss": total.detach()} | {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        report |= balance_report
         for name, seen in rows.items():
             pairs_own = diagnostics.metrics(
                 seen.student,
@@ -326,7 +322,7 @@ class FeatureDistiller(nn.Module):
         return compared(pair, tap.rows(returned, own_masks[0]), target, one_mask=own_masks[0] is own_masks[1])
 
     def _check_options(self, step: Step) -> None:
-        names = [*(pair.name for pair in self.pairs), "logits"]
+        names = [*dict.fromkeys([*(term.name for term in self.terms), "logits"])]
         if not isinstance(step.masks, Mapping):
             raise TypeError(f"masks must map pairs' names to masks; got {checks.describe(step.masks)}")
         if not isinstance(step.metrics, bool):
@@ -382,6 +378,13 @@ def _dims_of(pair: Pair, rows: ComparedRows | None) -> tuple[int, int]:
     if rows is None:
         raise ValueError(f"pair {pair.name!r} did not run with example_input: give it dims=(S, T)")
     return rows.student.shape[-1], rows.teacher.shape[-1]
+
+
+def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module) -> TeacherSource:
+    """What a caller gave as the teacher, as the source of the pairs' targets."""
+    if isinstance(teacher, FeatureStore):
+        return StoredTeacher(teacher, pairs)
+    return ModelTeachers(teacher, pairs, student)
 
 
 class Turn:

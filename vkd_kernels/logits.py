@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .balance import LossTerm
 from .ops import checks
 from .ops.normalization.all_reduce import all_reduce, global_loss
 from .ops.normalization.reference import without_masked_rows
@@ -20,11 +21,27 @@ def logits_of(output: Any, key: int | str | tuple | None, side: str) -> torch.Te
     return as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
 
 
+def logit_terms(logit_weight: float | Mapping[str, float] | None, teachers: list[str]) -> tuple[LossTerm, ...]:
+    """The logit loss of every teacher that has a weight: ``"logits"``, or ``"logits:<teacher>"`` of several."""
+    if logit_weight is None:
+        return ()
+    if teachers == [""]:
+        checks.check_number("logit_weight", logit_weight)
+        return (LossTerm(name="logits", teacher="", weight=logit_weight),)  # type: ignore[arg-type]
+    if not isinstance(logit_weight, Mapping):
+        raise TypeError(f"logit_weight must map names of teachers to weights; got {checks.describe(logit_weight)}")
+    for name, weight in logit_weight.items():
+        checks.check_choice("a key of logit_weight", name, teachers)
+        checks.check_number("logit_weight", weight)
+    return tuple(LossTerm(name=f"logits:{name}", teacher=name, weight=w) for name, w in logit_weight.items())
+
+
 def logit_loss(
     student: torch.Tensor,  # (..., classes)
     teacher: torch.Tensor,  # (..., classes)
     mask: torch.Tensor | None,  # (...)
     *,
+    name: str,
     temperature: float,
     reduction: str,
     process_group: Any,
@@ -39,7 +56,7 @@ def logit_loss(
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     acc_dtype = torch.promote_types(student.dtype, torch.float32)
-    row_weight = checks.row_weights('masks["logits"]', mask, student.shape[:-1], student, acc_dtype)
+    row_weight = checks.row_weights(f"masks[{name!r}]", mask, student.shape[:-1], student, acc_dtype)
     log_q, log_p = (
         F.log_softmax(without_masked_rows(x.flatten(0, -2).to(acc_dtype), row_weight) / temperature, dim=-1)
         for x in (student, teacher.to(student.device))

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from .ops import checks
 from .ops.ortho_proj_loss import api
 from .projection import check_projection
@@ -72,8 +74,8 @@ class Pair:
     dims: tuple[int, int] | None = None
     resample: str | None = None
     weight: float = 1.0
-    normalization: str = "layer_norm"
-    loss: str = "smooth_l1"
+    normalization: str | nn.Module = "layer_norm"
+    loss: str | Mapping[str, float] = "smooth_l1"
     beta: float = 1.0
     eps: float = 1e-5
     scale: float | str = 1.0
@@ -150,6 +152,7 @@ def as_pairs(pairs: Sequence[Mapping[str, Any] | Pair]) -> tuple[Pair, ...]:
         )
     checked = tuple(pair if isinstance(pair, Pair) else Pair(**pair) for pair in pairs)
     names = [pair.name for pair in checked]
-    if len({*names, "logits", "total"}) < len(names) + 2:
+    reserved = [name for name in names if name in ("logits", "total") or name.startswith("logits:")]
+    if len({*names}) < len(names) or reserved:
         raise ValueError(f"pairs must have names of their own, other than 'logits' and 'total'; got {names}")
     return checked

@@ -44,7 +44,7 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
     if callable(side.pool):
         values = side.pool(output)
         checks.check_tensor(f"what {side.side}_pool of pair {side.pair!r} returns", values)
-        return Rows(values, mask, side.grid)
+        return Rows(values, mask, grid_of(side, values))
     layout = LAYOUTS_OF_POOLINGS[side.pool]
     if output.dim() != layout.count(",") + 1:
         fitting = [repr(pool) for pool, other in LAYOUTS_OF_POOLINGS.items() if other.count(",") + 1 == output.dim()]
@@ -68,7 +68,7 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
     if side.pool in ("tokens", "spatial"):
         if mask is not None and per_sample:
             mask = mask.reshape(-1, *(1 for _ in positions)).expand(values.shape[:-1])
-        return Rows(values, mask, side.grid if side.pool == "tokens" else None)
+        return Rows(values, mask, grid_of(side, values))
     if mask is None or per_sample:
         return Rows(values.mean(positions), mask)
     return _masked_mean(f"mask of {side.where}", values, mask)
@@ -84,6 +84,18 @@ def _masked_mean(name: str, values: torch.Tensor, mask: torch.Tensor) -> Rows:  
     total = weights.sum(positions)
     mean = (torch.where(weights > 0, values, 0) * weights).sum(positions) / torch.where(total > 0, total, 1.0)
     return Rows(mean.to(values.dtype), total.squeeze(-1) > 0)
+
+
+def grid_of(side: Side, values: torch.Tensor) -> tuple[int, int] | None:
+    """The grid that the pair says these tokens are."""
+    if side.grid is None or values.dim() != 3:
+        return None
+    if math.prod(side.grid) != values.shape[1]:
+        raise ValueError(
+            f"pair {side.pair!r}: {side.side}_grid={side.grid} has {math.prod(side.grid)} positions, but there are "
+            f"{values.shape[1]} tokens"
+        )
+    return side.grid
 
 
 def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> ComparedRows:
@@ -112,11 +124,7 @@ def _shape(rows: Rows) -> tuple[int, ...]:
 
 
 def _on_one_grid(pair: Pair, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
-    maps = [
-        as_map(f"pair {pair.name!r}: {side}_grid", rows, other)
-        for side, rows, other in (("student", student, teacher), ("teacher", teacher, student))
-    ]
-    x, y = (rows for rows in maps)
+    x, y = as_map(student, teacher), as_map(teacher, student)
     if x is None or y is None or len(x.values) != len(y.values):
         raise ValueError(
             f"pair {pair.name!r}: student and teacher must have the same positions; got student rows of shape "
@@ -144,15 +152,13 @@ def _hint_of_grids(student: Rows, student_map: Rows | None, teacher: Rows, teach
     return f"; {' and '.join(flat)} says which map the tokens are" if flat else ""
 
 
-def as_map(name: str, rows: Rows, other: Rows) -> Rows | None:
+def as_map(rows: Rows, other: Rows) -> Rows | None:
     """Tokens (N, H·W, C) as (N, H, W, C): on their own grid, else on the other side's, else on a square."""
     if rows.values.dim() == 4:
         return rows
     if rows.values.dim() != 3:
         return None
     tokens = rows.values.shape[1]
-    if rows.grid is not None and math.prod(rows.grid) != tokens:
-        raise ValueError(f"{name}={rows.grid} has {math.prod(rows.grid)} positions, but there are {tokens} tokens")
     side = math.isqrt(tokens)
     others = other.grid if other.values.dim() == 3 else tuple(other.values.shape[1:3])
     for grid in (rows.grid, others, (side, side)):

@@ -1,6 +1,7 @@
 """Where the teacher's side of the pairs comes from: ``TeacherSource``, and the frozen models that are one."""
 
 import abc
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,14 @@ class TeacherSource(abc.ABC):
     def taps(self) -> list[tuple[nn.Module, Tap]]:
         """The modules that need a hook during ``answer``."""
         return []
+
+    def names(self) -> list[str]:
+        """The teachers' names: ``[""]`` where there is one."""
+        return [""]
+
+    def teacher_of(self, pair: Pair) -> str:
+        """The name of the teacher that the pair learns from."""
+        return ""
 
     def compiled(self) -> bool:
         """Whether hooks must stay on, because ``torch.compile`` does not look for new ones."""
@@ -183,15 +192,24 @@ class ModelTeachers(TeacherSource):
     """Frozen models that run on the student's arguments or on inputs of their own."""
 
     def __init__(self, models: nn.Module | Mapping[str, nn.Module], pairs: Sequence[Pair], student: nn.Module):
-        several = isinstance(models, Mapping)
+        self.several = isinstance(models, Mapping)
         by_name = dict(models) if isinstance(models, Mapping) else {"": models}
+        if self.several and not (by_name and all(isinstance(name, str) and name for name in by_name)):
+            raise ValueError(f"teacher must be a model or map names to models; got {checks.describe(models)}")
         self.teachers = {name: FrozenTeacher(name, model, student) for name, model in by_name.items()}
-        self.several = several
         unlike = {name: different_normalization(student, model) for name, model in by_name.items()}
         self.unlike = {name: message for name, message in unlike.items() if message}  # said once, in training
         self.by_pair: dict[str, tuple[FrozenTeacher, Tap]] = {}
         for pair in pairs:
-            self.by_pair[pair.name] = self.teachers[""], Tap(pair.side("teacher"))
+            name, module = teacher_and_module(pair, [*by_name]) if self.several else ("", pair.teacher)
+            side = dataclasses.replace(pair.side("teacher"), module=module)
+            self.by_pair[pair.name] = self.teachers[name], Tap(side)
+
+    def teacher_of(self, pair: Pair) -> str:
+        return self.by_pair[pair.name][0].name
+
+    def names(self) -> list[str]:
+        return [*self.teachers]
 
     @property
     def teacher(self) -> nn.Module | dict[str, nn.Module]:
@@ -216,6 +234,7 @@ class ModelTeachers(TeacherSource):
     def answer(self, call: TeacherCall) -> ModelAnswer:
         if call.indices is not None:
             raise TypeError("indices are for stored features; this teacher is a model")
+        self._check_input(call.teacher_input)
         outputs: dict[str, Any] = {}
         calls: dict[str, list[Returned]] = {}
         for name, teacher in self.teachers.items():
@@ -223,10 +242,22 @@ class ModelTeachers(TeacherSource):
             calls |= of_teacher
         return ModelAnswer(outputs, self.by_pair, calls)
 
+    def _check_input(self, teacher_input: Any) -> None:
+        if not self.several or teacher_input is None:
+            return
+        names = ", ".join(map(repr, self.teachers))
+        if not isinstance(teacher_input, Mapping):
+            raise TypeError(f"teacher_input must map {names} to inputs; got {checks.describe(teacher_input)}")
+        for name in teacher_input:
+            checks.check_choice("a key of teacher_input", name, [*self.teachers])
+
     def _run(self, name: str, teacher: FrozenTeacher, call: TeacherCall) -> tuple[Any, dict[str, list[Returned]]]:
-        if name in self.unlike and call.teacher_input is None and torch.is_grad_enabled():
+        given = call.teacher_input
+        if self.several and given is not None:
+            given = given.get(name)
+        if name in self.unlike and given is None and torch.is_grad_enabled():
             warn_of_images(self.unlike.pop(name))
-        args, kwargs = call.arguments if call.teacher_input is None else as_arguments(call.teacher_input)
+        args, kwargs = call.arguments if given is None else as_arguments(given)
         return run_tapped(lambda: teacher.answer(args, kwargs), self.taps_of(name))
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -237,3 +268,14 @@ class ModelTeachers(TeacherSource):
 @torch.compiler.assume_constant_result  # said while torch.compile traces, at no cost afterwards
 def warn_of_images(message: str) -> None:
     warnings.warn(message, stacklevel=2)
+
+
+def teacher_and_module(pair: Pair, names: Sequence[str]) -> tuple[str, str]:
+    """``"dino:norm"`` -> ``("dino", "norm")``; ``"dino:"`` is the model itself."""
+    name, colon, module = pair.teacher.partition(":")
+    if not colon or name not in names:
+        raise ValueError(
+            f"pair {pair.name!r}: teacher must be 'name:module' with one of the names {', '.join(map(repr, names))} "
+            f"('name:' is the model itself); got {pair.teacher!r}"
+        )
+    return name, module

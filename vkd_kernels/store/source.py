@@ -8,7 +8,7 @@ import torch
 
 from ..ops import checks
 from ..pairs import Pair
-from ..pooling import Rows
+from ..pooling import Rows, grid_of
 from ..taps import tensors_in
 from ..teachers import TeacherAnswer, TeacherCall, TeacherSource
 from .reader import FeatureStore
@@ -22,8 +22,7 @@ class StoredAnswer(TeacherAnswer):
 
     def rows(self, pair: Pair, mask: torch.Tensor | None) -> Rows:
         features = self.features[self.keys[pair.name]]
-        grid = pair.teacher_grid if pair.teacher_pool == "tokens" or callable(pair.teacher_pool) else None
-        return Rows(features, stored_mask(pair, features, mask), grid)
+        return Rows(features, stored_mask(pair, features, mask), grid_of(pair.side("teacher"), features))
 
     def output(self, teacher: str) -> Any:
         outputs = {tap.output: self.features[key] for key, tap in self.store.taps.items() if tap.module == ""}

@@ -1,0 +1,241 @@
+"""FeatureDistiller with several teachers, its losses balanced; the student exported as a stand-in for a teacher."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vkd_kernels as vk
+from tests.helpers.distillers import CNN, IMAGES, TOKENS_TO_MAP, ViT, gradients, loss_like, make, outputs_of
+
+POOLED = {"student_pool": "mean_tokens", "student_skip": 1}
+PAIRS = [
+    {
+        "student": "norm",
+        "teacher": "dino:norm",
+        **POOLED,
+        "teacher_pool": "mean_tokens",
+        "teacher_skip": 1,
+        "name": "a",
+    },
+    {"student": "norm", "teacher": "clip:relu", **POOLED, "teacher_pool": "spatial_mean", "name": "b", "weight": 0.5},
+    {"student": "head", "teacher": "clip:", "name": "c"},
+]
+
+
+def two_teachers(pairs=PAIRS, **options):
+    torch.manual_seed(0)
+    teachers = options.pop("teachers", None) or {"dino": ViT(9), "clip": CNN(10)}
+    return make(pairs, ViT(6), teachers, **options)
+
+
+def test_two_teachers_equal_two_distillers():
+    distiller = two_teachers(teacher_weights={"clip": 3.0}, logit_weight={"clip": 0.7})
+    assert set(distiller.teacher) == {"dino", "clip"} and distiller.teacher["dino"].norm.normalized_shape == (9,)
+    losses = distiller(IMAGES)[1]
+    x = outputs_of(distiller.student, ["norm", "head"], IMAGES)
+    dino = outputs_of(distiller.teacher["dino"], ["norm"], IMAGES)["norm"]
+    clip = outputs_of(distiller.teacher["clip"], ["relu", "fc"], IMAGES)
+    pooled = x["norm"][:, 1:].mean(1)
+    expected = {
+        "a": loss_like(distiller, "a", 6, 9)(pooled, dino[:, 1:].mean(1)),
+        "b": loss_like(distiller, "b", 6, 10)(pooled, clip["relu"].mean((2, 3))),
+        "c": loss_like(distiller, "c", 3, 3)(x["head"], clip["fc"]),
+        "logits:clip": F.kl_div(F.log_softmax(x["head"], 1), F.softmax(clip["fc"], 1), reduction="batchmean"),
+    }
+    total = expected["a"] + 3 * (0.5 * expected["b"] + expected["c"]) + 0.7 * expected["logits:clip"]
+    torch.testing.assert_close(losses, {**expected, "total": total})
+    assert not any("dino" in name or "clip" in name for name in distiller.state_dict())
+    other = two_teachers(PAIRS[::-1])
+    other.load_state_dict(distiller.state_dict())
+    assert all(torch.equal(other.projection(n), distiller.projection(n)) for n in "abc")
+
+
+def test_every_teacher_has_its_own_input_and_dtype():
+    teachers = {"dino": ViT(9).bfloat16(), "clip": CNN(10).double()}
+    large = F.interpolate(IMAGES, scale_factor=2)
+    options = {"example_teacher_input": {"clip": large[:1]}, "teachers": teachers}
+    distiller = two_teachers(**options).eval()
+    losses = distiller(IMAGES, teacher_input={"clip": {"images": large}})[1]
+    clip = outputs_of(teachers["clip"], ["relu"], large.double())["relu"].mean((2, 3))
+    x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"][:, 1:].mean(1)
+    torch.testing.assert_close(losses["b"], loss_like(distiller, "b", 6, 10)(x, clip.float()))
+    assert losses["a"].isfinite() and next(teachers["dino"].parameters()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="a key of teacher_input must be one of 'dino', 'clip'; got 'siglip'"):
+        distiller(IMAGES, teacher_input={"siglip": large})
+    with pytest.raises(TypeError, match="teacher_input must map 'dino', 'clip' to inputs; got a float32 tensor"):
+        distiller(IMAGES, teacher_input=large)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"pairs": [{**PAIRS[0], "teacher": "norm"}]}, ValueError, "teacher must be 'name:module' .* 'dino', 'clip'"),
+        ({"pairs": [{**PAIRS[0], "teacher": "dinov3:norm"}]}, ValueError, "names 'dino', 'clip' .*got 'dinov3:norm'"),
+        ({"pairs": [{**PAIRS[0], "teacher": "dino:nrm"}]}, ValueError, "teacher has no module 'nrm'.*'norm'"),
+        ({"pairs": [{**PAIRS[0], "name": "logits:dino"}]}, ValueError, "names of their own"),
+        ({"logit_weight": 1.0}, TypeError, "logit_weight must map names of teachers to weights; got float 1.0"),
+        ({"logit_weight": {"dinov3": 1.0}}, ValueError, "a key of logit_weight must be one of 'dino', 'clip'"),
+        (
+            {"teacher_weights": {"x": 1.0}},
+            ValueError,
+            "a key of teacher_weights must be one of 'dino', 'clip'; got 'x'",
+        ),
+        ({"teachers": {"dino": 3}}, TypeError, r"teacher\['dino'\] must be a torch.nn.Module; got int 3"),
+        ({"balance": "mean"}, ValueError, "balance must be one of None, 'running_mean'; got 'mean'"),
+        ({"drop_best": 2.0}, ValueError, "drop_best must be .*<= 1"),
+    ],
+)
+def test_bad_teachers(options, error, message):
+    with pytest.raises(error, match=message):
+        two_teachers(**options)
+    with pytest.raises(ValueError, match="drop_best=0.5 leaves out one of several teachers; there is one"):
+        make(drop_best=0.5)
+
+
+def test_balanced_losses_weigh_alike_whatever_their_scale():
+    distiller = two_teachers(balance="running_mean", logit_weight={"clip": 1.0})
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+    means = {}
+    for step in range(4):
+        _, losses, metrics = distiller(IMAGES, metrics=True)
+        for name in ("a", "b", "c", "logits:clip"):
+            means.setdefault(name, []).append(losses[name].item())
+            weights = torch.tensor([0.99 ** (step - i) for i in range(step + 1)], dtype=torch.float64)
+            mean = (weights * torch.tensor(means[name], dtype=torch.float64)).sum() / weights.sum()
+            torch.testing.assert_close(metrics[f"balance/{name}"].double(), 1 / mean, rtol=1e-4, atol=0)
+        share = {name: metrics[f"balance/{name}"] * losses[name].detach() for name in means}
+        expected = share["a"] + 0.5 * share["b"] + share["c"] + share["logits:clip"]
+        torch.testing.assert_close(losses["total"].detach(), expected)
+        if step == 0:
+            torch.testing.assert_close(losses["total"].item(), 3.5)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+    other = two_teachers(PAIRS[::-1], balance="running_mean", logit_weight={"clip": 1.0})
+    other.load_state_dict(distiller.state_dict())
+    for module in (distiller.eval(), other.eval()):  # evaluation leaves the means alone
+        before = copy.deepcopy(module.balance.state_dict())
+        metrics = module(IMAGES * 2, metrics=True)[2]
+        assert all(torch.equal(value, before[name]) for name, value in module.balance.state_dict().items())
+        torch.testing.assert_close(metrics["balance/a"].item(), 1 / distiller.balance.means["[a]"]().item())
+    assert make().state_dict().keys() == make(balance=None).state_dict().keys()
+    assert not any("balance" in name for name in make().state_dict())
+
+
+def test_a_masked_batch_leaves_the_running_mean_alone():
+    distiller = two_teachers(balance="running_mean")
+    distiller(IMAGES)
+    before = distiller.balance.means["[a]"]().clone()
+    nothing = torch.zeros(5, dtype=torch.bool)
+    losses = distiller(IMAGES, masks={name: nothing for name in "abc"})[1]
+    assert losses["total"] == 0 and torch.equal(distiller.balance.means["[a]"](), before)
+
+
+def test_the_best_learned_teacher_is_left_out_of_its_share_of_the_steps():
+    distiller = two_teachers(drop_best=0.3)
+    reference = two_teachers()
+    reference.load_state_dict(distiller.state_dict(), strict=False)
+    dropped = []
+    for step in range(20):
+        if step == 7:
+            resumed = two_teachers(drop_best=0.3)
+            resumed.load_state_dict(distiller.state_dict())
+            distiller = resumed
+        _, losses, metrics = distiller(IMAGES, metrics=True)
+        means = {"dino": losses["a"], "clip": (losses["b"] + losses["c"]) / 2}
+        best = min(means, key=lambda name: means[name].item())
+        out = {name for name in means if metrics[f"dropped/{name}"] == 1}
+        assert out <= {best}
+        dropped.append(bool(out))
+        weights = {"a": 1.0, "b": 0.5, "c": 1.0}
+        owner = {"a": "dino", "b": "clip", "c": "clip"}
+        expected = sum(weights[n] * losses[n] for n in weights if owner[n] not in out)
+        torch.testing.assert_close(losses["total"], expected)
+        if out == {"clip"}:
+            name = "pair_losses.[b].projection.unconstrained"
+            assert not gradients(distiller, losses["total"])[name].any()
+    assert sum(dropped) == 6
+    torch.testing.assert_close(distiller.eval()(IMAGES)[1]["total"], reference.eval()(IMAGES)[1]["total"])
+
+
+def test_two_teachers_balanced_compile_to_one_graph():
+    torch._dynamo.reset()
+    options = {"balance": "running_mean", "drop_best": 0.5}
+    distiller, other = two_teachers(**options), two_teachers(**options)
+    compiled = torch.compile(distiller.attach(), backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(IMAGES)[1], other(IMAGES)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("scale", [1.0, "match", "learned"])
+def test_an_exported_student_gives_vectors_in_the_teachers_space(scale):
+    distiller = make([{**TOKENS_TO_MAP, "name": "x", "scale": scale}])
+    module = distiller.export("x")
+    features = outputs_of(distiller.student, ["norm"], IMAGES)["norm"][:, 1:].mean(1)
+    factor = (10 / 6) ** 0.5 if scale != 1.0 else 1.0
+    expected = factor * features @ distiller.projection("x").T
+    torch.testing.assert_close(module(IMAGES), expected)
+    target = F.layer_norm(outputs_of(distiller.teacher, ["relu"], IMAGES)["relu"].mean((2, 3)), (10,))
+    torch.testing.assert_close(F.smooth_l1_loss(module(IMAGES), target), distiller(IMAGES)[1]["x"])
+    assert type(module.projection) is nn.Linear and not any(p.requires_grad for p in module.parameters())
+    with torch.no_grad():
+        distiller.student.norm.weight.mul_(2)
+    torch.testing.assert_close(module(IMAGES), expected)  # a copy
+    with pytest.raises(ValueError, match="name must be one of 'x'; got 'y'"):
+        distiller.export("y")
+
+
+@pytest.mark.parametrize("pool", ["tokens", "class_token"])
+def test_an_exported_student_goes_through_torch_export_onnx_and_copies(pool):
+    pair = {"student": "norm", "teacher": "norm", "teacher_pool": pool, "student_pool": pool, "name": "x"}
+    module = make([pair], ViT(6), ViT(9)).export("x")
+    expected = module(IMAGES)
+    for strict in (False, True):
+        program = torch.export.export(module, (IMAGES,), strict=strict)
+        assert "vkd" not in str(program.graph)
+        torch.testing.assert_close(program.module()(IMAGES), expected)
+    torch.testing.assert_close(copy.deepcopy(module)(IMAGES), expected)
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    torch.testing.assert_close(torch.load(stream, weights_only=False)(IMAGES), expected)
+
+
+def test_an_exported_student_goes_to_onnx():
+    pytest.importorskip("onnxscript", reason="needs onnxscript, with which PyTorch writes ONNX")
+    module = make([{**TOKENS_TO_MAP, "name": "x"}]).export("x")
+    program = torch.onnx.export(module, (IMAGES,), dynamo=True, verbose=False)
+    assert not {node.domain for node in program.model.graph} - {"", "pkg.onnxscript.torch_lib"}
+
+
+def test_an_exported_student_that_is_tapped_itself():
+    distiller = make([{"student": "", "teacher": "", "name": "x"}], ViT(classes=7), CNN(classes=12))
+    expected = distiller.student(IMAGES) @ distiller.projection("x").T
+    torch.testing.assert_close(distiller.export("x")(IMAGES), expected)
+
+
+def test_pairs_of_cosine_and_of_targets_by_a_module():
+    class Halved(nn.Module):
+        def forward(self, features, mask):
+            return features / 2
+
+    pairs = [
+        {**TOKENS_TO_MAP, "name": "cosine", "loss": "cosine"},
+        {**TOKENS_TO_MAP, "name": "module", "normalization": Halved(), "loss": {"mse": 0.5, "smooth_l1": 0.5}},
+    ]
+    distiller = make(pairs)
+    x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"][:, 1:].mean(1)
+    y = outputs_of(distiller.teacher, ["relu"], IMAGES)["relu"].mean((2, 3))
+    losses = distiller(IMAGES)[1]
+    expected = 1 - F.cosine_similarity(x @ distiller.projection("cosine").T, F.layer_norm(y, (10,)), dim=1).mean()
+    torch.testing.assert_close(losses["cosine"], expected)
+    z = x @ distiller.projection("module").T
+    torch.testing.assert_close(losses["module"], 0.5 * (F.mse_loss(z, y / 2) + F.smooth_l1_loss(z, y / 2)))
+    assert vk.Pair(**pairs[0]).loss == "cosine"
