@@ -6,7 +6,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 SOURCES := $(CPP) CMakeLists.txt setup.py pyproject.toml
 CTEST_BUILD := build/ctest
 
-.PHONY: setup demo test test-quick test-lowest test-wheel coverage lint ctest docs wheels gpu clean
+.PHONY: setup demo test test-quick test-lowest test-triton test-wheel coverage lint ctest docs wheels gpu clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,13 @@ test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet "torch==2.8.*" "triton==3.4.*" numpy $(CORE_TOOLS)
 	.venv-lowest/bin/python -m benchmarks.lowest_versions $(CORE_TESTS)
+
+# The kernels as the oldest supported Triton compiles and launches them, with the PyTorch that brought it; `make test`
+# does the same with the newest.
+test-triton:
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet "torch==2.11.*" "triton==3.6.*" numpy $(CORE_TOOLS)
+	.venv-triton/bin/python -m pytest -q tests/ops/test_ortho_proj_loss_aot.py tests/ops/test_host_time.py
 
 PIP_INDEX ?=
 test-wheel:

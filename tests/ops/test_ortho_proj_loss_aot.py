@@ -16,12 +16,19 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+pytest.importorskip("benchmarks.host_time.forms", reason="needs the repository's benchmarks")
 
 CHIPS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942, "gfx950": 950}
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
 NOTES = {"C7519"}  # ptxas puts in an arrive where a loop has vanished (S = 1): nothing is serialized
+# Its A operand lies in registers, where ptxas before 13.3 has a bug (Triton issue 9433) that waiting avoids.
+SERIALIZED = {"scatter_gradients": {"C7515"}}
 SPILLED_BYTES = {"sm_80": 64, "sm_90": 8, "sm_100": 16}  # a scalar may lie on the stack; a tile too large is hundreds
 TF32 = ("tokens fp32", "pooled fp32", "semi-orthogonal fp32, raw")  # these once more with TF32
+SWITCHED = {  # what a benchmark can switch on: (name in tiles.py, value)
+    "tokens bf16, row-stationary": ("ROW_STATIONARY_UP_TO", 192),
+    "tokens bf16, 768, wide": ("WIDE_FROM", 384),
+}
 ON_AMD = (  # each kernel in every dtype and with every option
     "tokens bf16",
     "tokens fp16, everything",
@@ -34,7 +41,10 @@ ON_AMD = (  # each kernel in every dtype and with every option
     "statistics bf16",
     "statistics fp32, weighted",
 )
-PRODUCTS = {"loss_tile", "gradient_tiles", "teacher_products", "scatter_tiles", "scatter_gradients", "cosine_rows"}
+PRODUCTS = {"loss_tile", "gradient_tiles", "teacher_products", "scatter_tiles", "scatter_gradients"} | {
+    "cosine_rows",
+    "row_stationary",
+}
 # Registers per thread at most, on sm_90: the numbers of CTAs per SM that the tiles were chosen for.
 REGISTERS = {
     ("loss_tile", "tokens bf16"): 128,  # two CTAs of 8 warps
@@ -46,7 +56,7 @@ REGISTERS = {
 def names() -> list[str]:
     from benchmarks.host_time import forms
 
-    return [*forms.forms(), *(f"{form}, TF32" for form in TF32)]
+    return [*forms.forms(), *(f"{form}, TF32" for form in TF32), *SWITCHED]
 
 
 def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
@@ -63,7 +73,9 @@ def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[st
         module.precision = lambda dtype: "tf32" if form.endswith("TF32") else "ieee"
     launch.prepared.cache_clear()
     stub.without_products()
-    forms.forms()[form.removesuffix(", TF32")]()
+    for name, (switch, value) in SWITCHED.items():
+        setattr(tiles, switch, value if form == name else None)
+    forms.forms()[re.sub(", (TF32|row-stationary|wide)$", "", form)]()
     return launches
 
 
@@ -165,11 +177,13 @@ def test_compiles_for_the_chip(compiled: Any, form: str, chip: str) -> None:
         "semi-orthogonal": {"teacher_products", "loss_rows", "sum_shares", "scale_gradients"},
         "statistics": {"column_sums_kernel", "scatter_tiles", "scatter_gradients"},
     }
+    if form.endswith("row-stationary") and chip in ("sm_90", "sm_100"):
+        expected["tokens"] = {"row_stationary", "sum_shares", "scale_gradients"}
     assert expected[form.split(" ")[0]] <= set(kernels)
     for name, used in kernels.items():
         assert used["shared"] <= SHARED_BYTES[chip], (name, used)
         assert used["spilled"] <= SPILLED_BYTES.get(chip, 0), (name, used)
-        assert not used["warnings"], (name, used)
+        assert set(used["warnings"]) <= SERIALIZED.get(name, set()), (name, used)
         if chip == "sm_90":
             assert used["registers"] <= REGISTERS.get((name, form), 255), (name, used)
         if name in PRODUCTS and "fp32" in form and "TF32" not in form:

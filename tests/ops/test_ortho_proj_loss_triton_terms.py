@@ -143,6 +143,33 @@ def test_rows_far_apart_are_copied():
     assert launch.unit_stride(near) is near
 
 
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("normalization, weighted", [("layer_norm", False), ("l2", True)])
+def test_row_stationary_kernel(normalization, weighted, dtype, loss, monkeypatch):
+    """Off by default; the same loss and gradients, dX without a product."""
+    if INTERPRETED.value:
+        monkeypatch.setattr(tiles, "chip", lambda device: tiles.Chip("cuda", 90))
+    monkeypatch.setattr(tiles, "ROW_STATIONARY_UP_TO", 192)
+    launched = []
+    run = launch.BoundLaunch.__call__
+    monkeypatch.setattr(
+        launch.BoundLaunch,
+        "__call__",
+        lambda self, *args, **kwargs: launched.append(self.launch.kernel.__name__) or run(self, *args, **kwargs),
+    )
+    case = Case((150, 72, 104), dtype, loss=loss, normalization=normalization, weights=weighted, device=DEVICE)
+    case.check(many_rows, 3.0 if INTERPRETED.value and dtype == torch.bfloat16 else 1.0)  # truncated three times
+    assert "row_stationary" in launched and "loss_tile" not in launched
+
+
+def test_wide_tiles_are_a_switch(monkeypatch):
+    chip = tiles.Chip("cuda", 90)
+    assert tiles.loss_tile(torch.bfloat16, 768, chip, aligned=True).block_t == 128
+    monkeypatch.setattr(tiles, "WIDE_FROM", 384)
+    assert [tiles.loss_tile(torch.bfloat16, s, chip, aligned=True).block_t for s in (192, 384)] == [128, 256]
+
+
 # ----------------------------------------------------------------------------------------------------- semi-orthogonal
 
 
@@ -167,7 +194,9 @@ def test_squared_error_is_no_worse_than_the_reference_where_it_cancels(dtype, of
     exact = literal(spec, doubled)
     ours = triton.semi_orthogonal_loss(spec, inputs, workspace_bytes=1)
     assert ours >= 0
-    assert error(ours, exact) <= max(3 * error(reference.loss(spec, inputs), exact), 5e-5)  # what rounding z leaves, averaged
+    assert error(ours, exact) <= max(
+        3 * error(reference.loss(spec, inputs), exact), 5e-5
+    )  # what rounding z leaves, averaged
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,7 +1,8 @@
 """The loss of many rows: chunks of rows whose G fits a workspace, unscaled gradients in the forward pass.
 
 Row statistics and the sum over tiles run once; a chunk runs loss_tile, which leaves its G, and two library products,
-dX = G P and dP += Gᵀ X. Backward multiplies the gradients by the incoming one, in one launch, into new tensors.
+dX = G P and dP += Gᵀ X (or row_stationary.py, which leaves dX as well, and one). Backward multiplies the gradients by
+the incoming one, in one launch, into new tensors.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from . import rows, tiles
 from .launch import aligned, blocks, on, prepared, unit_stride
 from .loss_tiles import TERMS, LossTiles, Terms, launch_sum
 from .primitives import over
+from .row_stationary import RowStationary
 
 SCALE_BLOCK = 2048
 
@@ -93,30 +95,47 @@ def fused_loss(
                 gradient_scale = rows.gradient_scale(teacher, row_weight)
         if need_bias:
             column_sums = student.new_empty((blocks(chunk, tile.block_n), t), dtype=torch.float32)
-        launches = LossTiles(
-            tile,
-            terms,
-            chip=chip,
-            student=student,
-            teacher=teacher,
-            weight=weight,
-            bias=bias,
-            row_weight=row_weight,
-            channel_shift=channel_shift,
-            channel_scale=channel_scale,
-            group=[n],
-            normalization=normalization,
-            eps=eps,
-            gradient=gradient,
-            gradient_scale=gradient_scale,
-            column_sums=column_sums,
-        )
+        stationary = None
+        if need_student and not (need_bias or bias is not None or channel_shift is not None or terms.several):
+            stationary = tiles.row_stationary_tile(dtype, s, chip, aligned(student, teacher, weight, grad_student))
+        launches: LossTiles | RowStationary
+        if stationary is not None and gradient is not None and gradient_scale is None and not terms.cosine:
+            launches = RowStationary(
+                stationary,
+                terms,
+                student=student,
+                teacher=teacher,
+                weight=weight,
+                row_weight=row_weight,
+                rows_of_teacher=rows.normalization(normalization, teacher, eps),
+                gradient=gradient,
+                grad_student=grad_student,
+            )
+        else:
+            launches = LossTiles(
+                tile,
+                terms,
+                chip=chip,
+                student=student,
+                teacher=teacher,
+                weight=weight,
+                bias=bias,
+                row_weight=row_weight,
+                channel_shift=channel_shift,
+                channel_scale=channel_scale,
+                group=[n],
+                normalization=normalization,
+                eps=eps,
+                gradient=gradient,
+                gradient_scale=gradient_scale,
+                column_sums=column_sums,
+            )
         for first_row in range(0, n, chunk):
             last_row = min(first_row + chunk, n)
             launches.launch(first_row, last_row)
             if gradient is not None:
                 g = gradient if last_row - first_row == chunk else gradient[: last_row - first_row]
-            if need_student:
+            if need_student and isinstance(launches, LossTiles):
                 product(g, weight, out=grad_student[first_row:last_row])
             if need_weight:
                 w = None if row_weight is None else row_weight[first_row:last_row]

@@ -379,7 +379,7 @@ def fused_semi_orthogonal_loss(
             COSINE=terms.cosine > 0,
             BLOCK_N=ROWS_BLOCK_N,
             BLOCK_S=ROWS_BLOCK_S,
-            num_warps=4,
+            num_warps=8,
         )
         launch_rows = rows_kernel.bind(
             student=student,

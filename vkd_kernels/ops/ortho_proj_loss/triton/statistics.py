@@ -266,7 +266,7 @@ def fused_scatters(
     means: torch.Tensor,  # (G, S)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (G, S), (G, S, S)
     scatters, s = [], rows[0].shape[1]
-    tile = tiles.tile("scatter", rows[0].dtype, tiles.chip(rows[0].device))
+    tile = tiles.scatter_tile(rows[0].dtype, tiles.chip(rows[0].device), weighted=bool(row_weights))
     column_blocks = blocks(s, tile.block_s) ** 2
     for part in _parts(rows, row_weights):
         row_blocks = max(tiles.SCATTER_PROGRAMS // (column_blocks * len(part.rows)), 1)

@@ -113,6 +113,7 @@ TILES: dict[tuple[str, int], dict[int | str, Any]] = {
     ("pointer, options", 16): {80: LossTile(64, 128, 64, 8, 3), "hip": LossTile(64, 64, 64, 4, 2)},
     ("ragged", 16): {80: LossTile(64, 64, 64, 8, 3), "hip": LossTile(64, 64, 64, 4, 2)},
     ("ragged", 32): {80: LossTile(64, 128, 32, 8, 3), "hip": LossTile(64, 128, 32, 8, 2)},
+    ("ragged, options", 32): {80: LossTile(64, 64, 32, 8, 3), "hip": LossTile(64, 64, 32, 8, 2)},
     ("cosine", 16): {80: LossTile(64, 64, 64, 4, 3), "hip": LossTile(64, 64, 64, 4, 2)},
     ("cosine", 32): {80: LossTile(64, 32, 32, 8, 3), "hip": LossTile(64, 32, 32, 8, 2)},
     ("ragged cosine", 16): {80: LossTile(64, 32, 32, 8, 3), "hip": LossTile(64, 32, 32, 8, 2)},
@@ -130,9 +131,11 @@ TILES: dict[tuple[str, int], dict[int | str, Any]] = {
     ("columns", 16): {80: ColumnsTile(32, 128, 4)},
     ("columns", 32): {80: ColumnsTile(32, 64, 4)},
     ("scatter", 16): {80: ScatterTile(64, 64, 4, 3), "hip": ScatterTile(64, 64, 4, 2)},
+    ("scatter, weighted", 16): {80: ScatterTile(32, 64, 4, 3), "hip": ScatterTile(32, 64, 4, 2)},
     ("scatter", 32): {80: ScatterTile(32, 64, 8, 3), "hip": ScatterTile(32, 64, 8, 2)},
     ("scatter gradients", 16): {80: MomentsTile(64, 64, 64, 4, 3), "hip": MomentsTile(64, 64, 64, 4, 2)},
     ("scatter gradients", 32): {80: MomentsTile(64, 64, 32, 8, 3), "hip": MomentsTile(64, 64, 32, 8, 2)},
+    ("row stationary", 16): {90: ProductsTile(64, 64, 3, 64, 4, 2)},
     ("products", 16): {
         80: ProductsTile(64, 64, 2, 64, 8, 3),
         90: ProductsTile(64, 64, 4, 64, 8, 3),
@@ -158,7 +161,7 @@ def tile(kernel: str, dtype: torch.dtype, chip: Chip = INTERPRETER) -> Any:
 
 def loss_tile(dtype: torch.dtype, s: int, chip: Chip, *, aligned: bool, several: bool = False) -> LossTile:
     """The tile of loss_tile for many rows. Descriptors (tensor memory access) save registers where a chip has them."""
-    kinds = ["ragged"]
+    kinds = ["ragged, options", "ragged"] if several else ["ragged"]
     if aligned:
         kinds = ["descriptor", "pointer"]
         if several:
@@ -174,6 +177,19 @@ def cosine_tile(dtype: torch.dtype, s: int, t: int, chip: Chip) -> LossTile:
     """The tile of cosine_rows."""
     ragged = tile("ragged cosine", dtype, chip) if s % 64 or t % 64 else None
     return ragged or tile("cosine", dtype, chip)
+
+
+def scatter_tile(dtype: torch.dtype, chip: Chip, *, weighted: bool) -> ScatterTile:
+    """The tile of scatter_tiles."""
+    return (tile("scatter, weighted", dtype, chip) if weighted else None) or tile("scatter", dtype, chip)
+
+
+def row_stationary_tile(dtype: torch.dtype, s: int, chip: Chip, aligned: bool) -> ProductsTile | None:
+    """The tile of row_stationary, or None where it does not serve."""
+    chosen = tile("row stationary", dtype, chip)
+    if chosen is None or not aligned or s > min(ROW_STATIONARY_UP_TO or 0, chosen.blocks * chosen.block_s):
+        return None
+    return chosen
 
 
 def products_tile(dtype: torch.dtype, chip: Chip, aligned: bool) -> ProductsTile:
