@@ -135,7 +135,7 @@ def test_help_shows_every_value(capsys):
 
 def test_dry_run_prints_configuration_models_and_steps_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert vkd("distill", TOY, "--dry-run", "student.width=7", "--arms", "longer", "vkd") == 0
+    assert vkd("distill", TOY, "--dry-run", "student.width=7", "--arms", "longer,vkd") == 0
     text = capsys.readouterr().out
     assert "student: {width: 7, dropout: 0.1}" in text and "features: [7, 12]" in text
     assert "steps: 45" in text and "student: 87 parameters" in text
@@ -161,7 +161,7 @@ def test_recipes_files_and_overrides_in_that_order(tmp_path, monkeypatch, capsys
 
 
 def test_ablate(tmp_path, capsys):
-    assert vkd("ablate", TOY, "--output", tmp_path / "a", "--jobs", 0, "--quiet", "optim.steps=6") == 0
+    assert vkd("ablate", TOY, *("--output", tmp_path / "a", "--jobs", 0, "--quiet", "optim.steps=6")) == 0
     text = (tmp_path / "a" / "table.txt").read_text()
     assert text in capsys.readouterr().out + "\n"
     first = text.split("\n\n")[0].splitlines()
@@ -201,7 +201,7 @@ def test_evaluate_imports_only_what_the_command_line_names(finished, capsys, mon
 def test_export_writes_the_student_alone(finished, tmp_path, capsys, kind):
     run = finished / "vkd" / "seed-00"
     path = tmp_path / f"student{'.safetensors' if kind == 'safetensors' else '.pt2'}"
-    assert vkd("export", run, "--task", TOY, "--format", kind, "--output", path) == 0
+    assert vkd("export", run, *("--task", TOY, "--format", kind, "--output", path)) == 0
     assert "differ from the student's by at most" in capsys.readouterr().out
     student = toy_task.Net(5).eval()
     student.load_state_dict(runs.load_weights(run / "student.safetensors"))

@@ -69,7 +69,7 @@ def test_tensorboard(tmp_path):
 
 def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tmp_path):
     folder = tmp_path / "run"
-    process = start(VKD, "--arms", *ARMS, "--output", folder, "--jobs", 2, "run.slow=0.1")
+    process = start(VKD, *("--arms", *ARMS, "--output", folder, "--jobs", 2, "run.slow=0.1"))
     wait_for(process, lambda: any(path.stat().st_size for path in folder.glob("*/*/metrics.jsonl")))
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=200)
@@ -83,7 +83,7 @@ def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tm
 
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
-    process = start(VKD, "--arms", *ARMS, "--output", folder, "--jobs", 0, "run.slow=0.05", "run.save_every=3")
+    process = start(VKD, *("--arms", *ARMS, "--output", folder, "--jobs", 0, "run.slow=0.05", "run.save_every=3"))
     checkpoint = folder / "alone" / "seed-00" / "checkpoint.pt"
     wait_for(process, lambda: checkpoint.exists() and runs.load_tensors(checkpoint)["counters"]["step"] >= 6)
     process.kill()
@@ -127,7 +127,7 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert distill(folder, "--resume", "optim.steps=31", "optim.lr=1", "run.log_every=5") == 2
     message = capsys.readouterr().err
     assert "optim.lr is 0.01 there and 1 here; optim.steps is 30 there and 31 here" in message and "run." not in message
-    assert distill(folder, "--resume", "--seeds", 2, "--arms", "linear", "vkd", "run.eval_every=10") == 0
+    assert distill(folder, "--resume", "--seeds", 2, *("--arms", "linear", "vkd", "run.eval_every=10")) == 0
     assert outcome(folder) == outcome(finished)
     table = (folder / "table.txt").read_text()
     assert distill(folder, "--resume", "--seeds", 1, "--arms", "vkd") == 0  # a finished run's tables don't shrink

@@ -24,7 +24,7 @@ def vkd(*words):
 
 
 def distill(folder, *words):
-    return vkd("distill", TOY, "--output", folder, "--jobs", 0, "--quiet", *words)
+    return vkd(*("distill", TOY, "--output", folder, "--jobs", 0, "--quiet"), *words)
 
 
 def start(command, *words):
@@ -71,7 +71,8 @@ def train(folder, monitor=None, **values):
     """One arm of the toy task, here; values are keys with __ for the dot."""
     config = configs.replace(toy_task.Config(), {k.replace("__", "."): v for k, v in values.items()})
     monitor = monitor or task.Monitor()
+    shared = {"task": TOY, "config": config, "seed": 0, "root": folder, "fabric": None, "monitor": monitor}
     if not (folder / "teacher").exists():
-        compare.train_teacher(TOY, config, 0, folder, None, monitor)
-    compare.train_arm(TOY, config, "vkd", 0, root=folder, fabric=None, monitor=monitor)
+        compare.train_teacher(**shared)
+    compare.train_arm(arm="vkd", **shared)
     return runs.load_json(folder / "vkd" / "seed-00" / "result.json")

@@ -315,40 +315,42 @@ def show_plan(experiment: Experiment) -> None:
 # ---- one training ----------------------------------------------------------------------------------------------------
 
 
-def train_teacher(name: str, config: Any, seed: int, root: Path, fabric: Any, monitor: Monitor) -> None:
-    folder, task = root / "teacher" / f"seed-{seed:02d}", tasks.load(name)
-    fabric = fabric or engine.make_fabric(config.run, config.optim)
-    context = Context(fabric, folder, seed, folder, monitor, f"teacher {seed}", {"seed": seed})
+def train_teacher(*, task: str, config: Any, seed: int, root: Path, fabric: Any, monitor: Monitor) -> None:
+    folder, fabric = root / "teacher" / f"seed-{seed:02d}", fabric or engine.make_fabric(config.run, config.optim)
+    about, name = {"seed": seed}, f"teacher {seed}"
+    context = Context(fabric, folder, seed, teacher=folder, monitor=monitor, name=name, about=about)
     engine.seed_all(seed)
-    numbers = task(config, context).train_teacher()
+    numbers = tasks.load(task)(config, context).train_teacher()
     if fabric.is_global_zero:
         runs.save_json(folder / "done.json", {"seed": seed, **numbers})
     fabric.barrier()
 
 
-def train_arm(name: str, config: Any, arm: str, seed: int, root: Path, fabric: Any, monitor: Monitor) -> None:
-    folder, teacher, task = root / arm / f"seed-{seed:02d}", root / "teacher" / f"seed-{seed:02d}", tasks.load(name)
+def train_arm(*, task: str, config: Any, arm: str, seed: int, root: Path, fabric: Any, monitor: Monitor) -> None:
+    folder, teacher = root / arm / f"seed-{seed:02d}", root / "teacher" / f"seed-{seed:02d}"
     fabric = fabric or engine.make_fabric(config.run, config.optim)
-    context = Context(fabric, folder, seed, teacher, monitor, f"{arm} {seed}", {"arm": arm, "seed": seed})
+    about, name = {"arm": arm, "seed": seed}, f"{arm} {seed}"
+    context = Context(fabric, folder, seed, teacher=teacher, monitor=monitor, name=name, about=about)
     if fabric.is_global_zero:
-        head = {"task": name, "arm": arm, "seed": seed, "versions": versions()}
-        runs.write_text(folder / "config.yaml", configs.to_yaml(config, head))
-    engine.train(task(config, context))
+        runs.write_text(
+            folder / "config.yaml", configs.to_yaml(config, {"task": task, **about, "versions": versions()})
+        )
+    engine.train(tasks.load(task)(config, context))
 
 
 def make_jobs(experiment: Experiment, root: Path, fabric: Any) -> list[jobs.Job]:
-    e, name, todo = experiment, experiment.head.task, list[jobs.Job]()
+    e, todo = experiment, list[jobs.Job]()
     for seed in e.seeds:
+        shared = {"task": e.head.task, "seed": seed, "root": root, "fabric": fabric}
         teacher = f"teacher {seed}" if e.task.has_teacher else None
         if teacher:
-            done, base = root / "teacher" / f"seed-{seed:02d}" / "done.json", configs.replace(e.config, e.typed)
-            todo.append(jobs.Job(teacher, done, 0, train_teacher, (name, base, seed, root, fabric)))
+            done, config = root / "teacher" / f"seed-{seed:02d}" / "done.json", configs.replace(e.config, e.typed)
+            todo.append(jobs.Job(teacher, done, 0, work=train_teacher, arguments={"config": config, **shared}))
         for arm in e.arms:
             config, result = e.config_of(arm), root / arm / f"seed-{seed:02d}" / "result.json"
-            images = config.optim.steps * config.optim.batch_size
-            todo.append(
-                jobs.Job(f"{arm} {seed}", result, images, train_arm, (name, config, arm, seed, root, fabric), teacher)
-            )
+            images, arguments = config.optim.steps * config.optim.batch_size, {"config": config, "arm": arm, **shared}
+            job = jobs.Job(f"{arm} {seed}", result, images, work=train_arm, arguments=arguments, after=teacher)
+            todo.append(job)
     return todo
 
 

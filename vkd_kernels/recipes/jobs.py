@@ -37,8 +37,8 @@ class Job:
     name: str
     result: Path  # exists when the job is done
     images: int  # how many images it trains on, for the progress bar
-    work: Callable[..., None]  # called as work(*arguments, monitor)
-    arguments: tuple[Any, ...]
+    work: Callable[..., None]  # called as work(**arguments, monitor=...)
+    arguments: dict[str, Any]
     after: str | None = None  # the job that must be done before
 
 
@@ -92,7 +92,7 @@ def _exit_with_parent() -> None:
 
 
 def _work(job: Job) -> None:
-    job.work(*job.arguments, _child)
+    job.work(**job.arguments, monitor=_child)
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def perform(jobs: list[Job], *, processes: int, quiet: bool = False, insist: boo
     with signals_caught(stop.set, quiet, insist) as received, Progress(waiting, len(done), quiet) as progress:
         if not processes:
             for job in waiting:
-                job.work(*job.arguments, Here(received, progress))
+                job.work(**job.arguments, monitor=Here(received, progress))
                 progress.finished(job)
             return
         failure = in_workers(waiting, done, min(processes, len(waiting)), context, stop, progress)
