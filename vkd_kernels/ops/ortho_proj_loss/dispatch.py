@@ -86,7 +86,7 @@ def loss(
             share = _module(implementation).semi_orthogonal_loss(spec, inputs)
         elif spec.normalization == "batch_norm":
             group = _standardized(spec, execution, implementation, rows, sums, _group_of_one(_scaled(inputs)))
-            (inputs,) = group
+            inputs = next(iter(group))
             share = _module(implementation).loss(replace(spec, normalization="none"), inputs)
         else:
             share = _module(implementation).loss(spec, _scaled(inputs))
