@@ -167,7 +167,9 @@ def test_squared_error_is_no_worse_than_the_reference_where_it_cancels(dtype, of
     exact = literal(spec, doubled)
     ours = triton.semi_orthogonal_loss(spec, inputs, workspace_bytes=1)
     assert ours >= 0
-    assert error(ours, exact) <= max(3 * error(reference.loss(spec, inputs), exact), 5e-5)  # what rounding z leaves, averaged
+    assert error(ours, exact) <= max(
+        3 * error(reference.loss(spec, inputs), exact), 5e-5
+    )  # what rounding z leaves, averaged
 
 
 @pytest.mark.parametrize("weighted", [False, True])
