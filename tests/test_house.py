@@ -21,6 +21,7 @@ NOT_YET: dict[str, list[str]] = {
         "benchmarks/harness.py",
         "tests/modules/test_properties.py",
         "tests/ops/test_backend.py",
+        "tests/ops/test_ortho_proj_loss_cosine.py",
         "tests/ops/test_ortho_proj_loss_triton.py",
         "tests/test_benchmarks.py",
         "tests/test_build.py",
