@@ -1,5 +1,5 @@
 // The same bits from every team size, every order of the blocks and every layout of the weight, and the launches that
-// cayley_plan.h promises. A block that read what another block of its launch writes would show here.
+// plan.h promises. A block that read what another block of its launch writes would show here.
 
 #include "host_launch.h"
 

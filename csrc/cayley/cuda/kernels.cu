@@ -1,10 +1,10 @@
-// Launches the kernels of cayley_plan.h on the GPU. No torch headers; cayley_cuda_op.cpp binds it to the ops.
+// Launches the kernels of plan.h on the GPU. No torch headers; cuda_op.cpp binds it to the ops.
 #include <cuda_runtime.h>
 
 #include <limits>
 
-#include "cayley.h"
-#include "cayley_plan.h"
+#include "../cayley.h"
+#include "plan.h"
 
 namespace vkd::cayley {
 namespace {

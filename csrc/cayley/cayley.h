@@ -1,4 +1,4 @@
-// The CUDA Cayley launchers, as cayley_cuda_op.cpp sees them; cayley_cuda.cu defines them, without torch headers.
+// The CUDA Cayley launchers, as cuda_op.cpp sees them; cuda/kernels.cu defines them, without torch headers.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -1,5 +1,5 @@
 // The batched Cayley transform as a list of kernels: what each team of threads computes and which kernels run in which
-// order. cayley_cuda.cu launches them on a GPU; csrc/tests runs the same plan on CPU threads.
+// order. cuda/kernels.cu launches them on a GPU; csrc/cayley/tests runs the same plan on CPU threads.
 //
 // For W = [U; V] (t, s), with m = t - s rows in V:
 //   forward    M = I + (U - U^T) + V^T V     R = M^-1     Q = [2R - I; -2 V R]
@@ -28,7 +28,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cayley_core.h"
+#include "core.h"
 
 namespace vkd::cayley {
 

@@ -1,9 +1,10 @@
-// Tile algebra of the batched Cayley transform, for CUDA threads and CPU threads alike; cayley_plan.h builds the
+// Tile algebra of the batched Cayley transform, for CUDA threads and CPU threads alike; plan.h builds the
 // kernels from it.
 //
-// A `Ctx` is one team of threads (a CTA, or CPU threads in csrc/tests): tid() and sync(). Everything is float64 and
-// every rounding is written out (fma, *, /), in an order that depends on neither the number of threads nor the order of
-// the CTAs: the same bits everywhere. Build with floating-point contraction off (-ffp-contract=off, -fmad=false).
+// A `Ctx` is one team of threads (a CTA, or CPU threads in csrc/cayley/tests): tid() and sync(). Everything is float64
+// and every rounding is written out (fma, *, /), in an order that depends on neither the number of threads nor the
+// order of the CTAs: the same bits everywhere. Build with floating-point contraction off (-ffp-contract=off,
+// -fmad=false).
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,7 +1,7 @@
-// Binds the launchers of cayley_cuda.cu to the ops of module.cpp: checks, outputs, workspace, device and stream.
+// Binds the launchers of cuda/kernels.cu to the ops of module.cpp: checks, outputs, workspace, device and stream.
 //
 // Everything is enqueued on the current stream of the weight's device and nothing is read back, so that the ops can be
-// captured in a CUDA graph. cayley_plan.h counts the launches.
+// captured in a CUDA graph. plan.h counts the launches.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -12,7 +12,7 @@
 #include <tuple>
 
 #include "cayley.h"
-#include "cayley_checks.h"
+#include "checks.h"
 
 namespace {
 

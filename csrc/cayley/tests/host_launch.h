@@ -1,4 +1,4 @@
-// Runs the kernels of cayley_plan.h on CPU threads: teams of any thread grid, blocks in any order, memory poisoned.
+// Runs the kernels of plan.h on CPU threads: teams of any thread grid, blocks in any order, memory poisoned.
 #pragma once
 #include <algorithm>
 #include <barrier>
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../cayley_plan.h"
+#include "../cuda/plan.h"
 
 namespace vkd::cayley::host {
 

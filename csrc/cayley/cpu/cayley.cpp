@@ -18,9 +18,9 @@
 
 #include <tuple>
 
-#include "cayley_checks.h"
-#include "cayley_cpu_inverse.h"
-#include "cayley_cpu_matrix.h"
+#include "../checks.h"
+#include "inverse.h"
+#include "matrix.h"
 
 namespace vkd::cayley {
 namespace {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cayley_cpu_matrix.h"
+#include "matrix.h"
 
 namespace vkd::cayley {
 
@@ -36,7 +36,7 @@ public:
   // out <- a^-1, both (n, n) and contiguous; a is destroyed.
   //
   // With P A = L U, step k leaves U^-1 on and above the diagonal of panel k and L^-1 below it (without its unit
-  // diagonal), as cayley_core.h does for the GPU:
+  // diagonal), as cuda/core.h does for the GPU:
   //     i < k and j < k   untouched               i = k, j < k   T
   //     i = k, j > k      U_kk^-1 T               i < k, j = k   -C
   //     i > k, j = k      -C L_kk^-1              elsewhere      A_ij - C T
