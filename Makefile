@@ -27,12 +27,15 @@ TASK ?= classification
 demo: setup
 	$(BIN)/vkd distill $(TASK) --output runs/demo-$(TASK) $(if $(wildcard runs/demo-$(TASK)/config.yaml),--resume)
 
-test: lint ctest docs
-	$(BIN)/python -m pytest
+# Two processes of one thread each: most of the time goes into Python, not into matrix products.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# For the loop of a developer: what is not marked slow.
+test: lint ctest docs
+	$(PYTEST) --dist loadfile
+
+# For the loop of a developer: without what is slow (tests/conftest.py says which files, and the mark `slow`).
 test-quick: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -q --quick
 
 # The tests that need no recipes' packages, in environments of their own: with the oldest PyTorch and Triton that are
 # supported, and with the pure-Python wheel on the newest.

@@ -14,6 +14,7 @@ from benchmarks.bench_cayley import OWN_PRODUCTS
 
 Records = dict[str, dict]  # {benchmark: record} of one device
 MAPS, LOSS, CAYLEY, STEP = "orthogonal_maps", "ortho_proj_loss", "cayley", "training_step"
+SEMI_ORTHOGONAL = "semi_orthogonal"
 OWED = "owed: no record from an NVIDIA GPU yet (`make gpu` there writes it)"
 
 # -------------------------------------------------------------------------------------------------------- looking up
@@ -36,6 +37,16 @@ def ratio(benchmark: str, case: str, slow: str, fast: str = "vkd_kernels") -> Ca
     def measure(device):
         rows = [row_of(device, benchmark, case, name) for name in (slow, fast)]
         return rows[0]["median_s"] / rows[1]["median_s"] if all(rows) else None
+
+    return measure
+
+
+def share_of(benchmark: str, case: str, other: str, key: str) -> Callable[[Records], float | None]:
+    """What vkd_kernels takes, as a share of what another candidate takes in one run."""
+
+    def measure(device):
+        rows = [row_of(device, benchmark, case, name) for name in ("vkd_kernels", other)]
+        return rows[0][key] / rows[1][key] if all(rows) else None
 
     return measure
 
@@ -83,6 +94,12 @@ CPU_TARGETS = [
     Target(f"{CPU_TOKEN}: faster than eager", ratio(LOSS, CPU_TOKEN, "eager"), at_least=1.0),
     Target(f"{CPU_TOKEN}: memory beyond inputs and gradients",
            value(LOSS, CPU_TOKEN, "vkd_kernels", "peak_bytes_beyond_gradients"), at_most=128, unit="MiB", scale=2**-20),
+    *(target for case in (f"{loss} 16384 x 192 -> 3024 float32" for loss in ("cosine", "mse")) for target in (
+        Target(f"semi-orthogonal, {case}: time of eager's", share_of(SEMI_ORTHOGONAL, case, "eager", "median_s"),
+               at_most=0.75),
+        Target(f"semi-orthogonal, {case}: extra memory of eager's",
+               share_of(SEMI_ORTHOGONAL, case, "eager", "peak_bytes_beyond_gradients"), at_most=0.1),
+    )),
 ]  # fmt: skip
 TOKEN = [f"token 100352 x {s} -> 3024 bfloat16" for s in (192, 384, 768)]
 POOLED = "pooled 512 x 192 -> 3024 bfloat16"

@@ -1,5 +1,5 @@
-// The extension module vkd_kernels._C: the operators' schemas (implementations register themselves in cayley_cpu.cpp
-// and, in CUDA builds, cayley_cuda_op.cpp) and the facts of the build.
+// The extension module vkd_kernels._C: the operators' schemas (implementations register themselves in
+// cayley/cpu/cayley.cpp and, in CUDA builds, cayley/cuda_op.cpp) and the facts of the build.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 

@@ -14,10 +14,42 @@ if not torch.cuda.is_available():
     # Triton's decorators read it when kernels and Triton itself are imported: before any test module does.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Files whose tests take a second or more of a processor each: ranks, commands, compilers, kernels in the interpreter.
+SLOW_FILES = (
+    "distributed/*.py",
+    "helpers/test_processes.py",
+    "modules/test_integrations*.py",
+    "modules/test_properties.py",
+    "modules/test_store*.py",
+    "ops/test_ortho_proj_loss_aot.py",
+    "ops/test_ortho_proj_loss_group.py",
+    "ops/test_ortho_proj_loss_triton.py",
+    "recipes/*.py",
+    "test_benchmarks.py",
+    "test_build.py",
+)
 NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out what is slow: `make test-quick`")
+
+
+def is_slow_file(path):
+    return any(path.match(f"tests/{pattern}") for pattern in SLOW_FILES)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With --quick, slow files are not even imported: it takes seconds. (None: no opinion.)"""
+    return True if config.getoption("--quick") and is_slow_file(collection_path) else None
+
+
+def pytest_collection_modifyitems(items, config):
+    for item in items:
+        if is_slow_file(item.path) or "compile" in item.name:  # of torch.compile: seconds each
+            item.add_marker(pytest.mark.slow)
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if "slow" not in item.keywords]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # not a keyword: the folder may be called so

@@ -100,7 +100,7 @@ def snippets(page):
 
 
 NOT_YET_AMERICAN = {"classification", "detection", "generation", "integrations", "migration", "recipes"}
-STANDALONE = ["index", "getting_started", "choosing", "cayley"]
+STANDALONE = ["index", "getting_started", "choosing", "distiller", "cayley"]
 
 
 @pytest.mark.parametrize("page", STANDALONE)

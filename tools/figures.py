@@ -1,4 +1,4 @@
-"""Draws the figures of README and docs as SVG: `python tools/figures.py` writes docs/images/{method,evidence}.svg.
+"""Draws the figures of README and docs as SVG: `python tools/figures.py` writes docs/images/*.svg.
 
 The evidence comes from benchmarks/results/classification-8seeds.json; a test holds the committed files to this script.
 """
@@ -136,7 +136,38 @@ def evidence() -> str:
     return svg(900, bottom + 54, "Test accuracy of six ways to train the same student", body)
 
 
-FIGURES = {"method.svg": method, "evidence.svg": evidence}
+STOPS = [
+    ("loss.py", "OrthoProjLoss.forward: its weight P, its spec and its execution"),
+    ("ops/ortho_proj_loss/api.py", "the public functions, and what they promise"),
+    ("validation.py", "dtypes, shapes, devices, options: errors name the argument"),
+    ("dispatch.py", "rows and their weights, statistics of all ranks, targets, scale"),
+    ("reference.py, chunked.py, without_z.py or triton/", "loss(spec, inputs)"),
+    ("ops/library.py", "the operator: the loss and its unscaled gradients in one pass"),
+    ("ranks.py", "the sum over the ranks, in one collective"),
+]
+
+
+def architecture() -> str:
+    body, left, width, step = [], 30, 520, 66
+    for index, (where, what) in enumerate(STOPS):
+        y = 24 + step * index
+        body.append(box(left, y, width=width, height=46, color=STUDENT, fill="#eff6ff"))
+        body.append(text(left + width / 2, y + 19, where, size=14))
+        body.append(text(left + width / 2, y + 37, what, size=12, color=FAINT))
+        if index:
+            body.append(arrow(left + width / 2, y - 19, left + width / 2, y - 2))
+    y = 24 + step * 3
+    body.append(box(590, y, width=230, height=46, color=OURS, fill="#ecfdf5"))
+    body.append(text(705, y + 19, "ops/implementations.py", size=14))
+    body.append(text(705, y + 37, "decides which one serves", size=12, color=FAINT))
+    body.append(arrow(left + width + 3, y + 16, 586, y + 16))
+    body.append(arrow(587, y + 32, left + width + 4, y + 32))
+    return svg(
+        850, 24 + step * len(STOPS), "The life of a loss call, from OrthoProjLoss to the sum over the ranks", body
+    )
+
+
+FIGURES = {"method.svg": method, "evidence.svg": evidence, "architecture.svg": architecture}
 
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 import vkd_kernels
 
-# Command -> (its module in recipes, what it does). Imported when it is called: they need the extra [recipes].
+# Command -> (its module, what it does). Imported when it is called: most of them need the extra [recipes].
 COMMANDS = {
-    "distill": ("compare", "train students of a teacher and compare ways to distil"),
-    "ablate": ("ablate", "every projection with every normalisation"),
-    "evaluate": ("evaluate", "measure the students of a run again"),
-    "export": ("export", "write a student alone, without its projection"),
-    "inspect": ("inspect", "the metrics that a run logged, as a figure and a table"),
+    "distill": ("vkd_kernels.recipes.compare", "train students of a teacher and compare ways to distill"),
+    "ablate": ("vkd_kernels.recipes.compare", "every projection with every normalization"),
+    "evaluate": ("vkd_kernels.recipes.stored", "measure the students of a run again"),
+    "export": ("vkd_kernels.recipes.stored", "write a student alone, without its projection"),
+    "inspect": ("vkd_kernels.recipes.inspect", "the metrics that a run logged, as a figure and a table"),
     "cache": ("vkd_kernels.store.command", "store a teacher's features of a folder of images"),
 }
 CONFIGURED = ("distill", "ablate", "evaluate", "export")  # these take `section.key=value`
@@ -25,21 +25,25 @@ EXTRAS = ("detection", "generation")  # tasks with requirements of their own
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # "±" on a terminal that has none must not end a run
+            stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("vkd", description="Feature distillation with an orthogonal projection (V_kD).")
     parser.add_argument("--version", action="version", version=f"vkd_kernels {vkd_kernels.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, add_help=name == "cache")
+        helps_itself = name in ("distill", "ablate")  # with a task's name, --help shows its configuration
+        command = commands.add_parser(name, help=about, add_help=not helps_itself)
         if words[:1] == [name]:
+            if helps_itself and not [word for word in words[1:] if word not in ("-h", "--help")]:
+                words = [*words, "classification"]
             try:
-                recipe: Any = importlib.import_module(module if "." in module else f"vkd_kernels.recipes.{module}")
+                recipe: Any = importlib.import_module(module)
             except ModuleNotFoundError as error:
-                print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[recipes]'", file=sys.stderr)
-                return 2
+                return missing(error, "recipes")
             recipe.add_arguments(command)
-            command.set_defaults(command=recipe.command, parser=command)
-
+            command.set_defaults(command=recipe.command, parser=command, command_name=name)
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
     info.add_argument("--json", action="store_true", help="for programs")
     info.set_defaults(command=show_info)
@@ -50,17 +54,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("vkd_kernels"):
-            raise
-        extra = getattr(arguments, "task", "") if getattr(arguments, "task", "") in EXTRAS else "recipes"
-        print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[{extra}]'", file=sys.stderr)
-        return 2
+        task = getattr(arguments, "task", "")
+        return missing(error, task if task in EXTRAS else "recipes")
     except BrokenPipeError:  # `vkd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:  # between two trainings; files are never half written
         print("vkd: stopped; --resume continues", file=sys.stderr)
         return 130
+    except Exception as error:  # what the user can put right, if a recipe says so
+        recipes = sys.modules.get("vkd_kernels.recipes.runs")
+        if recipes is None or not isinstance(error, recipes.RunError):
+            raise
+        print(f"vkd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def missing(error: ModuleNotFoundError, extra: str) -> int:
+    if (error.name or "").startswith("vkd_kernels"):
+        raise error
+    print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[{extra}]'", file=sys.stderr)
+    return 2
 
 
 def show_info(arguments: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ class PairLosses(nn.ModuleDict):
                 if len(group.names) < len(shape.names):
                     weights = torch.stack([projections[name] for name in group.names])
                 members = [(self.of(name), rows[name]) for name in group.names]
-                losses |= zip(group.names, _losses_of_group(members, weights, process_group), strict=True)
+                losses |= dict(zip(group.names, _losses_of_group(members, weights, process_group), strict=True))
         return losses, projections
 
     def masked_row(self, name: str) -> ComparedRows:

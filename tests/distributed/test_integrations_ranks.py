@@ -298,6 +298,21 @@ def fsdp_state_dicts():
         same([alone(*batch())], [expected])
 
 
+def fsdp_evaluation_of_every_rank():
+    """Between two steps: in eval mode a rank's loss is that of its own rows, and training goes on as without it."""
+    module, alone = sharded(Distiller(dist.group.WORLD)), Distiller()
+    optimizers = adamw(module), adamw(alone)
+    for _ in range(2):
+        for model, optimizer, arguments in zip((module, alone), optimizers, (part(batch(), 4), batch()), strict=True):
+            optimizer.zero_grad()
+            model.train()(*arguments).backward()
+            optimizer.step()
+        with torch.no_grad():
+            same([module.eval()(*part(batch(seed=2), 4))], [alone.eval()(*part(batch(seed=2), 4))])
+    module.reshard()
+    same([whole(p.detach()) for p in module.parameters()], alone.parameters())
+
+
 def fsdp_of_a_feature_distiller():
     alone = feature_distiller()
     alone(batch()[0])[1]["total"].backward()

@@ -276,6 +276,37 @@ def test_ema(averaged):
     assert average(*batch()).isfinite()
 
 
+def test_ema_with_accumulation_saved_resumed_and_evaluated(tmp_path):
+    """Two micro-batches a step, one update of the average; a resumed run's average has the same bits."""
+
+    def train(run, steps):
+        module, average, optimizer = run
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for x, y in zip(*(part.chunk(2) for part in batch()), strict=True):
+                (module.train()(x, y) / 2).backward()
+            optimizer.step()
+            average.update_parameters(module)
+
+    def fresh():
+        torch.manual_seed(0)
+        module = Distiller()
+        return module, averaged_by_torch(module), torch.optim.AdamW(module.parameters(), lr=0.05)
+
+    run, resumed = fresh(), fresh()
+    before = run[1].eval()(*batch())
+    train(run, 3)
+    torch.save([part.state_dict() for part in run], tmp_path / "run.pt")
+    for part, state in zip(resumed, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(run, 3)
+    train(resumed, 3)
+    assert_same(run[1].state_dict().values(), resumed[1].state_dict().values(), rtol=0, atol=0)
+    assert orthogonality_error(run[1].module.loss.projection.weight) <= 1e-6
+    with torch.no_grad():
+        assert run[1].eval()(*batch()) < before
+
+
 def test_deepcopy_is_independent(path):
     module = Distiller()
     module(*batch()).backward()

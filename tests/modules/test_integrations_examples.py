@@ -19,9 +19,16 @@ NEEDS = {  # the libraries beyond torch that each imports
     "embedding_model": ("sentence_transformers", "datasets"),
     "huggingface_trainer": ("transformers", "accelerate"),
     "lightning_module": ("lightning", "torchvision"),
+    "several_teachers": ("timm", "torchvision"),
     "timm_loop": ("timm",),
 }
-RANDOM = {"causal_lm", "dense", "detector_neck", "embedding_model"}  # which else load pretrained weights
+RANDOM = {
+    "causal_lm",
+    "dense",
+    "detector_neck",
+    "embedding_model",
+    "several_teachers",
+}  # which else load pretrained weights
 
 
 def test_example_timm_loop():
@@ -84,6 +91,27 @@ def test_example_dense(student):
         losses = dense.train(distiller, [(batch, None)] * 12, lr=3e-3)
         assert losses[-1] < 0.8 * losses[0]
         assert orthogonality_error(distiller.projection("dense")) <= 1e-5
+
+
+def test_example_several_teachers():
+    """Every loss falls, each teacher gets images of its own normalization, and a saved run goes on."""
+    needs("timm"), needs("torchvision")
+    module = example("several_teachers")
+    torch.manual_seed(0)
+    student, dino, siglip, loader = module.load(random=True)
+    distiller = module.distiller_of(student, dino, siglip, loader[0][0][:1])
+    seen = {}
+    for name, teacher in (("dino", dino), ("siglip", siglip)):
+        teacher.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    report = module.train(distiller, loader[:12])
+    assert all(report[-1][name] < 0.9 * report[0][name] for name in ("dino", "siglip", "image"))
+    images = loader[0][0] * 0.5 + 0.5
+    torch.testing.assert_close(seen["siglip"], (images - 0.5) / 0.5)
+    mean, std = (torch.tensor(dino.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(seen["dino"], (images - mean) / std)
+    again = module.distiller_of(student, dino, siglip, loader[0][0][:1])
+    again.load_state_dict(distiller.state_dict())
+    assert_same([again.projection("dino")], [distiller.projection("dino")], rtol=0, atol=0)
 
 
 def test_example_detector_neck():

@@ -95,8 +95,8 @@ def value_and_grad(weight, upstream, backend):
     return q.detach(), torch.autograd.grad(q, leaf, upstream)[0]
 
 
-# csrc/cayley_cpu.cpp chooses by these: tiny; a batch of one size of tile and of several; V in parts; LAPACK for one
-# large matrix when there are several threads, and each thread with a large one of its own.
+# csrc/cayley/cpu/cayley.cpp chooses by these: tiny; a batch of one size of tile and of several; V in parts; LAPACK for
+# one large matrix when there are several threads, and each thread with a large one of its own.
 @pytest.mark.skipif(implementations.extension()[0] is None, reason="no extension here")
 @pytest.mark.parametrize(
     "shape", [(5, 3), (9, 20, 7), (6, 32, 32), (7, 90, 80), (1300, 100), (3, 1200, 33), (1, 300, 257), (3, 300, 257)]

@@ -1,6 +1,6 @@
 """The Cayley transform in CUDA. Without a GPU: the compiler's report, the choice, vmap. With one: the kernels.
 
-The algorithm itself is tested without a GPU by csrc/tests. To look for memory errors and races on a GPU:
+The algorithm itself is tested without a GPU by csrc/cayley/tests. To look for memory errors and races on a GPU:
 
     for tool in memcheck racecheck synccheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \\
@@ -29,7 +29,7 @@ needs_extension = pytest.mark.skipif(EXTENSION is None, reason=str(MISSING))
 needs_cuda_build = pytest.mark.skipif(not CUDA_BUILD, reason=MISSING or "the extension was built without CUDA")
 
 # Registers per thread that each kernel may take, by tile. 512 threads on an SM leave 128 each, 384 leave 168
-# (RESIDENT in csrc/cayley_plan.h). A kernel that needs more spills, and no kernel may spill.
+# (RESIDENT in csrc/cayley/cuda/plan.h). A kernel that needs more spills, and no kernel may spill.
 REGISTER_LIMITS = {
     ("GramKernel", 32): 104,
     ("GramKernel", 64): 112,
@@ -56,7 +56,7 @@ REGISTER_LIMITS = {
 }
 SHARED_LIMIT = 40 * 1024  # bytes: four teams of 128 threads fit an A100's 164 KB, and no kernel has to ask for more
 
-# One shape for every way through csrc/cayley_plan.h: together they launch every kernel.
+# One shape for every way through csrc/cayley/cuda/plan.h: together they launch every kernel.
 EVERY_PATH = [
     (3, 20, 9),  # one launch, tiles of 16
     (3, 40, 30),  # one launch, tiles of 32

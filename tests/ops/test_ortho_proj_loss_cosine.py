@@ -414,3 +414,20 @@ def test_the_reference_takes_any_spec():
     value, _ = case.run(reference.loss)
     assert LossSpec.shares({"mse": 0.7, "cosine": 0.3, "smooth_l1": 0.0}) == case.spec.loss
     torch.testing.assert_close(value, case.run(chunked.loss)[0])
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm"])
+def test_a_group_compiles_to_one_graph(path, normalization):
+    torch._dynamo.reset()
+    students, teachers = ([torch.randn(n, c) for n in (7, 20)] for c in (5, 9))
+    weights = torch.randn(2, 9, 5, requires_grad=True)
+
+    def function(weights):
+        return ortho_proj_losses(students, teachers, weights, normalization=normalization, loss={"cosine": 1, "mse": 1})
+
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        losses = run(weights)
+        results.append([losses.detach(), *torch.autograd.grad(losses.sum(), weights)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)

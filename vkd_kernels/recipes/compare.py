@@ -1,13 +1,19 @@
-"""`vkd distill TASK`: every arm on every seed, after that seed's teacher; then a table, words and a figure."""
+"""`vkd distill TASK`: every arm on every seed, after that seed's teacher; then a table, words and a figure.
+
+`vkd ablate TASK` is the same with other arms: every projection with every normalization.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import csv
 import dataclasses
+import io
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,53 +23,88 @@ import torch
 import vkd_kernels
 
 from . import config as configs
-from . import devices, engine, report, runs, tasks, workers
-from .config import OptionError
-from .tasks import Arm
+from . import engine, jobs, report, runs, tasks
+from .config import OptionError, Section, Words, option
+from .runs import RunError
+from .task import Arm, Context, Metric, Monitor, Task
 
-NOT_CONFIG = ("task", "recipe", "arms", "seeds", "first_seed", "baseline", "arm", "seed", "versions", "source")
+PROJECTIONS = ("orthogonal", "linear", "identity")
+NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
+
+
+class Head(Section):
+    """What config.yaml says beside the task's configuration."""
+
+    task: str = option("", "the task")
+    recipe: str = option("", "the named recipe; none: the bundled one")
+    arms: Words = option((), "ways to distill that are compared", min_length=1)
+    seeds: int = option(1, "how many seeds", ge=1, le=10_000)
+    first_seed: int = option(0, "number of the first", ge=0, le=10**6)
+    baseline: str = option("", "the arm that the table compares with")
+    overrides: Words = option((), "section.key=value of the command line: they stand above the arms' own")
+    versions: str = option("", "what wrote it")
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Everything that a run folder's results depend on, and where its values came from."""
 
-    task: str
-    recipe: str  # "" for the bundled one
+    task: type[Task]
+    head: Head
     config: Any
     arms: Mapping[str, Arm]
-    seeds: int
-    first_seed: int
-    baseline: str
-    focus: tuple[str, ...]  # the arms whose differences to the others are said in words
+    typed: Mapping[str, Any]  # overrides by key
     origins: Mapping[str, str]
-    typed: frozenset[str]  # keys that the command line, a file or a recipe gave
+    known: frozenset[str]  # keys that the command line, a file or a recipe gave
+    ablate: bool
+
+    @property
+    def seeds(self) -> range:
+        return range(self.head.first_seed, self.head.first_seed + self.head.seeds)
+
+    def config_of(self, arm: str) -> Any:
+        return self.arms[arm].apply(self.config, self.typed)
+
+    def overridden(self, arm: str) -> str:
+        """The arm's own values that the command line replaces, as they were typed."""
+        return " ".join(f"{k}={v}" for k, v in self.typed.items() if k in self.arms[arm].changes)
 
     def labels(self) -> dict[str, str]:
-        return {name: arm.label for name, arm in self.arms.items()}
+        typed = {name: self.overridden(name) for name in self.arms}
+        return {name: arm.label + (f" [{typed[name]}]" if typed[name] else "") for name, arm in self.arms.items()}
+
+    def check(self) -> None:
+        """All that can be known to be wrong before anything is trained; what `--dry-run` prints is in `described`."""
+        same: dict[str, str] = {}
+        for name in self.arms:
+            config = self.config_of(name)
+            text = configs.to_yaml(configs.replace(self.config, {**self.arms[name].changes, **self.typed}), {})
+            text += str(self.arms[name].longer)
+            if text in same:
+                raise OptionError(
+                    f"{self.overridden(name) or self.overridden(same[text])}: leaves the arms {same[text]} and {name} "
+                    "without a difference; choose one of them with --arms"
+                )
+            same[text] = name
+            engine.device_of(config.run, config.optim)
+            self.task.check(config)
 
     def to_yaml(self) -> str:
-        head = {
-            "task": self.task, "recipe": self.recipe, "arms": list(self.arms), "seeds": self.seeds,
-            "first_seed": self.first_seed, "baseline": self.baseline, "versions": versions(),
-        }  # fmt: skip
-        return configs.dump(head) + "\n" + configs.to_yaml(self.config)
+        return configs.to_yaml(self.config, configs.flatten(self.head))
 
 
-@dataclass(frozen=True)
-class Design:
-    """Which arms a command compares, and how it reports them: what tells `vkd distill` from `vkd ablate`."""
-
-    command: str
-    arms: Callable[[Any], Mapping[str, Arm]]  # of a task
-    choose: Callable[
-        [Any, Any, bool], tasks.Defaults
-    ]  # of task, configuration and whether a named recipe was asked for
-    finish: Callable[[Path, Experiment], str]  # writes the reports of a finished folder; the text to print
+def versions() -> str:
+    return f"vkd_kernels {vkd_kernels.__version__}, torch {torch.__version__}"
 
 
-def versions() -> dict[str, str]:
-    return {"vkd_kernels": vkd_kernels.__version__, "torch": str(torch.__version__)}
+def ablation(task: type[Task]) -> dict[str, Arm]:
+    """Every projection with every normalization: what the task's arm "vkd" is, but for these two."""
+    base = task.arms["vkd"].changes
+    return {
+        f"{p}-{n}": Arm(f"{p}, {n}", {**base, "distill.projection": p, "distill.normalization": n})
+        for p in PROJECTIONS
+        for n in NORMALIZATIONS
+    }
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -71,306 +112,344 @@ def versions() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s TASK [section.key=value ...] [options]"
-    parser.add_argument("task", metavar="TASK", help=f"{', '.join(tasks.NAMES)}, or an importable module package.task")
     parser.add_argument("-h", "--help", action="store_true", help="this, and every value of the task's configuration")
+    parser.add_argument("task", metavar="TASK", help=f"{', '.join(tasks.NAMES)}, or your own: package.module:Class")
     parser.add_argument("--recipe", metavar="NAME", help="a named configuration of the task (default: the bundled one)")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="further values, such as a run's config.yaml")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="which ways to distil (default: the recipe's)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (default: the recipe's)")
-    parser.add_argument("--first-seed", type=int, metavar="K", help="number of the first seed (default: 0)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="ways to distill, as a b or a,b (default: recipe's)")
+    parser.add_argument("--seeds", metavar="N", help="how many seeds (default: the recipe's)")
+    parser.add_argument("--first-seed", metavar="K", help="number of the first seed (default: 0)")
+    parser.add_argument("--baseline", metavar="ARM", help="arm that the table compares with (default: the recipe's)")
+    parser.add_argument("--output", metavar="DIR", help="run folder (default: runs/TASK, or the next free number)")
     parser.add_argument(
-        "--baseline", metavar="ARM", help="the arm that the table compares with (default: the recipe's)"
+        "--resume", action="store_true", help="continue, or extend, the run in --output (default: the newest one)"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="run folder (default: runs/TASK, or the next free number)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true",
-        help="continue the run in --output, by default the newest one (if there is none, begin one)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", default=workers.cores(),
-        help="worker processes of one thread, on a CPU; 0: in this process, with its threads (default: %(default)s)",
-    )  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    about = "worker processes of one thread, on a CPU; 0: in this process, with its threads (default: %(default)s)"
+    parser.add_argument("--jobs", type=int, metavar="N", default=cores, help=about)
     parser.add_argument("--dry-run", action="store_true", help="print configuration, model sizes and steps; do nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def resolve(
-    design: Design, name: str, recipe: str | None, file: Path | None, overrides: list[str], arms: list[str] | None,
-    seeds: int | None, first_seed: int | None, baseline: str | None,
-) -> Experiment:  # fmt: skip
-    """The dataclasses' defaults, then the recipe, then the file, then `a.b=c`."""
-    task = tasks.load(name)
+def resolve(arguments: Any, file: Path | None = None) -> Experiment:
+    """The dataclasses' defaults, then the recipe, then the file, then the arms' own values, then `a.b=c`."""
+    a, task = arguments, tasks.load(arguments.task)
+    head: dict[str, Any] = {}
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    head: dict[str, Any] = {}
-    paths = []
-    if recipe is not None:
-        known = tasks.recipes(name)
-        if recipe not in known:
-            raise OptionError(f"--recipe: unknown {recipe!r}; {name} has {', '.join(known) or 'none'}")
-        paths.append((f"recipe {recipe}", known[recipe]))
-    if file is not None:
-        paths.append((str(file), file))
-    known_keys = [key.name for key in configs.keys(task.Config)]
-    for where, path in paths:
-        found, comments = configs.read_yaml(path)
+    sources = [(f"recipe {a.recipe}", *tasks.read_recipe(task, a.recipe))] if a.recipe else []
+    if path := file or a.config:
+        sources.append((str(path), *configs.read_yaml(path)))
+    known = configs.flatten(task.Config())
+    for where, found, comments in sources:
         for key, value in found.items():
-            if key.split(".")[0] in NOT_CONFIG:
+            if key in Head.model_fields:
                 head[key] = value
-            elif key not in known_keys:
-                raise OptionError(f"{path}: unknown key {key!r}{configs.nearest(key, known_keys)}")
-            else:
+            elif key not in ("arm", "seed") and key not in known:
+                raise OptionError(f"{where}: unknown key {key!r}{configs.nearest(key, known)}")
+            elif key in known:
                 values[key], origins[key] = value, comments.get(key, where)
-    for text in overrides:
-        key, value = configs.split_override(text)
-        values[key], origins[key] = value, "command line"
-    if head.get("task", name) != name:
-        raise OptionError(f"--config: {file} is of the task {head['task']}, not {name}")
-    config = configs.replace(task.Config(), values)
+    if head.get("task", a.task) != a.task:
+        raise OptionError(f"--config: {path} is of the task {head['task']}, not {a.task}")
+    before = configs.replace(Head(arms=("-",)), {"overrides": head.get("overrides", ())}).overrides
+    typed = dict(text.split("=", 1) for text in [*before, *([] if file else a.values)] if "=" in text)
+    origins |= dict.fromkeys(typed, "command line")
+    config = configs.replace(task.Config(), values | typed)
 
-    defaults, known_arms = design.choose(task, config, recipe is not None), design.arms(task)
-    chosen = arms or head.get("arms") or defaults.arms
-    seeds = seeds if seeds is not None else head.get("seeds", defaults.seeds)
-    first_seed = first_seed if first_seed is not None else head.get("first_seed", 0)
-    for arm in chosen:
-        if arm not in known_arms:
-            raise OptionError(f"--arms: unknown {arm!r}; choose from {', '.join(known_arms)}")
-    if len(set(chosen)) < len(chosen):
-        raise OptionError(f"--arms: the same arm twice in {' '.join(chosen)}")
-    if seeds < 1 or first_seed < 0:
-        raise OptionError(f"--seeds must be at least 1 and --first-seed at least 0, got {seeds} and {first_seed}")
-    if baseline is not None and baseline not in chosen:
-        raise OptionError(f"--baseline: {baseline!r} is not one of this run's arms: {', '.join(chosen)}")
-    wish = baseline or head.get("baseline") or defaults.baseline
+    ablate = a.command_name == "ablate"
+    arms = ablation(task) if ablate else dict(task.arms)
+    own = configs.flatten(task.arms["vkd"].apply(config, {}))["distill.normalization"] if ablate else ""
+    baseline = f"orthogonal-{own}" if ablate else task.baseline
+    defaults = {"arms": tuple(arms) if ablate else ("vkd",) if a.recipe else task.compared, "seeds": task.seeds}
+    if a.recipe:
+        defaults["seeds"] = 1
+    named = None if a.arms is None else [x for word in a.arms for x in word.split(",") if x]
+    given = {"arms": named, "seeds": a.seeds}
+    given |= {"first_seed": a.first_seed, "baseline": a.baseline}
+    merged = {**defaults, **head, **{k: v for k, v in given.items() if v is not None}, "task": a.task}
+    merged |= {"overrides": [f"{k}={v}" for k, v in typed.items()], "versions": versions(), "recipe": a.recipe or ""}
+    checked = configs.replace(Head(arms=("-",)), merged)
+    for arm in checked.arms:
+        if arm not in arms:
+            raise OptionError(f"--arms: unknown {arm!r}; choose from {', '.join(arms)}")
+    if len({*checked.arms}) < len(checked.arms):
+        raise OptionError(f"--arms: the same arm twice in {' '.join(checked.arms)}")
+    if checked.baseline and checked.baseline not in checked.arms:
+        raise OptionError(f"--baseline: {checked.baseline!r} is not one of this run's arms: {', '.join(checked.arms)}")
+    wish = checked.baseline or (baseline if baseline in checked.arms else checked.arms[0])
     return Experiment(
-        task=name, recipe=recipe or "", config=config, arms={arm: known_arms[arm] for arm in chosen}, seeds=seeds,
-        first_seed=first_seed, baseline=wish if wish in chosen else chosen[0], focus=defaults.focus,
-        origins=origins, typed=frozenset(values),
-    )  # fmt: skip
-
-
-def show_help(parser: argparse.ArgumentParser, experiment: Experiment, arms: Mapping[str, Arm]) -> None:
-    task = tasks.load(experiment.task)
-    print(f"{task.TITLE}\n\n{parser.format_help()}")
-    print(
-        f"recipes of {experiment.task}: {', '.join(tasks.recipes(experiment.task)) or 'only the bundled one'}\n\narms:"
+        task=task,
+        head=configs.replace(checked, {"baseline": wish}),
+        config=config,
+        arms={arm: arms[arm] for arm in checked.arms},
+        typed=typed,
+        origins=origins,
+        known=frozenset(values) | frozenset(typed),
+        ablate=ablate,
     )
-    for name, arm in arms.items():
+
+
+def extended(folder: Path, typed: Experiment, arguments: Any) -> Experiment:
+    """The experiment of a folder, with the arms and seeds that were typed beside its own. Everything else that was
+    typed must say what the folder says, but for `run.`, which is free."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise RunError(f"--resume: {folder} holds no run (there is no {path})")
+    saved = resolve(argparse.Namespace(**{**vars(arguments), "arms": None, "seeds": None, "baseline": None}), path)
+    here, there = configs.flatten(typed.config), configs.flatten(saved.config)
+    if missing := ", ".join(here.keys() - saved.known):
+        raise RunError(f"--resume: {path} lacks {missing}: another version wrote it; leave --resume out")
+    if saved.head.first_seed != int(arguments.first_seed or saved.head.first_seed):
+        raise RunError(f"--resume: --first-seed is {saved.head.first_seed} in {folder}")
+    if begun := [word for word in configs.read_yaml(path)[0].get("versions", "").split(", ") if word not in versions()]:
+        print(f"warning: {folder} was begun with {', '.join(begun)}, this is {versions()}", file=sys.stderr)
+    differences = [
+        f"{key} is {configs.show(there[key])} there and {configs.show(here[key])} here"
+        for key in typed.known
+        if there[key] != here[key] and not key.startswith("run.")
+    ]
+    if differences:
+        raise RunError(f"--resume: {folder} has another configuration: {'; '.join(sorted(differences))}")
+    free = {key: here[key] for key in typed.known if key.startswith("run.")}
+    new = typed.arms if arguments.arms else {}
+    arms = {**saved.arms, **new}
+    seeds = max(saved.head.seeds, typed.head.seeds if arguments.seeds else 0)
+    overrides = {**saved.typed, **typed.typed}
+    head = {"arms": tuple(arms), "seeds": seeds, "overrides": tuple(f"{k}={v}" for k, v in overrides.items())}
+    if arguments.baseline:
+        head["baseline"] = arguments.baseline
+    return dataclasses.replace(
+        saved,
+        arms=arms,
+        head=configs.replace(saved.head, head),
+        config=configs.replace(saved.config, free),
+        typed=overrides,
+    )
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """What `vkd distill` or `vkd ablate` does with its parsed options; the exit code."""
+    a, folder = arguments, None
+    if a.help:
+        show_help(a)
+        return 0
+    first = int(os.environ.get("RANK", "0")) == 0
+    default = Path("runs") / "-".join([*(["ablate"] if a.command_name == "ablate" else []), a.task.replace(":", ".")])
+    try:
+        if a.output == "":
+            raise OptionError("--output: is empty")
+        if a.jobs < 0:
+            raise OptionError(f"--jobs: must be at least 0, got {a.jobs}")
+        experiment = resolve(a)
+        if a.dry_run:
+            show_plan(experiment)
+            return 0
+        newest = newest_folder(default) if a.resume else None
+        folder = Path(a.output) if a.output else newest or free_folder(default)
+        resumed = a.resume and bool(a.output or newest)
+        if resumed:
+            experiment = extended(folder, experiment, a)
+        elif (folder / "config.yaml").exists():
+            raise RunError(f"{folder} holds a run already: add --resume to continue it, or give another --output")
+        experiment.check()
+        if first:
+            print(f"{'resuming' if resumed else 'running'} in {folder}", flush=True)
+            for name in experiment.arms:
+                if typed := experiment.overridden(name):
+                    print(f"{typed} on the command line stands above the arm {name}'s own value", flush=True)
+        text = run(experiment, folder, processes=a.jobs, quiet=a.quiet)
+        if first:
+            print(f"{text}\n\nwritten to {folder}: table.txt, results.csv, metrics.json, figure.png")
+    except RunError:
+        if first:
+            raise
+        return 2
+    except engine.Interrupted as interrupted:
+        if first:
+            print(f"stopped; to continue: vkd {a.command_name} {a.task} --resume --output {folder}", file=sys.stderr)
+        return interrupted.exit_code
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def free_folder(default: Path) -> Path:
+    """`default`, or default-2, default-3, ...: the first that does not exist."""
+    number, folder = 1, default
+    while folder.exists():
+        number += 1
+        folder = default.with_name(f"{default.name}-{number}")
+    return folder
+
+
+def newest_folder(default: Path) -> Path | None:
+    """The newest of the runs in `default`, default-2, default-3, ..."""
+    heads = [*default.parent.glob(f"{default.name}/config.yaml"), *default.parent.glob(f"{default.name}-*/config.yaml")]
+    return max(heads, key=lambda path: path.stat().st_mtime_ns).parent if heads else None
+
+
+def show_help(arguments: Any) -> None:
+    """What `--help` says after a task's name: every value of its configuration."""
+    experiment = resolve(arguments)
+    task, recipe = experiment.task, arguments.recipe
+    arguments.parser.print_help()
+    print(f"\n{task.title}\n\nrecipes: {', '.join(tasks.recipes(task)) or 'only the bundled one'}\n\narms:")
+    for name, arm in (ablation(task) if arguments.command_name == "ablate" else task.arms).items():
         print(f"    {name:20}{arm.label}")
-    title = f"with --recipe {experiment.recipe}" if experiment.recipe else "of the bundled recipe"
+    title = f"with --recipe {recipe}" if recipe else "of the bundled recipe"
     print(f"\nconfiguration {title}: `section.key=value`, what it means [where the value comes from]")
     print(configs.help_text(experiment.config, experiment.origins))
 
 
 def show_plan(experiment: Experiment) -> None:
     """What `--dry-run` prints."""
-    task = tasks.load(experiment.task)
     print(experiment.to_yaml())
-    for name, arm in experiment.arms.items():
-        print(f"# {name}: {arm.label}")
-        print(configs.dump({"changes": dict(arm.overrides), **task.describe(arm.apply(experiment.config))}))
+    for name, label in experiment.labels().items():
+        config = experiment.config_of(name)
+        print(f"# {name}: {label}")
+        changes = {**experiment.arms[name].changes, **experiment.typed}
+        print(configs.dump({"changes": changes, **experiment.task.describe(config)}))
 
 
 # ---- one training ----------------------------------------------------------------------------------------------------
 
 
-def arm_folder(root: Path, arm: str, seed: int) -> Path:
-    return root / arm / f"seed-{seed:02d}"
-
-
-def teacher_folder(root: Path, seed: int) -> Path:
-    return root / "teacher" / f"seed-{seed:02d}"
-
-
-def train_teacher(name: str, config: Any, seed: int, root: Path, fabric: Any, worker: runs.Worker) -> None:
-    folder = teacher_folder(root, seed)
-    context = engine.Context(
-        fabric or devices.make_fabric(config.run, config.optim), folder, seed, worker, f"teacher {seed}", {"seed": seed}
-    )
+def train_teacher(*, task: str, config: Any, seed: int, root: Path, fabric: Any, monitor: Monitor) -> None:
+    folder, fabric = root / "teacher" / f"seed-{seed:02d}", fabric or engine.make_fabric(config.run, config.optim)
+    about, name = {"seed": seed}, f"teacher {seed}"
+    context = Context(fabric, folder, seed, teacher=folder, monitor=monitor, name=name, about=about)
     engine.seed_all(seed)
-    found = tasks.load(name).train_teacher(config, seed, folder, context) or {}
-    if context.fabric.is_global_zero:
-        runs.save_json(folder / "done.json", {"seed": seed, **found})
-    context.fabric.barrier()
+    numbers = tasks.load(task)(config, context).train_teacher()
+    if fabric.is_global_zero:
+        runs.save_json(folder / "done.json", {"seed": seed, **numbers})
+    fabric.barrier()
 
 
-def train_arm(name: str, config: Any, arm: str, seed: int, root: Path, fabric: Any, worker: runs.Worker) -> None:
-    folder = arm_folder(root, arm, seed)
-    context = engine.Context(
-        fabric or devices.make_fabric(config.run, config.optim), folder, seed, worker, f"{arm} {seed}",
-        {"arm": arm, "seed": seed},
-    )  # fmt: skip
-    if context.fabric.is_global_zero:
-        head = {"task": name, "arm": arm, "seed": seed, "versions": versions()}
-        text = configs.dump(head) + "\n" + configs.to_yaml(config)
-        runs.write_text(folder / "config.yaml", text)
-    engine.seed_all(seed)  # the same initial weights in every arm whose student is built first
-    training = tasks.load(name).build(config, seed, teacher_folder(root, seed), context)
-    engine.fit(training, config.run, context)
+def train_arm(*, task: str, config: Any, arm: str, seed: int, root: Path, fabric: Any, monitor: Monitor) -> None:
+    folder, teacher = root / arm / f"seed-{seed:02d}", root / "teacher" / f"seed-{seed:02d}"
+    fabric = fabric or engine.make_fabric(config.run, config.optim)
+    about, name = {"arm": arm, "seed": seed}, f"{arm} {seed}"
+    context = Context(fabric, folder, seed, teacher=teacher, monitor=monitor, name=name, about=about)
+    if fabric.is_global_zero:
+        runs.write_text(
+            folder / "config.yaml", configs.to_yaml(config, {"task": task, **about, "versions": versions()})
+        )
+    engine.train(tasks.load(task)(config, context))
 
 
-def make_tasks(experiment: Experiment, root: Path, fabric: Any = None) -> list[workers.Task]:
-    e = experiment
-    has_teacher = tasks.load(e.task).train_teacher is not None
-    found = []
-    for seed in range(e.first_seed, e.first_seed + e.seeds):
-        teacher = f"teacher {seed}"
-        if has_teacher:
-            done = teacher_folder(root, seed) / "done.json"
-            found.append(workers.Task(teacher, done, 0, train_teacher, (e.task, e.config, seed, root, fabric)))
-        for name, arm in e.arms.items():
-            config = arm.apply(e.config)
-            result = arm_folder(root, name, seed) / "result.json"
-            arguments = (e.task, config, name, seed, root, fabric)
-            images = config.optim.steps * config.optim.batch_size
-            after = teacher if has_teacher else None
-            found.append(workers.Task(f"{name} {seed}", result, images, train_arm, arguments, after))
-    return found
+def make_jobs(experiment: Experiment, root: Path, fabric: Any) -> list[jobs.Job]:
+    e, todo = experiment, list[jobs.Job]()
+    for seed in e.seeds:
+        shared = {"task": e.head.task, "seed": seed, "root": root, "fabric": fabric}
+        teacher = f"teacher {seed}" if e.task.has_teacher else None
+        if teacher:
+            done, config = root / "teacher" / f"seed-{seed:02d}" / "done.json", configs.replace(e.config, e.typed)
+            todo.append(jobs.Job(teacher, done, 0, work=train_teacher, arguments={"config": config, **shared}))
+        for arm in e.arms:
+            config, result = e.config_of(arm), root / arm / f"seed-{seed:02d}" / "result.json"
+            images, arguments = config.optim.steps * config.optim.batch_size, {"config": config, "arm": arm, **shared}
+            job = jobs.Job(f"{arm} {seed}", result, images, work=train_arm, arguments=arguments, after=teacher)
+            todo.append(job)
+    return todo
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def ranks() -> int:
-    """How many ranks torchrun started, in all."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def choose_folder(arguments: argparse.Namespace, default: Path) -> tuple[Path, bool]:
-    """(folder, whether it is one to be continued)."""
-    found = arguments.resume and (arguments.output or runs.newest_folder(default))
-    return (found, True) if found else (arguments.output or runs.free_folder(default), False)
-
-
-def saved_experiment(design: Design, folder: Path, typed: Experiment, arguments: argparse.Namespace) -> Experiment:
-    """The experiment of a folder. What was typed must say the same; but `run.`, arms and seeds are free."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise runs.RunError(f"--resume: {folder} holds no run (there is no {path})")
-    given = arguments.arms, arguments.seeds, arguments.first_seed, arguments.baseline
-    saved = resolve(design, typed.task, None, path, [], *given)
-    here, there = configs.flatten(typed.config), configs.flatten(saved.config)
-    if missing := ", ".join(here.keys() - saved.typed):
-        raise runs.RunError(f"--resume: {path} lacks {missing}: another version wrote it; leave --resume out")
-    begun = configs.read_yaml(path)[0].get("versions.torch")
-    if begun != str(torch.__version__):
-        print(f"warning: {folder} was begun with torch {begun}, this is {torch.__version__}", file=sys.stderr)
-    differences = [
-        f"{key} is {configs.show(there[key])} there and {configs.show(here[key])} here"
-        for key in here
-        if key in typed.typed and there[key] != here[key] and not key.startswith("run.")
-    ]
-    if differences:
-        raise runs.RunError(f"--resume: {folder} has another configuration: {'; '.join(differences)}")
-    free = {key: here[key] for key in typed.typed if key.startswith("run.")}
-    return dataclasses.replace(saved, config=configs.replace(saved.config, free))
-
-
-def start_folder(folder: Path, experiment: Experiment, resumed: bool) -> None:
-    path = folder / "config.yaml"
-    if path.exists() and not resumed:
-        raise runs.RunError(f"{folder} holds a run already: add --resume to continue it, or give another --output")
-    for partial in folder.rglob("*.partial-*"):  # what a killed process was writing
-        partial.unlink()
-    runs.write_text(path, experiment.to_yaml())
-    runs.save_json(folder / "machine.json", report.machine())
+def run(experiment: Experiment, folder: Path, *, processes: int, quiet: bool) -> str:
+    """Train what the folder lacks and report: in worker processes, on this process's accelerator, or as a rank."""
+    config, fabric, ranks = experiment.config, None, engine.ranks() > 1
+    if ranks:
+        unused = experiment.task.unused_parameters
+        fabric = engine.make_fabric(config.run, config.optim, alone=False, unused_parameters=unused)
+    if fabric is not None and not fabric.is_global_zero:
+        if message := fabric.broadcast(None):
+            raise RunError(message)
+        jobs.perform(make_jobs(experiment, folder, fabric), processes=0, quiet=True, insist=True)
+        return ""
+    tell: Any = fabric.broadcast if fabric is not None else lambda message: None
+    try:
+        with runs.own_folder(folder):
+            runs.write_text(folder / "config.yaml", experiment.to_yaml())
+            runs.save_json(folder / "machine.json", report.machine())
+            tell(None)
+            tell = lambda message: None  # noqa: E731
+            here = ranks or not processes or engine.device_of(config.run, config.optim) != "cpu"
+            todo = make_jobs(experiment, folder, fabric)
+            jobs.perform(todo, processes=0 if here else processes, quiet=quiet, insist=ranks)
+            return finish(folder, experiment)
+    except RunError as error:
+        tell(str(error))
+        raise
 
 
 def finish(folder: Path, experiment: Experiment) -> str:
     """metrics.json, results.csv, table.txt and figure.png of a folder whose trainings are all done; the text."""
-    e, task = experiment, tasks.load(experiment.task)
-    metric, seeds = task.PRIMARY, range(e.first_seed, e.first_seed + e.seeds)
-    results = [load_result(arm_folder(folder, name, seed), metric) for seed in seeds for name in e.arms]
-    teachers = [runs.load_json(path) for s in seeds if (path := teacher_folder(folder, s) / "done.json").exists()]
-    summary = report.summarise(results, tuple(e.arms), metric)
-    text = report.table(summary, e.labels(), metric, e.baseline) + "\n\n"
-    longer = {name: arm.longer for name, arm in e.arms.items()}
-    text += report.in_words(summary, e.labels(), metric, e.baseline, e.focus, longer, teachers)
-    runs.save_json(folder / "metrics.json", {
-        "task": e.task, "recipe": e.recipe, "config": configs.flatten(e.config),
-        "arms": {name: dataclasses.asdict(arm) for name, arm in e.arms.items()}, "baseline": e.baseline,
-        "machine": runs.load_json(folder / "machine.json"), "teachers": teachers, "summary": summary, "runs": results,
-    })  # fmt: skip
+    e, labels, metric = experiment, experiment.labels(), experiment.task.metric
+    results = [load_result(folder / name / f"seed-{seed:02d}", metric) for seed in e.seeds for name in e.arms]
+    done = [folder / "teacher" / f"seed-{seed:02d}" / "done.json" for seed in e.seeds]
+    teachers = [runs.load_json(path) for path in done if path.exists()]
+    summary = report.summarize(results, tuple(e.arms), metric)
+    longer = [name for name, arm in e.arms.items() if arm.longer > 1]
+    text = "\n\n".join(
+        [
+            *([grid(summary, metric)] if e.ablate else []),
+            report.table(summary, labels, metric, e.head.baseline),
+            report.in_words(
+                summary,
+                labels,
+                metric,
+                e.head.baseline,
+                longer=longer,
+                teachers=teachers,
+                focus=(e.head.baseline,) if e.ablate else e.task.focus,
+            ),
+        ]
+    )
+    runs.save_json(
+        folder / "metrics.json",
+        {
+            "task": e.head.task,
+            "recipe": e.head.recipe,
+            "config": configs.flatten(e.config),
+            "arms": {
+                name: {**dataclasses.asdict(arm), "changes": {**arm.changes, **e.typed}} for name, arm in e.arms.items()
+            },
+            "baseline": e.head.baseline,
+            "machine": runs.load_json(folder / "machine.json"),
+            "teachers": teachers,
+            "summary": summary,
+            "runs": results,
+        },
+    )
     flat = [{k: v for k, v in r.items() if not isinstance(v, (dict, list))} | r["diagnostics"] for r in results]
-    runs.save_csv(folder / "results.csv", flat)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, dict.fromkeys(name for row in flat for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    runs.write_text(folder / "results.csv", lines.getvalue())
     runs.write_text(folder / "table.txt", text + "\n")
-    report.draw(folder / "figure.png", summary, results, e.labels(), metric)
-    for cache in folder.glob("teacher/seed-*/cache*"):  # large, and made again when needed
+    report.draw(folder / "figure.png", summary, results, labels, metric)
+    for cache in folder.glob("teacher/seed-*/answers*"):  # large, and made again when needed
         cache.unlink()
     return text
 
 
-def load_result(folder: Path, metric: tasks.Metric) -> dict[str, Any]:
-    result = runs.load_json(folder / "result.json")
-    return result | {"curve": [(e["step"], e[f"eval/{metric.key}"]) for e in result["evaluations"]]}
-
-
-def run(experiment: Experiment, folder: Path, design: Design, *, jobs: int, quiet: bool, resumed: bool) -> str:
-    """Train what the folder lacks and report: in worker processes, on this process's accelerator, or as a rank."""
-    config, fabric = experiment.config, None
-    if ranks() > 1:
-        unused = getattr(tasks.load(experiment.task), "UNUSED_PARAMETERS", False)
-        fabric = devices.make_fabric(config.run, config.optim, ranks=ranks(), unused_parameters=unused)
-    with contextlib.ExitStack() as stack:
-
-        def begin() -> None:
-            stack.enter_context(runs.locked(folder))
-            start_folder(folder, experiment, resumed)
-
-        devices.on_first_rank(fabric, begin)
-        if fabric is not None:
-            quiet = quiet or not fabric.is_global_zero
-            workers.perform_here(make_tasks(experiment, folder, fabric), quiet=quiet, insist=True)
-        elif jobs and devices.accelerator(config.run) == "cpu":
-            workers.perform(make_tasks(experiment, folder), jobs=jobs, quiet=quiet)
-        else:
-            workers.perform_here(make_tasks(experiment, folder), quiet=quiet)
-        return devices.on_first_rank(fabric, lambda: design.finish(folder, experiment))
-
-
-def of_recipe(task: Any, config: Any, named: bool) -> tasks.Defaults:
-    """The bundled recipe compares; a named one is one long training unless it says otherwise."""
-    return dataclasses.replace(task.DEFAULTS, arms=("vkd",), seeds=1) if named else task.DEFAULTS
-
-
-DISTILL = Design("distill", lambda task: task.ARMS, of_recipe, finish)
-
-
-def command(arguments: argparse.Namespace, design: Design = DISTILL) -> int:
-    """What `vkd distill` or another design does with its parsed options; the exit code."""
-    a, folder = arguments, None
-    first = int(os.environ.get("RANK", "0")) == 0
+def load_result(folder: Path, metric: Metric) -> dict[str, Any]:
+    path = folder / "result.json"
+    result = runs.load_json(path)
     try:
-        experiment = resolve(design, a.task, a.recipe, a.config, a.values, a.arms, a.seeds, a.first_seed, a.baseline)
-        if a.help:
-            show_help(a.parser, experiment, design.arms(tasks.load(a.task)))
-            return 0
-        if a.jobs < 0:
-            raise OptionError(f"--jobs: must be at least 0, got {a.jobs}")
-        folder, resumed = choose_folder(
-            a, Path("runs") / (a.task if design is DISTILL else f"{design.command}-{a.task}")
-        )
-        if resumed:
-            experiment = saved_experiment(design, folder, experiment, a)
-        if a.dry_run:
-            show_plan(experiment)
-            return 0
-        if first:
-            print(f"{'resuming' if resumed else 'running'} in {folder}", flush=True)
-        text = run(experiment, folder, design, jobs=a.jobs, quiet=a.quiet, resumed=resumed)
-        if first:
-            print(f"{text}\n\nwritten to {folder}: table.txt, results.csv, metrics.json, figure.png")
-    except (runs.RunError, OptionError) as error:
-        if first:
-            print(f"vkd: error: {error}", file=sys.stderr)
-        return 2
-    except runs.Interrupted as interrupted:
-        if first:
-            print(f"stopped; to continue: vkd {design.command} {a.task} --resume --output {folder}", file=sys.stderr)
-        return interrupted.exit_code
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        numbers = [result[metric.key], result["seconds"], result["cpu_seconds"], result["images_per_second"]]
+        curve = [(int(e["step"]), float(e[f"eval/{metric.key}"])) for e in result["evaluations"]]
+        if not all(map(math.isfinite, numbers)) or not isinstance(result["diagnostics"], dict):
+            raise ValueError(json.dumps(numbers))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): delete it to have that part done again") from error
+    return result | {"curve": curve}
+
+
+def grid(summary: Mapping[str, Any], metric: Metric) -> str:
+    """An ablation's means and deviations: a row per projection, a column per normalization."""
+    rows = [[metric.label, *NORMALIZATIONS]]
+    for p in PROJECTIONS:
+        cells = [summary.get(f"{p}-{n}") for n in NORMALIZATIONS]
+        rows.append([p, *(report.spread(c["mean"], c["std"], metric.digits) if c else "" for c in cells)])
+    return report.align(rows)

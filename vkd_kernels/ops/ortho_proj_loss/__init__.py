@@ -1,4 +1,4 @@
-"""The projected, normalised feature loss: api.py (start here), reference.py, chunked.py, triton/."""
+"""The projected, normalized feature loss: api.py (start here), dispatch.py, reference.py, chunked.py, triton/."""
 
 from .api import ortho_proj_loss, ortho_proj_losses
 

@@ -69,7 +69,7 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
 
 def group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
     """The loss of each of the group's inputs, one after the other."""
-    return torch.stack([loss(spec, inputs) for inputs in group])
+    return torch.stack([loss(spec, inputs) for inputs in group.inputs()])
 
 
 def semi_orthogonal_loss(
@@ -114,7 +114,7 @@ def _without_z(
 
 def semi_orthogonal_group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
     """The semi-orthogonal form of each of the group's inputs, one after the other."""
-    return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group])
+    return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group.inputs()])
 
 
 def _loss_shapes(

@@ -86,7 +86,7 @@ def loss(
             share = _module(implementation).semi_orthogonal_loss(spec, inputs)
         elif spec.normalization == "batch_norm":
             group = _standardized(spec, execution, implementation, rows, sums, _group_of_one(_scaled(inputs)))
-            (inputs,) = group
+            (inputs,) = group.inputs()
             share = _module(implementation).loss(replace(spec, normalization="none"), inputs)
         else:
             share = _module(implementation).loss(spec, _scaled(inputs))
@@ -125,8 +125,8 @@ def group_loss(
             scale=1.0 if scale is None else scale,
         )
         if implementation is Implementation.REFERENCE:
-            each = [reference.loss(spec, inputs, execution.process_group) for inputs in _scaled_group(group)]
-            share = torch.stack(each)
+            losses = [reference.loss(spec, inputs, execution.process_group) for inputs in _scaled_group(group).inputs()]
+            share = torch.stack(losses)
         elif _is_without_z(spec, execution, group):
             share = _module(implementation).semi_orthogonal_group_loss(spec, group)
         elif spec.normalization == "batch_norm":

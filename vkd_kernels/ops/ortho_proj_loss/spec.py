@@ -118,7 +118,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossGroup:
-    """The tensors of G losses of equal S and T. Iterating gives the LossInputs of each, as views."""
+    """The tensors of G losses of equal S and T."""
 
     students: tuple[torch.Tensor, ...]  # G of (N, S), of one dtype
     teachers: tuple[torch.Tensor, ...]  # G of (N, T), of one dtype
@@ -133,9 +133,10 @@ class LossGroup:
     def __len__(self) -> int:
         return len(self.students)
 
-    def __iter__(self) -> Iterator[LossInputs]:
-        for g, weight in enumerate(self.weights.unbind(0)):  # its gradient is one tensor; indexing would add up G
-            yield LossInputs(
+    def inputs(self) -> list[LossInputs]:
+        """The inputs of every loss, as views."""
+        return [
+            LossInputs(
                 student=self.students[g],
                 teacher=self.teachers[g],
                 weight=weight,
@@ -146,6 +147,11 @@ class LossGroup:
                 channel_scale=_entry(self.channel_scale, g),
                 scale=self.scale[g] if isinstance(self.scale, torch.Tensor) else self.scale,
             )
+            for g, weight in enumerate(self.weights.unbind(0))  # its gradient is one tensor; indexing would add up G
+        ]
+
+    def __iter__(self) -> Iterator[LossInputs]:
+        return iter(self.inputs())
 
     def split(self, sizes: list[int]) -> list["LossGroup"]:
         """Groups of the first sizes[0] losses, of the next sizes[1], ..., as views."""

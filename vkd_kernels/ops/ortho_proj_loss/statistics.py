@@ -27,8 +27,8 @@ def column_sums(rows: Rows, row_weights: RowWeights) -> torch.Tensor:  # (G, C)
 
 def column_square_sums(rows: Rows, row_weights: RowWeights, means: torch.Tensor) -> torch.Tensor:  # (G, C)
     """Σ_n w_n (x_n - mean)² about means (G, C); no gradient."""
-    each = zip(rows, row_weights, means.detach(), strict=True)
-    return torch.stack([column_square_sum(rows=x.detach(), row_weight=w, mean=mean) for x, w, mean in each])
+    entries = zip(rows, row_weights, means.detach(), strict=True)
+    return torch.stack([column_square_sum(rows=x.detach(), row_weight=w, mean=mean) for x, w, mean in entries])
 
 
 def student_scatters(
@@ -42,8 +42,8 @@ def student_scatters(
     In the means the derivative is 0, where they are those of all rows, as they must be. Centered before the product and
     never in TF32: sound where |mean| is much larger than the deviation.
     """
-    each = zip(students, row_weights, sums.detach(), means.detach(), strict=True)
-    results = [student_scatter(student=x, row_weight=w, sums=total, mean=mean) for x, w, total, mean in each]
+    entries = zip(students, row_weights, sums.detach(), means.detach(), strict=True)
+    results = [student_scatter(student=x, row_weight=w, sums=total, mean=mean) for x, w, total, mean in entries]
     return torch.stack([total for total, _ in results]), torch.stack([scatter for _, scatter in results])
 
 

@@ -1,0 +1,158 @@
+"""FeatureDistiller's teacher where it must not be moved, and what moves between devices; validation on one rank."""
+
+import copy
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import vkd_kernels as vk
+from tests.helpers import processes
+
+FEATURES = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+PAIR = {"student": "2", "teacher": "2", "dims": (8, 16), "name": "x"}
+
+
+def layers(width):
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width))
+
+
+def distill(teacher, pair=PAIR):
+    torch.manual_seed(0)
+    return vk.FeatureDistiller(layers(8), teacher, [pair])
+
+
+def prepared(distiller):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (the extra integrations)")
+    return accelerate.Accelerator(cpu=True).prepare(distiller)
+
+
+MOVES = {
+    "nothing": lambda distiller: distiller,
+    "to the device where all is": lambda distiller: distiller.to("cpu"),
+    "to another dtype and back": lambda distiller: distiller.double().float(),
+    "to channels last": lambda distiller: distiller.to(memory_format=torch.channels_last),
+    "a copy": copy.deepcopy,
+    "prepared by accelerate": lambda distiller: (
+        pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(distiller)
+    ),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("placed", ["disk offload", "cpu offload", "dispatched"])
+def test_a_teacher_that_accelerate_places_stays_where_it_is(placed, move, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (the extra integrations)")
+    torch.manual_seed(1)
+    teacher = layers(16)
+    expected = distill(copy.deepcopy(teacher))(FEATURES)[1]["total"]
+    cpu = torch.device("cpu")
+    if placed == "disk offload":
+        accelerate.disk_offload(teacher, str(tmp_path), execution_device=cpu)
+    elif placed == "cpu offload":
+        accelerate.cpu_offload(teacher, execution_device=cpu)
+    else:
+        devices = {"0": "cpu", "1": "cpu", "2": "disk"}
+        teacher = accelerate.dispatch_model(
+            teacher, devices, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+        )
+    distiller = MOVES[move](distill(teacher))
+    torch.testing.assert_close(distiller(FEATURES)[1]["total"], expected)
+
+
+class Quantized(nn.Module):
+    """As bitsandbytes' models: their weights are where they are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+    def to(self, *args, **kwargs):
+        raise ValueError("`.to` is not supported for `4-bit` or `8-bit` bitsandbytes models")
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_quantized_teacher_is_not_moved_to_where_it_is(move):
+    torch.manual_seed(1)
+    teacher = layers(16)
+    expected = distill(copy.deepcopy(teacher))(FEATURES)[1]["total"]
+    distiller = MOVES[move](distill(Quantized(teacher), {**PAIR, "teacher": "model.2"}))
+    torch.testing.assert_close(distiller(FEATURES)[1]["total"], expected)
+
+
+def test_a_teacher_that_cannot_be_moved_stays_and_says_so():
+    distiller = distill(Quantized(layers(16)), {**PAIR, "teacher": "model.2"})
+    with pytest.warns(
+        UserWarning, match=r"the teacher stays on cpu: it can't be moved to meta \(`.to` is not supported"
+    ):
+        distiller.to("meta")
+    assert all(p.is_meta for p in distiller.parameters())
+    assert not any(p.is_meta for p in distiller.teacher.parameters())
+
+
+def test_a_teacher_on_two_devices_is_left_alone():
+    teacher = layers(16)
+    teacher[0].to("meta")  # stands for a second GPU
+    distiller = distill(teacher)
+    for move in (lambda: distiller.float(), lambda: distiller.to("meta"), lambda: distiller.to_empty(device="cpu")):
+        move()
+        assert teacher[0].weight.is_meta and not teacher[2].weight.is_meta
+
+
+def test_inputs_go_to_the_teachers_device_and_features_come_back():
+    """With the meta device as the second one: what arrives there has no values, but a place."""
+    places = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 16, device="meta")
+
+        def forward(self, batch):
+            places.append((batch["x"].device.type, batch["x"].dtype))
+            return self.linear(batch["x"])
+
+    distiller = distill(Watched(), {**PAIR, "teacher": "linear"})
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        distiller(FEATURES, teacher_input=({"x": FEATURES.double()},))
+    assert places == [("meta", torch.float32)]
+
+
+def validation_on_the_first_rank(rank):
+    group = dist.new_group(timeout=datetime.timedelta(seconds=20))
+    distiller = distill(layers(16))
+    with_group = vk.FeatureDistiller(
+        distiller.student,
+        distiller.teacher,
+        [{**PAIR, "normalization": "batch_norm"}],
+        logit_weight=None,
+        process_group=group,
+    )
+    loss = vk.OrthoProjLoss(6, 16, process_group=group)
+    whitening = vk.Whitening(6, momentum=0.1, process_group=group)
+    y = torch.randn(5, 16)
+    for _ in range(2):
+        with_group(FEATURES)[1]["total"].backward()
+        loss(FEATURES.clone().requires_grad_(), y).backward()
+        whitening(FEATURES)
+    for module in (with_group, loss, whitening):
+        module.eval()
+    if rank == 0:  # a collective would wait for the other rank, and fail
+        with torch.no_grad():
+            _, losses, metrics = with_group(FEATURES, metrics=True)
+            assert losses["total"].isfinite() and metrics["loss"].isfinite()
+            assert loss(FEATURES, y).isfinite() and whitening(FEATURES).isfinite().all()
+            loss.metrics(FEATURES, y)
+    for module in (with_group, loss, whitening):
+        module.train()
+    with_group(FEATURES)[1]["total"].backward()  # and both together again
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_validation_on_one_rank_alone_does_not_hang(tmp_path):
+    processes.run_ranks(validation_on_the_first_rank, tmp_path)

@@ -1,0 +1,394 @@
+"""Classification: the bundled run, real images, the paper's students and recipes, losses, stored answers."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.recipes.pictures import configured, job, of_folder, recipe, same, take
+from vkd_kernels import cli
+from vkd_kernels.recipes import classification, digits, engine, models, runs, task
+from vkd_kernels.recipes import config as configs
+from vkd_kernels.recipes.classification import Classification, DistilledStudent
+from vkd_kernels.recipes.config import OptionError
+from vkd_kernels.recipes.runs import RunError
+
+ROOT = Path(__file__).parents[2]
+TINY = ["optim.steps=12", "teacher.steps=6", "digits.views=2", "teacher.widths=8,16", "student.width=16"]
+TINY += ["student.depth=1", "run.save_every=5", "run.eval_every=6", "run.tensorboard=false", "digits.pool=200"]
+RECIPES = {"vkd-deit-ti-imagenet": "vkd_deit_tiny", "vkd-deit-s-imagenet": "vkd_deit_small"}
+
+
+# ---- the bundled run -------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["distill", "classification", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
+    assert cli.main(words) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [r["arm"] for r in metrics["runs"]] == list(Classification.arms)
+    errors = {r["arm"]: r["diagnostics"].get("max |PᵀP - I|") for r in metrics["runs"]}
+    assert errors["vkd"] < 1e-5 < errors["linear"] and errors["alone"] is errors["logits"] is None
+    assert not list(folder.rglob("answers-*")), "what the teacher said is made again when needed"
+    tensors = runs.load_weights(folder / "vkd" / "seed-00" / "student.safetensors")
+    assert "head.weight" in tensors and not any("projection" in name for name in tensors)
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder / "vkd")]) == 0
+    measured, recorded = capsys.readouterr().out.splitlines()[-1].split()[-2:]
+    assert measured == recorded
+
+
+def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(tmp_path):
+    """Within the teacher's training, then within a student's that reads stored answers."""
+    config = configs.replace(classification.Config(), dict(word.split("=") for word in TINY))
+
+    class StopAt(task.Monitor):
+        def __init__(self, step):
+            self.left = step
+
+        def should_stop(self):
+            self.left -= 1
+            return self.left < 0
+
+    def both(folder, *stops):
+        for stop in (*stops, 10**6):
+            monitor, fabric = StopAt(stop), engine.make_fabric(config.run, config.optim)
+            try:
+                teacher = task.Context(fabric, folder / "teacher", 0, folder / "teacher", monitor)
+                Classification(config, teacher).train_teacher()
+                student = task.Context(fabric, folder / "student", 0, folder / "teacher", monitor)
+                engine.train(Classification(config, student))
+            except engine.Interrupted:
+                continue
+        return [(folder / f"{name}/{name}.safetensors").read_bytes() for name in ("teacher", "student")]
+
+    assert both(tmp_path / "a", 4, 9) == both(tmp_path / "b")
+
+
+def test_split_keeps_test_images_out_of_the_pool():
+    data = digits.Digits(classification.Config(), 3)
+    assert len(data.pool) == 1000 and len(data.test) == 797 and data.labelled == 100
+    assert torch.bincount(data.pool_labels[:100]).tolist() == [10] * 10
+    everything = torch.cat([data.pool, data.test]).flatten(1).unique(dim=0)
+    assert len(everything) == len(data.pool.flatten(1).unique(dim=0)) + len(data.test.flatten(1).unique(dim=0))
+
+
+def test_random_affine():
+    limits = SimpleNamespace(rotation=0, scaling=0, shift=0, shear=0)
+    pictures = torch.randn(5, 1, 8, 8)
+    still = digits.random_affine(pictures, torch.Generator().manual_seed(0), limits)
+    torch.testing.assert_close(still, pictures, rtol=0, atol=1e-5)
+
+
+def test_digits_batches_depend_on_seed_step_and_ranks_alone():
+    data = digits.Digits(configured(digits__views=3), 0)
+    views = torch.cat(list(data.every_view()))
+    for learner in ("distilled", "alone", "teacher"):
+        whole = take(data, learner, 0, 3)
+        assert same(take(data, learner, 2, 1), whole[2:]) and not same(whole[:1], whole[1:2])
+        for rank in (0, 1):
+            part = take(data, learner, 0, 3, rank, 2)
+            assert same(part, [(x[rank::2], t[rank::2]) for x, t, _ in whole])
+        if learner != "teacher":
+            assert all(torch.equal(views[rows], x) for x, _, rows in whole)
+    (x, targets, _), (alone, labels, _) = take(data, "distilled", 5, 1)[0], take(data, "alone", 5, 1)[0]
+    assert torch.equal(alone, x[:4]) and torch.equal(labels, targets[:4])
+    torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+TINY_SHAPE = models.Shape(classes=5, size=32, channels=3)
+
+
+@pytest.mark.parametrize(("name", "width", "heads", "millions"), [("tiny", 192, 3, 6.6), ("small", 384, 6, 23.8)])
+def test_the_papers_students(name, width, heads, millions):
+    config = configured(student__name=f"vkd_deit_{name}").student
+    model = models.make_student(config, models.Shape(1000, 224, 3), empty=True)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+    assert model.pos_embed.shape == (1, 198, width) and len(model.blocks) == 12
+    assert model.blocks[0].attn.num_heads == heads
+    convolutions = [m for m in model.patch_embed.modules() if isinstance(m, torch.nn.Conv2d)]
+    stem = [(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0]) for m in convolutions]
+    assert stem == [(3, 64, 7, 2), (64, 64, 3, 1), (64, 64, 3, 1), (64, width, 8, 8)]
+    out = models.run(model, torch.empty(2, 3, 224, 224, device="meta"))
+    assert out.tokens.shape == (2, 196, width) and out.logits.shape == out.distilled.shape == (2, 1000)
+
+
+def test_distillation_token_is_the_mean_of_the_patches_and_evaluation_averages_the_heads():
+    model = models.make_student(configured(student__name="vkd_deit_tiny").student, TINY_SHAPE)
+    pictures = torch.randn(2, 3, 32, 32)
+    patches = model.patch_embed(pictures)
+    tokens = model._pos_embed(patches) - model.pos_embed
+    torch.testing.assert_close(tokens[:, 1], patches.mean(1), atol=1e-5, rtol=0)
+    first, second = model.train()(pictures)
+    assert first.shape == second.shape == (2, 5)
+    tokens = model.eval().forward_features(pictures)
+    both = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2
+    torch.testing.assert_close(model(pictures), both)
+    torch.testing.assert_close(models.run(model, pictures).tokens, tokens[:, 2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "width"),
+    [
+        ("resnet18", 49, 512),
+        ("regnety_160.deit_in1k", 49, 3024),
+        ("deit_tiny_distilled_patch16_224", 196, 192),
+        ("vit_small_patch14_reg4_dinov2", 256, 384),
+        ("swin_tiny_patch4_window7_224", 49, 768),
+    ],
+)
+def test_features_of_timms_models(name, positions, width):
+    """Maps with channels first and last, tokens behind none, two and five others."""
+    model = models.make_teacher(configured(teacher__name=name).teacher, models.Shape(7, 224, 3), empty=True).eval()
+    out = models.run(model, torch.empty(2, 3, 224, 224, device="meta"))
+    assert out.tokens.shape == (2, positions, width) and out.logits.shape == (2, 7) and model.num_features == width
+
+
+def test_unknown_models_name_the_nearest():
+    with pytest.raises(OptionError, match=r"student\.name: unknown 'vkd_deit_tny'; nearest: vkd_deit_tiny"):
+        models.make_student(configured(student__name="vkd_deit_tny").student, TINY_SHAPE)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+class Heads(torch.nn.Module):
+    """A student of one layer: positions (N, P, 4) are the images, with one head or two."""
+
+    def __init__(self, heads=1):
+        super().__init__()
+        self.embed = torch.nn.Linear(4, 6)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(6, 3) for _ in range(heads))
+        self.num_features, self.num_classes = 6, 3
+
+    def forward_features(self, pictures):
+        return self.embed(pictures)
+
+    def forward_head(self, features):
+        logits = tuple(head(features.mean(1)) for head in self.heads)
+        return logits if len(logits) > 1 else logits[0]
+
+
+def batch_of(labelled=8, positions=9, places=(), alone=False):
+    targets = torch.randn(8, 3).softmax(1)
+    targets[labelled:] = 0
+    batch = {"images": torch.randn(8, positions, 4), "targets": targets}
+    return batch if alone else {**batch, "logits": torch.randn(8, 3), "features": torch.randn(8, *places, 10) * 3 + 1}
+
+
+@pytest.mark.parametrize("projection", ["orthogonal", "linear", "identity"])
+def test_losses_are_the_formulas(projection):
+    values = {"distill__projection": projection, "distill__scale": 0.7, "distill__temperature": 2, "distill__beta": 0.5}
+    model = DistilledStudent(Heads(2), configured(**values).distill, 10, labelled_share=0.5)
+    batch = batch_of(labelled=4)
+    losses = model(batch)
+    tokens = model.student.embed(batch["images"]).double()
+    first, second = (h.double() for h in model.student.forward_head(tokens.float()))
+    labels = -(batch["targets"].double() * first.log_softmax(1)).sum() / 4  # mean over the four that have labels
+    soft, hard = (batch["logits"].double() / 2).softmax(1), (second / 2).log_softmax(1)
+    logits = 4 * (soft * (soft.log() - hard)).sum() / 8
+    y = batch["features"].double()
+    target = (y - y.mean(1, keepdim=True)) / (y.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    difference = 0.7 * tokens.mean(1) @ model.feature_loss.projection.weight.double().T - target
+    large = difference.abs() > 0.5
+    features = torch.where(large, difference.abs() - 0.25, difference**2).mean()  # smooth L1, beta 0.5
+    truth = {"labels": labels, "logits": logits, "features": features, "total": labels + logits + 10 * features}
+    assert losses.keys() == truth.keys()
+    for name, value in truth.items():
+        torch.testing.assert_close(losses[name].double(), value, atol=1e-5, rtol=1e-5)
+    spared = [p for group in task.parameter_groups(model, 0.05) if not group["weight_decay"] for p in group["params"]]
+    assert all(any(p is q for q in spared) for p in model.feature_loss.parameters())
+
+
+def test_parts_of_a_batch_and_ranks_average_to_the_whole():
+    """Also where one part has all the labels."""
+    model = DistilledStudent(Heads(), classification.Config().distill, 10, labelled_share=0.5)
+    batch = batch_of(labelled=4)
+    parts = [model(part) for part in task.split(batch, 2)]
+    for name, value in model(batch).items():
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value)
+
+
+def test_a_student_alone_trains_both_of_its_heads():
+    distill = configured(distill__weight=0, distill__logit_weight=0).distill
+    model, batch = DistilledStudent(Heads(2), distill, 0, labelled_share=1.0), batch_of(alone=True)
+    losses = model(batch)
+    assert model.feature_loss is None and losses.keys() == {"labels", "total"}
+    heads = model.student.forward_head(model.student.embed(batch["images"]))
+    torch.testing.assert_close(losses["total"], sum(F.cross_entropy(x, batch["targets"]) for x in heads) / 2)
+
+
+def test_tokens_are_compared_position_by_position():
+    distill = configured(distill__features="tokens").distill
+    model = DistilledStudent(Heads(), distill, 10, labelled_share=1.0)
+    equal, finer = batch_of(positions=4, places=(4,)), batch_of(positions=16, places=(4,))
+    tokens = model.student.embed(equal["images"])
+    torch.testing.assert_close(model(equal)["features"], model.feature_loss(tokens, equal["features"]))
+    grid = model.student.embed(finer["images"]).transpose(1, 2).unflatten(2, (4, 4))
+    coarse = F.interpolate(grid, (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model(finer)["features"], model.feature_loss(coarse, finer["features"]))
+    with pytest.raises(OptionError, match=r"distill\.features: .*square grids only, got 12 and 4"):
+        classification.same_positions(torch.zeros(1, 12, 4), torch.zeros(1, 4, 10))
+
+
+# ---- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def saved_teacher(folder, classes=2):
+    model = models.make_teacher(configured(teacher__name="regnety_002").teacher, models.Shape(classes, 32, 3))
+    runs.save_safetensors(folder / "weights.safetensors", model.state_dict())
+    return {"teacher__name": "regnety_002", "teacher__weights": str(folder / "weights.safetensors")}
+
+
+def test_stored_answers_are_those_of_the_teacher(folder):
+    values = {"augment__views": 2, "augment__mixup": 0, "augment__cutmix": 0, "optim__batch_size": 8}
+    values |= saved_teacher(folder / "teacher")
+    for kind in ("pooled", "tokens"):
+        stored, live = (
+            job(of_folder(folder, distill__features=kind, teacher__cache=cache, **values), folder / "run")
+            for cache in ("auto", "none")
+        )
+        for a, b in zip(*(itertools.islice(x.batches(3), 2) for x in (stored, live)), strict=True):
+            assert a["features"].shape == ((8, 368) if kind == "pooled" else (8, 1, 368))
+            for name in ("images", "logits", "features"):
+                torch.testing.assert_close(a[name], b[name])
+    again = job(of_folder(folder, distill__features="tokens", **values), folder / "run")
+    for broken in (folder / "run").glob("answers-*.npy"):
+        broken.write_bytes(b"cut")
+    with pytest.raises(RunError, match="delete this file"):
+        next(again.batches(0))
+    with pytest.raises(OptionError, match=r"teacher\.cache: .*other images than are shown: augment\.views=0"):
+        _ = job(of_folder(folder, teacher__cache=str(folder), **saved_teacher(folder / "x")), folder / "run").cache
+
+
+def test_a_teacher_of_other_classes(folder):
+    values = saved_teacher(folder / "teacher", classes=7)
+    with pytest.raises(RunError, match=r"teacher\.weights: .*another architecture.*head\.fc"):
+        models.make_teacher(configured(**values).teacher, models.Shape(2, 32, 3), values["teacher__weights"])
+    with pytest.raises(OptionError, match=r"teacher\.classes: logits of 7 classes teach only with"):
+        configured(teacher__classes=7, **values)
+    config = of_folder(folder, teacher__classes=7, distill__logit_weight=0, optim__batch_size=8, **values)
+    batch = next(job(config, folder / "run").batches(0))
+    assert "logits" not in batch and batch["features"].shape == (8, 368)
+
+
+def test_students_alone_need_no_teacher(folder):
+    alone = {"teacher__steps": 0, "distill__weight": 0, "distill__logit_weight": 0, "optim__batch_size": 8}
+    training = job(of_folder(folder, student__name="resnet10t", **alone), folder / "run")
+    assert training.train_teacher() == {} and next(training.batches(0)).keys() == {"images", "targets"}
+    with pytest.raises(OptionError, match=r"teacher\.weights: give a file"):
+        job(of_folder(folder, **{**alone, "distill__weight": 1}), folder / "run").train_teacher()
+
+
+# ---- the paper's recipes ---------------------------------------------------------------------------------------------
+
+PAPER = {  # docs/classification.md
+    **{"teacher.name": "regnety_160.deit_in1k", "data.size": 224, "data.crop": 0.875, "data.classes": 1000},
+    **{"augment.enabled": True, "augment.crop_min": 0.08, "augment.flip": 0.5, "augment.three_augment": True},
+    **{"augment.color_jitter": 0.3, "augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.mix_switch": 0.5},
+    **{"distill.features": "pooled", "distill.projection": "orthogonal", "distill.normalization": "layer_norm"},
+    **{"distill.scale": 1.0, "distill.weight": 1.0, "distill.beta": 1.0, "distill.logit_weight": 1.0},
+    **{"distill.temperature": 1.0, "distill.label_smoothing": 0.1, "student.drop_path": 0.0, "optim.lr": 5e-4},
+    **{"optim.min_lr": 5e-6, "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.05, "optim.warmup": 0.0},
+    **{"optim.schedule": "cosine", "optim.epochs": 300.0, "optim.batch_size": 512, "optim.clip_norm": 0.0},
+    **{"optim.ema": 0.0, "optim.precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.parametrize(("name", "student"), RECIPES.items())
+def test_recipe_has_the_papers_values(name, student):
+    values = configs.flatten(recipe(name))
+    assert {key: values[key] for key in PAPER} == PAPER and values["student.name"] == student
+    with pytest.raises(OptionError, match=r"teacher\.weights: give a file .*, or teacher\.pretrained=true"):
+        classification.trained_here(recipe(name))
+
+
+def test_dry_run_of_a_recipe_needs_no_data(capsys):
+    assert cli.main(["distill", "classification", "--recipe", "vkd-deit-ti-imagenet", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("6633104", "83590140", "[49, 3024]", "[196, 192]", "[3024, 192]", "300 epochs"):
+        assert text in printed
+
+
+class RandomImages:
+    """Two images of a thousand classes at full size."""
+
+    classes, size, channels, images, views, fresh = 1000, 224, 3, 2, 0, "new every time"
+
+    def batches(self, learner, start, batch_size, rank, ranks):
+        while True:
+            yield torch.randn(batch_size, 3, 224, 224), torch.rand(batch_size, 1000).softmax(1), None
+
+    def held_out(self, rank, ranks):
+        yield torch.randn(2, 3, 224, 224), torch.tensor([3, 4])
+
+
+@pytest.fixture(scope="module")
+def regnet():
+    return models.make_teacher(configured(teacher__name="regnety_160.deit_in1k").teacher, models.Shape(1000, 224, 3))
+
+
+@pytest.mark.parametrize(("name", "student"), RECIPES.items())
+def test_one_step_of_a_paper_recipe_at_full_size(name, student, regnet, tmp_path):
+    values = {"optim__batch_size": 2, "optim__steps": 1, "optim__epochs": 0, "run__tensorboard": False}
+    training = job(recipe(name, teacher__weights="-", **values), tmp_path)
+    training.data, training.teacher = RandomImages(), regnet.eval()
+    before = {}
+    plain = training.make_model
+
+    def make_model(student):
+        model = plain(student)
+        before.update({key: value.detach().clone() for key, value in model.named_parameters()})
+        return model
+
+    training.make_model = make_model
+    result = engine.train(training)
+    assert not [key for key, value in training.model.named_parameters() if torch.equal(value, before[key])]
+    assert result["diagnostics"]["max |PᵀP - I|"] < 1e-5 and {"accuracy", "accuracy_top5"} <= result.keys()
+
+
+def test_export_of_a_paper_student_needs_neither_data_nor_teacher(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.STUDENTS["vkd_deit_tiny"], "depth", 1)  # tracing takes its time
+    config = recipe("vkd-deit-ti-imagenet", data__size=32, data__classes=5)
+    student = models.make_student(config.student, TINY_SHAPE).eval()
+    runs.save_safetensors(tmp_path / "student.safetensors", student.state_dict())
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(config, {"task": "classification", "arm": "vkd", "seed": 0}))
+    assert cli.main(["export", str(tmp_path), "--format", "torch-export"]) == 0
+    pictures = torch.randn(2, 3, 32, 32)
+    exported = torch.export.load(tmp_path / "export.pt2").module()
+    torch.testing.assert_close(exported(pictures), student(pictures))
+
+
+def test_the_documented_loop_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "classification.md").read_text(), re.DOTALL)
+    names = {"images": torch.randn(2, 3, 224, 224)}
+    exec(code.replace("pretrained=True", "pretrained=False"), names)
+    assert names["output"].shape == (2, 1000) and {"logits", "total"} <= names["losses"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits.pool=1797"], "digits.pool: must be less than or equal to 1700"),
+        (["digits.labels_per_class=100"], "digits.labels_per_class: 100 leave nothing unlabelled"),
+        (["digits.labelled_share=0.3"], "digits.labelled_share: 19.2 of 64 images are no whole number"),
+        (["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
+        (["data.name=folder", "data.root=nowhere"], "data.root: there is no folder nowhere"),
+        (["student.heads=5"], "student.heads: 5 does not divide"),
+        (["data.mean=0.5"], "data.mean, data.std: one per channel, 3"),
+        (["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),
+        (["--recipe", "vkd-deit-ti-imagenet"], "data.root: there is no folder train"),
+    ],
+)
+def test_bad_values_name_their_option_before_anything_is_trained(arguments, message, tmp_path, capsys):
+    command = ["distill", "classification", "--output", str(tmp_path / "run"), "--quiet", *arguments]
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

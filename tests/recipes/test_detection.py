@@ -1,0 +1,465 @@
+"""Detection: scenes, COCO's format and what can be wrong with it, detectors, losses, average precision, the recipe."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import sigmoid_focal_loss
+
+import vkd_kernels as vk
+from vkd_kernels import cli
+from vkd_kernels.recipes import coco, detection, detectors, engine, runs, scenes, task, tasks
+from vkd_kernels.recipes import config as configs
+from vkd_kernels.recipes.config import OptionError
+from vkd_kernels.recipes.detection import Detection, DistilledDetector
+from vkd_kernels.recipes.detectors import Detections
+from vkd_kernels.recipes.runs import RunError
+
+pytest.importorskip("pycocotools", reason="needs the extra [detection]")
+
+ROOT = Path(__file__).parents[2]
+TINY = ["scenes.train=40", "scenes.val=8", "data.labelled=32", "teacher.steps=3", "optim.steps=4", "optim.batch_size=8"]
+TINY += ["run.tensorboard=false", "run.save_every=3", "run.eval_every=2", "teacher.batch_size=8"]
+
+
+def configured(*words, **values):
+    typed = dict(word.split("=", 1) for word in words) | {k.replace("__", "."): v for k, v in values.items()}
+    return configs.replace(detection.Config(), typed)
+
+
+def job(config, folder, seed=0):
+    return Detection(config, task.Context(engine.make_fabric(config.run, config.optim), folder, seed, folder))
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return scenes.composed(0, 30, 6)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Bundled scenes as COCO folders; and the options that name them."""
+    root = tmp_path_factory.mktemp("coco")
+    scenes.main([str(root), "--train", "30", "--val", "6"])
+    options = {f"data__{part}": str(root / part / "images") for part in ("train", "val")}
+    return options | {f"data__{part}_annotations": str(root / part / "annotations.json") for part in ("train", "val")}
+
+
+# ---- scenes and the bundled run --------------------------------------------------------------------------------------
+
+
+def test_boxes_are_tight_inside_and_hardly_overlap(composed):
+    for scene in composed[0]:
+        assert 1 <= len(scene.boxes) <= 4 and scene.image.shape == (64, 64)
+        for x, y, w, h in scene.boxes:
+            assert x >= 0 and y >= 0 and x + w <= 64 and y + h <= 64 and 4 <= max(w, h) <= 28
+        pairs = [(a, b) for i, a in enumerate(scene.boxes) for b in scene.boxes[:i]]
+        assert all(scenes.overlap(a, b) <= scenes.OVERLAP for a, b in pairs)
+    again = scenes.composed(0, 2, 1)
+    assert torch.equal(again[0][1].image, composed[0][1].image) and again[0][1].boxes == composed[0][1].boxes
+
+
+def test_own_data_give_the_bundled_batches(written, tmp_path):
+    small = {"scenes__train": 30, "scenes__val": 6, "data__labelled": 0, "optim__batch_size": 8, "distill__weight": 0}
+    bundled, own = job(configured(**small), tmp_path), job(configured(**small, **written), tmp_path)
+    workers = job(configured(**small, **written, run__workers=1, augment__flip=0.5, teacher__cache=False), tmp_path)
+    here = job(configured(**small, **written, augment__flip=0.5, teacher__cache=False), tmp_path)
+    for one, two in ((bundled, own), (workers, here)):
+        streams = one.batches(1), two.batches(1)
+        for _ in range(4):  # into the second epoch
+            a, b = map(next, streams)
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["distill", "detection", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
+    assert cli.main(words) == 0
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [(r["arm"], r["steps"]) for r in metrics["runs"]] == [
+        ("alone", 4),
+        ("alone-longer", 7),
+        ("linear", 4),
+        ("vkd", 4),
+    ]
+    assert metrics["runs"][3]["diagnostics"]["max |PᵀP - I|"] < 1e-5
+    assert (folder / "vkd/seed-00/figures/detections.png").exists()
+    assert not any("feature" in name for name in runs.load_weights(folder / "vkd/seed-00/student.safetensors"))
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder / "vkd")]) == 0
+    cells = capsys.readouterr().out.splitlines()[-1].split()[-6:]
+    assert cells[::2] == cells[1::2]
+    assert cli.main(["export", str(folder / "vkd"), "--format", "torch-export"]) == 0
+
+
+def test_a_stopped_student_continues_with_the_same_bits(tmp_path):
+    config = configured(*TINY)
+
+    def train(folder, stop):
+        class StopAt(task.Monitor):
+            left = stop
+
+            def should_stop(self):
+                self.left -= 1
+                return self.left < 0
+
+        fabric = engine.make_fabric(config.run, config.optim)
+        if not (folder / "teacher.safetensors").exists():
+            Detection(config, task.Context(fabric, folder, 0, folder)).train_teacher()
+        student = task.Context(fabric, folder / "student", 0, folder, StopAt())
+        engine.train(Detection(config, student))
+        return (folder / "student" / "student.safetensors").read_bytes()
+
+    with pytest.raises(engine.Interrupted):
+        train(tmp_path / "a", 2)
+    assert train(tmp_path / "a", 99) == train(tmp_path / "b", 99)
+
+
+# ---- COCO's format ---------------------------------------------------------------------------------------------------
+
+IMAGE = {"id": 7, "file_name": "a.png", "width": 64, "height": 48}
+BOX = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0}
+
+
+def content(images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "name": "x"},)):
+    return {"images": [*images], "annotations": [*annotations], "categories": [*categories]}
+
+
+def opened(data, **options):
+    return coco.CocoImages(data, "f.json", lambda name: Image.new("L", (64, 48)), **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "has no list 'images'"),
+        ({"images": [], "annotations": []}, "has no list 'categories'"),
+        (content(images=[]), "lists no images"),
+        (content(images=[IMAGE, IMAGE]), "two of its images have the same id"),
+        (content(images=[{**IMAGE, "file_name": None}]), "bad or missing in an image"),
+        (content(images=[{**IMAGE, "width": None}]), "bad or missing in an image"),
+        (content(images=[None]), "bad or missing in an image"),
+        (content(categories=[None]), "bad or missing in an image or a category"),
+        (content(annotations=[None]), "bad or missing"),
+        (content(annotations=[{**BOX, "bbox": None}]), "bad or missing"),
+        (content(annotations=[{**BOX, "bbox": [1]}]), "bad or missing|not four numbers"),
+        (content(annotations=[{**BOX, "bbox": [1, 2, None, 4]}]), "bad or missing"),
+        (content(annotations=[{**BOX, "area": "large"}]), "bad or missing"),
+        (content(annotations=[{**BOX, "image_id": 8}]), "of image 8, which is not listed"),
+        (content(annotations=[{**BOX, "category_id": 4}]), "unknown category 4"),
+        (content(annotations=[{**BOX, "bbox": [1, 2, 0, 4]}]), "degenerate.*in all 1 degenerate.*data.bad_boxes=drop"),
+        (content(annotations=[{**BOX, "bbox": [60, 2, 9, 4]}]), "outside its image"),
+        (content(annotations=[{**BOX, "iscrowd": 1}]), "has no box"),
+        (content(annotations=[]), "has no box"),
+    ],
+)
+def test_bad_annotations_are_named(data, message):
+    with pytest.raises(RunError, match=f"f.json: .*({message})"):
+        opened(data)
+
+
+def test_fields_that_may_be_missing_or_null(capsys):
+    bad = {**BOX, "id": 2, "bbox": [0, 0, -1, 3]}
+    data = opened(content(annotations=[{**BOX, "area": None, "iscrowd": None}, bad]), bad_boxes="drop", channels=1)
+    assert data.annotations[0]["area"] == 100 and len(data.annotations) == 1
+    assert "1 degenerate; left out" in capsys.readouterr().err
+    assert data[0]["image"].shape == (1, 48, 64) and data[0]["boxes"].tolist() == [[1, 2, 11, 12]]
+
+
+def test_files_that_are_missing_are_named(written, tmp_path):
+    with pytest.raises(OptionError, match=r"data\.train: there is no folder"):
+        _ = job(configured(**{**written, "data__train": str(tmp_path / "no")}), tmp_path).data
+    (tmp_path / "train").mkdir()
+    with pytest.raises(RunError, match="30 of its 30 images are missing .*; the first is 000001.png"):
+        _ = job(configured(**{**written, "data__train": str(tmp_path / "train")}), tmp_path).data
+    with pytest.raises(OptionError, match=r"data\.val: missing; own data need all of"):
+        configured(data__train="x", data__train_annotations="y")
+    with pytest.raises(RunError, match=r"data\.classes is 3, but .* has 10 categories"):
+        _ = job(configured(**written, data__classes=3), tmp_path).data
+
+
+def test_augmented_boxes_stay_on_their_objects():
+    """A white rectangle on black, flipped, cropped and resized: its box stays on it."""
+    torch.manual_seed(0)
+    config = configured(
+        augment__flip=0.5,
+        augment__crop=0.7,
+        augment__crop_short_sides="60,80",
+        augment__crop_sizes="40,60",
+        augment__short_sides="48,64,96",
+        augment__longest=120,
+        teacher__cache=False,
+    )
+    image = Image.new("L", (90, 60))
+    image.paste(255, (30, 20, 60, 45))
+    annotation = {**BOX, "bbox": [30, 20, 30, 25]}
+    data = coco.CocoImages(
+        content(images=[{**IMAGE, "width": 90, "height": 60}], annotations=[annotation]),
+        "f",
+        lambda _: image,
+        channels=1,
+    )
+    transform, sizes = coco.training_transform(config.augment), set()
+    for _ in range(30):
+        sample = transform(data[0])
+        pixels = sample["image"][0]
+        sizes.add(tuple(pixels.shape))
+        for x0, y0, x1, y1 in sample["boxes"].tolist():
+            rows, columns = (pixels > 127).any(1).nonzero().flatten(), (pixels > 127).any(0).nonzero().flatten()
+            assert abs(int(columns[0]) - x0) <= 2 and abs(int(columns[-1]) + 1 - x1) <= 2
+            assert abs(int(rows[0]) - y0) <= 2 and abs(int(rows[-1]) + 1 - y1) <= 2
+    assert len(sizes) > 3
+
+
+def test_unreadable_images_are_replaced_or_left_out(written, tmp_path, capsys):
+    small = {"data__labelled": 0, "optim__batch_size": 6, "distill__weight": 0, "data__in_memory": False}
+    training = job(configured(**small, **written), tmp_path)
+    plain = coco.CocoImages.__getitem__
+
+    def broken(self, index):
+        if index in (3, 7):
+            raise OSError("damaged")
+        return plain(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco.CocoImages, "__getitem__", broken)
+        seen = {int(i) for _, batch in zip(range(5), training.batches(0), strict=False) for i in batch["index"]}
+        assert seen == {*range(30)} - {3, 7}
+        measured = [index for index, *_ in training.detect(training.make_student().eval(), range(6))]
+    assert measured == [0, 1, 2, 4, 5]
+    assert "cannot read 000004.png (damaged): another one takes its place" in capsys.readouterr().err
+
+
+# ---- detectors and losses --------------------------------------------------------------------------------------------
+
+
+def test_a_location_answers_for_the_smallest_object_near_whose_center_it_is():
+    points = torch.tensor([[10.0, 10.0], [30.0, 10.0], [50.0, 50.0]])
+    boxes = torch.tensor([[[0.0, 0, 20, 20], [6, 6, 14, 14], [0, 0, 64, 64]]])
+    assert detectors.assigned(points, boxes, torch.tensor([[1, 2, -1]])).tolist() == [[1, -1, -1]]
+
+
+def batch_of(n=3, side=32, teacher_dim=7):
+    torch.manual_seed(1)
+    inside = torch.zeros(n, side, side, dtype=torch.bool)
+    for i in range(n):
+        inside[i, : side - 4 * i, : side - 8 * i] = True
+    boxes = torch.tensor([[[2.0, 3, 14, 17], [8, 8, 12, 12]]]).repeat(n, 1, 1)
+    labels = torch.tensor([[1, 0], [2, -1], [-1, -1]])[:n]
+    images = torch.randn(n, 1, side, side) * inside[:, None]
+    teacher = {"map": torch.randn(n, side // 4, side // 4, teacher_dim)}
+    return {"images": images, "inside": inside, "boxes": boxes, "labels": labels, "teacher": teacher}
+
+
+def test_detection_losses_are_the_formulas_and_padding_has_no_part():
+    model, batch = detectors.FCOS((4,), 6, 3, 1).eval(), batch_of()
+    prediction = model.predict(*(batch[name] for name in ("images", "inside", "boxes", "labels")))
+    valid = coco.at_map(batch["inside"], 8, 8).flatten(1) if prediction.logits.shape[1] == 64 else None
+    assert valid is not None
+    index = detectors.assigned(detectors.locations(torch.zeros(1, 1, 8, 8)), batch["boxes"], batch["labels"])
+    targets = torch.zeros(3, 64, 3)
+    for n in range(3):
+        for place in range(64):
+            if index[n, place] >= 0 and valid[n, place]:
+                targets[n, place, batch["labels"][n, index[n, place]]] = 1
+    expected = (sigmoid_focal_loss(prediction.logits, targets) * valid[..., None]).sum()
+    torch.testing.assert_close(prediction.losses["classes"], expected)
+    assert int(prediction.objects) == int(targets.sum()) > 0
+
+
+@pytest.mark.parametrize("projection", ["orthogonal", "linear", "identity"])
+def test_feature_losses_are_the_formulas(projection):
+    """Standardized on both sides over the compared locations; what is outside has no influence."""
+    config = configured(distill__projection=projection, distill__where="image").distill
+    model = DistilledDetector(detectors.FCOS((4,), 6, 3, 1).eval(), config, {"map": 7})
+    batch = batch_of()
+    losses = model(batch)
+    prediction = model.student.predict(batch["images"], batch["inside"])
+    rows = coco.at_map(batch["inside"], 8, 8)
+    z = (prediction.features["map"][rows] @ model.feature_losses["map"].projection.weight.T).double()
+    y = batch["teacher"]["map"][rows].double()
+    z, y = ((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() for x in (z, y))
+    expected = torch.nn.functional.smooth_l1_loss(z, y)
+    torch.testing.assert_close(losses["features"].double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses["total"], losses["classes"] + losses["boxes"] + 4 * losses["features"])
+    batch["teacher"]["map"][~rows] = 99.0
+    torch.testing.assert_close(model(batch)["features"], losses["features"])
+
+
+def test_compared_locations_are_those_inside_boxes():
+    batch = batch_of(1)
+    rows = detection.compared(batch, 8, 8, "boxes")
+    assert rows[0].nonzero().min(0).values.tolist() == [1, 1] and rows[0].nonzero().max(0).values.tolist() == [3, 2]
+    assert detection.compared(batch, 8, 8, "image").all()
+
+
+def test_features_must_match():
+    config = configured().distill
+    with pytest.raises(OptionError, match=r"teacher\.name, student\.name: their features differ"):
+        DistilledDetector(detectors.FCOS((4,), 6, 3, 1), config, {"other": 7})
+    model, batch = DistilledDetector(detectors.FCOS((4,), 6, 3, 1), config, {"map": 7}), batch_of()
+    batch["teacher"]["map"] = torch.randn(3, 4, 4, 7)
+    with pytest.raises(RunError, match="the same positions and queries; map is"):
+        model(batch)
+
+
+# ---- average precision -----------------------------------------------------------------------------------------------
+
+
+def perfect(data, score=0.9):
+    return [
+        [float(data.ids[i]), x0, y0, x1 - x0, y1 - y0, score, float(data.categories[label])]
+        for i in range(len(data))
+        for (x0, y0, x1, y1), label in zip(data.boxes[i].tolist(), data.labels[i].tolist(), strict=True)
+    ]
+
+
+def test_average_precision_of_perfect_of_no_detections_and_without_any_object(composed, capsys):
+    data = scenes.in_memory(composed[1], "val")
+    everything = range(len(data))
+    assert coco.average_precision(data, [*everything], perfect(data))["AP"] == pytest.approx(100)
+    assert coco.average_precision(data, [*everything], []) == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    assert not capsys.readouterr().out
+    two = [IMAGE, {**IMAGE, "id": 8, "file_name": "b.png"}]
+    data = opened(content(images=two), channels=1)
+    rows = [[8.0, 1.0, 2.0, 10.0, 10.0, 0.9, 3.0]]
+    assert coco.average_precision(data, [1], rows)["AP"] != coco.average_precision(data, [1], rows)["AP"]  # NaN
+    assert coco.average_precision(data, [0, 1], perfect(data))["AP"] == pytest.approx(100)
+
+
+def test_detections_are_the_best_of_their_place_and_inside_the_image():
+    model = detectors.FCOS((4,), 6, 2, 1)
+    inside = torch.ones(1, 16, 16, dtype=torch.bool)
+    logits = torch.full((1, 16, 2), -9.0)
+    logits[0, 5, 1], logits[0, 6, 1], logits[0, 0, 0] = 3.0, 2.0, 1.0
+    boxes = torch.tensor([[2.0, 2, 10, 10]]).repeat(1, 16, 1)
+    boxes[0, 0] = torch.tensor([-4.0, 8, 20, 30])
+    (found,) = model.detections(detectors.Prediction(logits, boxes, {"map": torch.zeros(1, 4, 4, 6)}), inside)
+    assert found.labels.tolist() == [1, 1] and found.boxes[1].tolist() == [0, 8, 16, 16]
+
+
+# ---- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def recipe(*words, **values):
+    found, _ = tasks.read_recipe(Detection, "vkd-deformable-detr-coco")
+    return configured(*words, **{k.replace(".", "__"): v for k, v in found.items()}, **values)
+
+
+def test_recipe_has_the_papers_values():
+    values = configs.flatten(recipe())
+    expected = {"student.backbone": "swin-nano", "teacher.backbone": "swin-base", "student.queries": 100}
+    expected |= {"student.dim": 256, "student.decoder_layers": 6, "distill.weight": 4.0, "distill.beta": 1.0}
+    expected |= {"distill.normalization": "batch_norm", "distill.projection": "orthogonal", "distill.scale": 1.0}
+    expected |= {"optim.lr": 1e-4, "optim.min_lr": 1e-7, "optim.weight_decay": 1e-4, "optim.clip_norm": 0.1}
+    expected |= {"optim.epochs": 50.0, "optim.batch_size": 12, "data.classes": 80}
+    assert {key: values[key] for key in expected} == expected
+    with pytest.raises(OptionError, match=r"teacher\.weights: give a file"):
+        Detection.check(recipe())
+
+
+def test_dry_run_of_the_recipe_needs_no_data(capsys):
+    pytest.importorskip("transformers", reason="needs the extra [detection]")
+    assert cli.main(["distill", "detection", "--recipe", "vkd-deformable-detr-coco", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "decoder: [256, 256]" in text and "50 epochs" in text and "classes: 80" in text
+
+
+@pytest.fixture(scope="module")
+def detr():
+    pytest.importorskip("transformers", reason="needs the extra [detection]")
+    small = {"backbone": "swin-nano", "queries": 5, "dim": 64, "heads": 4, "encoder_layers": 1, "decoder_layers": 2}
+    values = {f"{side}__{name}": value for side in ("student", "teacher") for name, value in small.items()}
+    names = {"student__name": "deformable-detr", "teacher__name": "deformable-detr"}
+    torch.manual_seed(0)
+    return configured(**values, **names, data__channels=3, data__mean="0,0,0", data__std="1,1,1")
+
+
+def detr_batch(n=2, side=64):
+    batch = batch_of(n, side)
+    return {**batch, "images": torch.randn(n, 3, side, side) * batch["inside"][:, None]}
+
+
+def test_detr_losses_features_and_a_batch_without_any_object(detr):
+    model = detectors.make_detector(detr.student, 3, 3)
+    batch = detr_batch()
+    prediction = model.predict(*(batch[name] for name in ("images", "inside", "boxes", "labels")))
+    assert {*prediction.features} == {"map0", "map1", "map2", "map3", "queries", "decoder"} == {*model.dims}
+    assert prediction.features["decoder"].shape == (2, 2, 5, 64) and prediction.boxes.shape == (2, 5, 4)
+    assert float(prediction.logits.sigmoid().mean()) < 0.05  # it begins sure of background
+    student = DistilledDetector(model, detr.distill, model.dims)
+    batch["teacher"] = {name: torch.randn_like(x) for name, x in prediction.features.items()}
+    for labels in (batch["labels"], torch.full_like(batch["labels"], -1)):
+        losses = student({**batch, "labels": labels})
+        assert all(loss.isfinite() for loss in losses.values()) and len(losses) == 4 + 6
+        losses["total"].backward()
+    for found in model.detections(prediction, batch["inside"]):
+        assert isinstance(found, Detections) and (found.boxes >= 0).all()
+
+
+def test_one_step_of_the_recipe_at_full_size(tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra [detection]")
+    config = recipe()
+    student = detectors.make_detector(config.student, 80, 3)
+    teacher = detectors.make_detector(config.teacher, 80, 3).eval().requires_grad_(False)
+    sizes = [round(sum(p.numel() for p in model.parameters()) / 1e6, 1) for model in (student, teacher)]
+    assert sizes == [19.5, 101.0] or sizes == pytest.approx([19.5, 101], rel=0.01)
+    model = DistilledDetector(student, config.distill, teacher.dims)
+    batch = detr_batch(1, 480)
+    with torch.no_grad():
+        batch["teacher"] = teacher.predict(batch["images"], batch["inside"]).features
+    losses = model(batch)
+    losses["total"].backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert losses["total"].isfinite() and not missing
+
+
+# ---- the documentation -----------------------------------------------------------------------------------------------
+
+
+def test_detector_of_the_documentation(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "detection.md").read_text(), re.DOTALL)
+    (tmp_path / "my_detectors.py").write_text(blocks[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["distill", "my_detectors:OnTimm", "student.backbone=resnet10t", "--arms", "alone", "--seeds", "1"]
+    words += ["--jobs", "0", "--quiet", "--output", str(tmp_path / "run"), *TINY, "optim.steps=2"]
+    assert cli.main(words) == 0
+    monkeypatch.delitem(sys.modules, "my_detectors")
+
+
+def test_loop_of_the_documentation():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "detection.md").read_text(), re.DOTALL)[1]
+    maps = {"stride8": torch.randn(2, 4, 4, 96), "stride16": torch.randn(2, 2, 2, 192)}
+    targets = {"stride8": torch.randn(2, 4, 4, 256), "stride16": torch.randn(2, 2, 2, 256)}
+    names = {
+        "detector": lambda images, boxes: (torch.tensor(0.0), maps),
+        "teacher": lambda images: targets,
+        "images": None,
+        "boxes": None,
+        "vk": vk,
+        "inside": {name: torch.ones(x.shape[:3], dtype=torch.bool) for name, x in maps.items()},
+    }
+    exec(code, names)
+    assert names["loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.labelled=2000"], "data.labelled: 2000 of scenes.train=1500"),
+        (["augment.flip=0.5"], "teacher.cache: features of an image can't be kept"),
+        (["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
+        (["augment.crop_sizes=9,3"], "augment.crop_sizes: must be least and largest"),
+        (["teacher.steps=0"], "teacher.weights: give a file, or teacher.steps > 0"),
+        (["teacher.weights=nowhere.pth"], "teacher.weights: there is no file nowhere.pth"),
+        (["student.name=deformable-detr"], "data.channels: deformable-detr takes images of 3 channels, got 1"),
+        (["data.channels=3", "data.mean=0,0,0", "data.std=1,1,1"], "data.train: missing"),
+    ],
+)
+def test_bad_values_name_their_option_before_anything_is_trained(words, message, tmp_path, capsys):
+    assert cli.main(["distill", "detection", "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

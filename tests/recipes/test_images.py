@@ -1,0 +1,123 @@
+"""Real images: batches, fixed views, few labels, evaluation, what cannot be read, data sets of torchvision."""
+
+import struct
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.recipes.pictures import image_data, of_folder, picture, recipe, same, take
+from vkd_kernels.recipes import images
+from vkd_kernels.recipes.config import OptionError
+from vkd_kernels.recipes.runs import RunError
+
+
+def test_image_batches_depend_on_seed_and_step_alone(folder):
+    whole = take(image_data(folder), "distilled", 0, 3)
+    assert whole[0][0].shape == (8, 3, 32, 32) and whole[0][2] is None
+    assert same(take(image_data(folder, run__workers=2), "distilled", 0, 3), whole)
+    assert same(take(image_data(folder), "distilled", 2, 1), whole[2:])
+    assert not same(take(image_data(folder, seed=1), "distilled", 0, 1), whole[:1])
+    plain = {"augment__mixup": 0, "augment__cutmix": 0}
+    whole = take(image_data(folder, **plain), "distilled", 0, 3)
+    for rank in (0, 1):
+        part = take(image_data(folder, **plain), "distilled", 0, 3, rank, 2)
+        assert same(part, [(x[rank::2], t[rank::2]) for x, t, _ in whole])
+
+
+def test_fixed_views_are_the_images_of_the_batches(folder):
+    for views, values in [
+        (3, {"augment__views": 3, "augment__mixup": 0, "augment__cutmix": 0}),
+        (1, {"augment__enabled": False}),
+    ]:
+        data = image_data(folder, **values)
+        everything = torch.cat(list(data.every_view()))
+        assert data.fresh == "" and len(everything) == 12 * views
+        batches = take(data, "distilled", 0, 4)
+        assert all(torch.equal(everything[rows], x) for x, _, rows in batches)
+        assert len({int(row) // 12 for _, _, rows in batches for row in rows}) == views
+    assert image_data(folder).fresh == "augment.views=0 and augment.mixup and augment.cutmix"
+
+
+def test_a_share_of_the_labels(folder):
+    few = {"data__labels": 1 / 3, "augment__views": 2, "augment__mixup": 0, "augment__cutmix": 0, "augment__pad": 2}
+    data = image_data(folder, **few)
+    assert len(data.labelled) == 4 and [data.opened[0].targets[i] for i in data.labelled] == [0, 0, 1, 1]
+    (x, targets, rows), (alone, labels, _) = take(data, "distilled", 3, 1)[0], take(data, "alone", 3, 1)[0]
+    torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
+    assert torch.equal(alone, x[:4]) and torch.equal(labels, targets[:4])
+    assert torch.isin(rows[:4] % 12, data.labelled).all() and not torch.isin(rows[4:] % 12, data.labelled).any()
+    assert take(data, "teacher", 0, 1)[0][1].sum() == pytest.approx(8)
+    with pytest.raises(OptionError, match=r"augment\.mixup.*0 where data\.labels are below 1"):
+        image_data(folder, data__labels=0.5)
+
+
+def test_evaluation_sees_the_center(folder):
+    data = image_data(folder, data__size=28, data__crop=0.7, data__mean="0,0,0", data__std="1,1,1")
+    ((pictures, labels),) = data.held_out(0, 1)
+    source = Image.open(sorted((folder / "val" / "class-0").iterdir())[0])
+    expected = source.resize((40, 44), Image.Resampling.BICUBIC).crop((6, 8, 34, 36))
+    truth = torch.frombuffer(bytearray(expected.tobytes()), dtype=torch.uint8).view(28, 28, 3).permute(2, 0, 1) / 255
+    torch.testing.assert_close(pictures[0], truth)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_images_that_cannot_be_read_are_replaced_or_left_out(folder, capsys):
+    """A damaged file, a text, and a link to nowhere."""
+    first, second, *_ = sorted((folder / "train" / "class-0").iterdir())
+    clean = torch.cat(list(image_data(folder, augment__enabled=False).every_view()))
+    first.write_bytes(first.read_bytes()[:200])
+    second.unlink()
+    second.symlink_to(folder / "nowhere.png")
+    (folder / "val" / "class-1" / "1.png").write_text("no image")
+    data = image_data(folder, augment__enabled=False)
+    broken = torch.cat(list(data.every_view()))
+    assert torch.equal(broken[0], clean[2]) and torch.equal(broken[1:2], clean[2:3]) and same([broken[2:]], [clean[2:]])
+    assert data.fingerprint()
+    ((_, labels),) = data.held_out(0, 1)
+    assert labels.tolist() == [0, 0, 0, 1, 1]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and f"cannot read {first}" in warnings[0] and "2 so far" in warnings[1]
+    for path in (folder / "train").rglob("*.png"):
+        path.unlink()
+        path.symlink_to("nowhere")
+    with pytest.raises(RunError, match="20 images in a row cannot be read"):
+        take(image_data(folder), "distilled", 0, 1)
+
+
+def test_what_is_wrong_with_folders_is_named(folder):
+    with pytest.raises(OptionError, match=r"optim\.batch_size: 6 images are not pairs on 2 ranks"):
+        next(image_data(folder).batches("alone", 0, 6, 0, 2))
+    with pytest.raises(OptionError, match=r"optim\.batch_size: 13, but there are only 12 training images"):
+        next(image_data(folder, augment__mixup=0, augment__cutmix=0).batches("alone", 0, 13, 0, 1))
+    with pytest.raises(OptionError, match=r"data\.root: there is no folder .*nowhere"):
+        of_folder(folder / "nowhere")
+    with pytest.raises(OptionError, match=r"data\.root: there is no folder train"):
+        _ = image_data("").images
+    with pytest.raises(RunError, match=r"data\.classes is 3, but .* has 2 classes"):
+        _ = image_data(folder, data__classes=3).images
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(RunError, match="empty"):
+        _ = image_data(folder).images
+    picture(folder / "train" / "empty" / "0.png", 0)
+    with pytest.raises(RunError, match="classes that are only in one of the two folders: empty"):
+        _ = image_data(folder).images
+
+
+def test_torchvision_by_name(tmp_path):
+    for name, count in (("train", 5), ("t10k", 3)):
+        raw = tmp_path / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        pixels = bytes(i % 251 for i in range(count * 28 * 28))
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
+    data = images.Images(recipe("fashion-mnist", data__root=str(tmp_path)), 0)
+    assert data.classes == 10 and data.images == 5 and next(data.every_view()).shape == (10, 1, 28, 28)
+    ((pictures, labels),) = data.held_out(0, 1)
+    assert pictures.shape == (3, 1, 28, 28) and labels.tolist() == [0, 1, 2]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"data\.root=.*empty data\.name=MNIST: .*data\.download=true fetches it"):
+        _ = image_data(tmp_path / "empty", data__name="MNIST").images
+    for name in ("CIFAR1000", "ImageFolder"):
+        with pytest.raises(OptionError, match=rf"data\.name: '{name}' is not digits, folder, or a data set"):
+            _ = image_data(tmp_path, data__name=name).images

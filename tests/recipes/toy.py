@@ -1,0 +1,78 @@
+"""Running the toy task (tests/helpers/toy_task.py): as a command, as a process, or one arm of it here."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import toy_task
+
+from tests.helpers import processes
+from vkd_kernels import cli
+from vkd_kernels.recipes import compare, runs, task
+from vkd_kernels.recipes import config as configs
+
+TESTS = Path(__file__).parents[1]
+ARMS = ["alone", "longer", "linear", "vkd"]
+TOY = "toy_task:Toy"
+VKD = ("-m", "vkd_kernels.cli", "distill", TOY)
+
+
+def vkd(*words):
+    return cli.main([str(word) for word in words])
+
+
+def distill(folder, *words):
+    return vkd(*("distill", TOY, "--output", folder, "--jobs", 0, "--quiet"), *words)
+
+
+def start(command, *words):
+    """The command in a process group of its own, as a terminal starts it; it ends with its test."""
+    environment = {"PYTHONPATH": f"{TESTS}/helpers:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    return processes.popen([sys.executable, *command, *map(str, words)], env=environment)
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def outcome(folder):
+    """What must come out the same, bit for bit: everything but clocks and the machine."""
+    clocks = {"seconds", "cpu_seconds", "images_per_second"}
+    rows = json.loads((folder / "metrics.json").read_text())["runs"]
+    lines = {
+        str(path.relative_to(folder)): [
+            {k: v for k, v in json.loads(line).items() if k not in clocks} for line in path.read_text().splitlines()
+        ]
+        for path in folder.rglob("metrics.jsonl")
+    }
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    return [{k: v for k, v in r.items() if k not in clocks} for r in rows], lines, weights
+
+
+class StopAt(task.Monitor):
+    """Asks a training to stop before a step."""
+
+    signal = signal.SIGTERM
+
+    def __init__(self, step):
+        self.left = step
+
+    def should_stop(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def train(folder, monitor=None, **values):
+    """One arm of the toy task, here; values are keys with __ for the dot."""
+    config = configs.replace(toy_task.Config(), {k.replace("__", "."): v for k, v in values.items()})
+    monitor = monitor or task.Monitor()
+    shared = {"task": TOY, "config": config, "seed": 0, "root": folder, "fabric": None, "monitor": monitor}
+    if not (folder / "teacher").exists():
+        compare.train_teacher(**shared)
+    compare.train_arm(arm="vkd", **shared)
+    return runs.load_json(folder / "vkd" / "seed-00" / "result.json")

@@ -1,0 +1,116 @@
+"""scikit-learn's handwritten digits: 1797 real 8x8 images that ship with the package, split anew for every seed.
+
+Only a few images per class have labels a student may use; the others of the pool reach it through the teacher. Every
+image of the pool has a fixed number of augmented views, so that what the teacher says of each is computed once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import OptionError
+from .task import generator
+
+CLASSES, IMAGES = 10, 1797
+PIXEL_MEAN, PIXEL_STD = 0.3, 0.38
+VIEWS, TEACHER, STUDENT = range(3)  # what a draw is for, beside the seed and the step
+
+
+def read_digits() -> tuple[Tensor, Tensor]:  # (1797, 1, 8, 8) from 0 to 1; (1797,)
+    from sklearn.datasets import load_digits  # here: only this function needs scikit-learn
+
+    raw = load_digits()
+    return torch.from_numpy(raw.images).float().unsqueeze(1) / 16, torch.from_numpy(raw.target).long()
+
+
+class Digits:
+    """One seed's split. The first `labelled` images of the pool are those whose labels a student may see."""
+
+    classes, size, channels, fresh = CLASSES, 8, 1, ""  # fresh: why stored answers would be to other images
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config, self.seed, self.smoothing = config.digits, seed, config.distill.label_smoothing
+        self.images, self.views, self.labelled_share = self.config.pool, self.config.views, self.config.labelled_share
+        images, labels = read_digits()
+        images = (images - PIXEL_MEAN) / PIXEL_STD
+        order = torch.randperm(IMAGES, generator=generator(seed))
+        inside, outside = order[: self.images], order[self.images :]
+        chosen = torch.zeros(self.images, dtype=torch.bool)
+        for digit in range(CLASSES):
+            rows = (labels[inside] == digit).nonzero().flatten()
+            if len(rows) < self.config.labels_per_class:
+                raise OptionError(
+                    f"digits.labels_per_class: {self.config.labels_per_class}, but of digit {digit} there are only "
+                    f"{len(rows)} in a pool of {self.images} images (seed {seed})"
+                )
+            chosen[rows[: self.config.labels_per_class]] = True
+        inside, self.labelled = torch.cat([inside[chosen], inside[~chosen]]), int(chosen.sum())
+        self.pool, self.pool_labels = images[inside], labels[inside]
+        self.test, self.test_labels = images[outside], labels[outside]
+        draw = generator(seed, VIEWS)
+        self.pool_views = torch.cat([random_affine(self.pool, draw, self.config) for _ in range(self.views)])
+
+    def batches(
+        self, learner: str, start: int, batch_size: int, rank: int, ranks: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(images, targets, rows among all fixed views): this rank's share of the batches start, start + 1, ...
+
+        `learner`: "distilled" (from labels where there are any, and from a teacher), "alone" (from the labelled images
+        of the same batches), or "teacher" (the teacher itself, with the labels of all images).
+        """
+        size = round(batch_size * self.labelled_share) if learner == "alone" else batch_size
+        if size % ranks:
+            raise OptionError(f"digits.labelled_share: {size} labelled images are not equal parts for {ranks} ranks")
+        mine = slice(rank, size, ranks)
+        for step in itertools.count(start):
+            if learner == "teacher":  # images of the whole pool, each in a new view
+                draw = generator(self.seed, step, TEACHER)
+                chosen = torch.randint(self.images, (batch_size,), generator=draw)
+                images = random_affine(self.pool[chosen], draw, self.config)
+                yield images[mine], self.targets(chosen)[mine], None
+                continue
+            draw, labelled = generator(self.seed, step, STUDENT), round(batch_size * self.labelled_share)
+            seen = torch.randint(self.labelled, (labelled,), generator=draw)
+            unseen = torch.randint(self.labelled, self.images, (batch_size - labelled,), generator=draw)
+            chosen = torch.cat([seen, unseen])
+            rows = torch.randint(self.views, (batch_size,), generator=draw) * self.images + chosen
+            targets = self.targets(chosen)
+            targets[labelled:] = 0
+            yield self.pool_views[rows[mine]], targets[mine], rows[mine]
+
+    def targets(self, rows: Tensor) -> Tensor:  # (N,) -> (N, classes)
+        return F.one_hot(self.pool_labels[rows], CLASSES) * (1 - self.smoothing) + self.smoothing / CLASSES
+
+    def every_view(self) -> Iterator[Tensor]:
+        yield from self.pool_views.split(250)  # as much as a cache holds
+
+    def held_out(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.test[rank::ranks], self.test_labels[rank::ranks]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.pool_views.numpy().tobytes()).hexdigest()
+
+
+def random_affine(images: Tensor, draw: torch.Generator, limits: Any) -> Tensor:  # (N, 1, H, W)
+    """Rotate, scale, shear and shift every image by its own random amount; what enters at the border is background.
+
+    `limits`: rotation in degrees, scaling, shift in half widths, shear; every value is drawn uniformly within +- these.
+    """
+
+    def drawn(limit: float) -> Tensor:
+        return (torch.rand(len(images), generator=draw) * 2 - 1) * limit
+
+    angle, size = torch.deg2rad(drawn(limits.rotation)), 1 + drawn(limits.scaling)
+    cos, sin, slant = angle.cos() * size, angle.sin() * size, drawn(limits.shear)
+    first_row = torch.stack([cos, slant * cos - sin, drawn(limits.shift)], dim=1)
+    second_row = torch.stack([sin, slant * sin + cos, drawn(limits.shift)], dim=1)
+    grid = F.affine_grid(torch.stack([first_row, second_row], dim=1), list(images.shape), align_corners=False)
+    background = -PIXEL_MEAN / PIXEL_STD  # grid_sample pads with zeros: make zero mean background
+    return F.grid_sample(images - background, grid, align_corners=False) + background

@@ -1,0 +1,331 @@
+"""What a task is, and what all tasks share: options of training, running and distilling, arms, metrics, seeds.
+
+    class MyTask(Task):                 vkd distill my_package.my_module:MyTask
+        make_student()                  what is evaluated and stored: no projection in it
+        make_model(student)             student and losses in one module: model(batch) -> {"total": scalar, ...}
+        batches(start)                  this rank's share of one step after another
+        evaluate(student)               {"accuracy": 97.1}
+
+Whatever is drawn depends on (seed, step, rank) alone, so that an interrupted training continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+import vkd_kernels as vk
+
+from .config import Floats, OptionError, Section, option, replace, section
+
+RELEASED = "released code"
+
+
+class Optim(Section):
+    """How a student is optimized."""
+
+    lr: float = option(5e-4, "peak learning rate", source=RELEASED, gt=0)
+    min_lr: float = option(0.0, "learning rate at the end of the cosine", ge=0)
+    betas: Floats = option((0.9, 0.999), "AdamW's betas", source="PyTorch", min_length=2, max_length=2)
+    weight_decay: float = option(
+        0.05, "weight decay, except of 1-D parameters, tokens and the projection", source=RELEASED, ge=0
+    )
+    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up, step by step")
+    warmup: float = option(0.0, "steps in which the learning rate rises; below 1: their share", ge=0)
+    steps: int = option(0, "optimizer steps; 0: as many as optim.epochs are", ge=0, le=10**9)
+    epochs: float = option(0.0, "passes over the training data; 0: optim.steps says it", ge=0, le=10**6)
+    batch_size: int = option(64, "images per optimizer step, of all ranks together", ge=1, le=10**6)
+    accumulate: int = option(1, "parts of a batch whose gradients are accumulated", ge=1)
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
+    ema: float = option(0.0, "decay of the moving average of the student; 0: none", ge=0, lt=1)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
+        "32-true", "of activations; the projection is always exact"
+    )
+
+    @model_validator(mode="after")
+    def _checked(self) -> Optim:
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise OptionError(f"optim.betas: must be at least 0 and below 1, got {self.betas}")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise OptionError(f"optim.steps={self.steps} and optim.epochs={self.epochs:g}: exactly one must be above 0")
+        if self.min_lr > self.lr:
+            raise OptionError(f"optim.min_lr: must be at most optim.lr={self.lr:g}, got {self.min_lr:g}")
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps in all, with so many training images in an epoch (an incomplete last batch is left out)."""
+        return self.steps or max(1, round(self.epochs * (images // self.batch_size)))
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, as a share of the peak: rises in a line, then falls in half a cosine."""
+        rise = round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
+        if step < rise:
+            return (step + 1) / rise
+        if self.schedule == "constant":
+            return 1.0
+        low = self.min_lr / self.lr
+        return low + (1 - low) * (0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+class Run(Section):
+    """How a training is run. Nothing here changes what a training gives; `--resume` may change it."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device; auto: a GPU where there is one")
+    workers: int = option(0, "processes that load data, per rank", ge=0, le=1024)
+    log_every: int = option(50, "steps between two lines of metrics", ge=1)
+    eval_every: int = option(0, "steps between two evaluations; 0: only at the end", ge=0)
+    picture_every: int = option(0, "steps between two sets of pictures; 0: only at the end", ge=0)
+    save_every: int = option(500, "steps between two checkpoints", ge=1)
+    tensorboard: bool = option(True, "write TensorBoard's files too")
+
+
+class DistillConfig(Section):
+    """The feature loss, as `OrthoProjLoss` takes it."""
+
+    projection: Literal["orthogonal", "linear", "identity"] = option(
+        "orthogonal", "from the student's channels to the teacher's", source="the paper"
+    )
+    normalization: Literal["layer_norm", "batch_norm", "whiten", "none"] = option(
+        "layer_norm", "of the teacher's features", source="the paper"
+    )
+    loss: Literal["smooth_l1", "mse", "cosine"] = option("smooth_l1", "of the differences", source="the paper")
+    beta: float = option(1.0, "where smooth L1 turns linear", source=RELEASED, gt=0)
+    scale: float | Literal["match", "learned"] = option(
+        1.0, "of the projected features: a number, or from sqrt(T/S) on", source="the paper"
+    )
+    eps: float = option(0.0, "of the normalization; 0: 1e-5, for whiten 1e-3", ge=0, lt=1)
+    weight: float = option(1.0, "weight of the feature loss; 0: none", ge=0)
+
+    def feature_loss(self, student_dim: int, teacher_dim: int, process_group: Any = None, **options: Any) -> nn.Module:
+        settings: dict[str, Any] = {
+            "projection": self.projection,
+            "normalization": self.normalization,
+            "loss": self.loss,
+            "beta": self.beta,
+            "scale": self.scale,
+            "eps": self.eps or (1e-3 if self.normalization == "whiten" else 1e-5),
+        }
+        return vk.OrthoProjLoss(student_dim, teacher_dim, process_group=process_group, **settings | options)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student: what it changes in the configuration, and how much longer it trains."""
+
+    label: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    longer: float = 1.0  # times as many steps: to take at least as long as the arm it is compared with
+
+    def apply(self, config: Any, typed: Mapping[str, Any]) -> Any:
+        """`typed` are the command line's values, which stand above the arm's."""
+        changed = replace(config, {**self.changes, **typed})
+        name = "steps" if changed.optim.steps else "epochs"
+        number = getattr(changed.optim, name) * self.longer
+        return replace(changed, {f"optim.{name}": round(number) if name == "steps" else number})
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str  # in what evaluate() returns
+    label: str
+    higher_is_better: bool = True
+    digits: int = 1
+    unit: str = "points"  # of a difference
+
+
+class Monitor:
+    """What a training knows of the process that started it. This one: nobody asks it to stop, and nobody listens."""
+
+    signal: int = signal.SIGINT  # which one asked it to stop
+
+    def should_stop(self) -> bool:
+        return False
+
+    def report(self, name: str, images: int, expected: int | None = None) -> None:
+        """So many images more; `expected`: of so many in all."""
+
+
+@dataclass
+class Context:
+    """What a task is told of the place it runs in."""
+
+    fabric: Any  # of lightning_fabric, launched
+    folder: Path  # of this training
+    seed: int
+    teacher: Path | None = None  # the folder in which train_teacher() left what it made for this seed
+    monitor: Monitor = field(default_factory=Monitor)
+    name: str = ""  # in the progress bar
+    about: Mapping[str, Any] = field(default_factory=dict)  # goes into result.json: arm and seed
+
+    @property
+    def process_group(self) -> Any:
+        """For OrthoProjLoss and FeatureDistiller: all ranks, or None where there is one."""
+        return torch.distributed.group.WORLD if self.fabric.world_size > 1 else None
+
+
+class Task:
+    """One training of one seed in one arm; the class says which arms there are. Subclasses are in the tasks' files."""
+
+    title: ClassVar[str] = ""
+    Config: ClassVar[type[Section]]  # with sections optim, run, distill, and whatever else it needs
+    arms: ClassVar[Mapping[str, Arm]]
+    compared: ClassVar[tuple[str, ...]]  # the arms that the bundled recipe trains
+    baseline: ClassVar[str]
+    focus: ClassVar[tuple[str, ...]] = ("vkd",)  # the arms whose differences to the others are said in words
+    seeds: ClassVar[int] = 3
+    metric: ClassVar[Metric]
+    recipes: ClassVar[Path | None] = None  # folder of named recipes, NAME.yaml
+    has_teacher: ClassVar[bool] = True  # is there a train_teacher()?
+    unused_parameters: ClassVar[bool] = False  # do some parameters get no gradient in some backward passes?
+
+    student: nn.Module
+    model: nn.Module
+    label: str = ""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        self.config, self.context, self.fabric, self.seed = config, context, context.fabric, context.seed
+        self.optim: Optim = config.optim
+        self.mine = slice(self.fabric.global_rank, None, self.fabric.world_size)  # this rank's share of a batch
+
+    @classmethod
+    def describe(cls, config: Any) -> dict[str, Any]:
+        """Sizes of the models, shapes of the features, steps: what `--dry-run` shows, without data or weights."""
+        return {}
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """An error about whatever can be known to be wrong before anything is trained."""
+        cls.describe(config)
+
+    def train_teacher(self) -> dict[str, Any]:
+        """Make the seed's teacher, in `context.folder`; returns numbers to show."""
+        return {}
+
+    def make_student(self) -> nn.Module:
+        raise NotImplementedError
+
+    def make_model(self, student: nn.Module) -> nn.Module:
+        """`model(batch) -> {"total": scalar, ...}`: means over this rank's equal share of the batch, or global means
+        (`process_group`). A frozen teacher is no submodule of it. Under torchrun it is what is wrapped."""
+        raise NotImplementedError
+
+    @property
+    def images(self) -> int:
+        """Training images of an epoch."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        return self.optim.steps or self.optim.total_steps(self.images)
+
+    @property
+    def images_per_step(self) -> int:
+        return self.optim.batch_size
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        o = self.optim
+        fused = o.precision != "16-mixed"  # a fused optimizer unscales by itself, which excludes clipping
+        groups = parameter_groups(self.model, o.weight_decay)
+        return {"optimizer": torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), fused=fused)}
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """This rank's share of the batches start, start + 1, ...: each depends on (seed, step, rank, ranks) alone."""
+        raise NotImplementedError
+
+    def step(self, loop: Any, batch: Any) -> dict[str, Tensor]:
+        """One optimizer step; returns the losses to be logged. Tasks with several optimizers write their own."""
+        logged: dict[str, Tensor] = {}
+        parts = split(batch, self.optim.accumulate)
+        for number, part in enumerate(parts, start=1):
+            with self.fabric.no_backward_sync(loop.model, enabled=number < len(parts)):
+                losses = loop.model(part)
+                self.fabric.backward(losses["total"] / len(parts))
+            for name, loss in losses.items():
+                logged[name] = logged.get(name, 0) + loss.detach() / len(parts)
+        loop.apply("optimizer")
+        return logged
+
+    def evaluate(self, student: nn.Module) -> dict[str, float]:
+        """Metrics on held-out data; every rank calls it and returns the same."""
+        raise NotImplementedError
+
+    def diagnostics(self) -> dict[str, float]:
+        """Further numbers for the log: here of every projection in the model, also of linear ones."""
+        losses = [module for module in self.model.modules() if isinstance(module, vk.OrthoProjLoss)]
+        errors = [vk.diagnostics.orthogonality_error(loss.projection.weight.detach()).max() for loss in losses]
+        return {"max |PᵀP - I|": float(torch.stack(errors).max())} if errors else {}
+
+    def pictures(self, student: nn.Module, folder: Path, step: int) -> None:
+        """Draw what the student does now; only the first rank calls it."""
+
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of the student for one image or more, for `vkd export`."""
+        raise NotImplementedError
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters that decay; and biases, 1-D ones, what `no_weight_decay()` of a submodule names, and all projections:
+    arms with a linear one differ in that alone."""
+    from timm.optim import param_groups_weight_decay
+
+    spared = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if callable(getattr(module, "no_weight_decay", None))
+        for name in module.no_weight_decay()  # type: ignore[operator]
+    ]
+    for prefix, module in model.named_modules():
+        if isinstance(module, vk.OrthoProjLoss):
+            spared += [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """A batch in equal parts: tensors and lists are cut along their first dimension, dicts and tuples keep their form,
+    and anything else goes into every part."""
+    if parts == 1:
+        return [batch]
+    if isinstance(batch, dict):
+        cut = {name: split(value, parts) for name, value in batch.items()}
+        return [{name: values[i] for name, values in cut.items()} for i in range(parts)]
+    if isinstance(batch, tuple):
+        return list(zip(*(split(value, parts) for value in batch), strict=True))
+    if not isinstance(batch, (Tensor, list)):
+        return [batch] * parts
+    if len(batch) % parts:
+        raise OptionError(f"optim.accumulate: {parts} parts of a batch of {len(batch)} on this rank")
+    size = len(batch) // parts
+    return [batch[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed of several numbers, such as (seed, step, rank), unlike that of any others."""
+    return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> 1)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers alone, such as (seed, step): for batches and augmentation."""
+    return torch.Generator().manual_seed(mixed_seed(*numbers))
+
+
+def seed_all(*numbers: int) -> None:
+    seed = mixed_seed(*numbers)
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+__all__ = ["Arm", "Context", "DistillConfig", "Metric", "Monitor", "Optim", "Run", "Task", "generator", "section"]
