@@ -24,11 +24,19 @@ OWN_PRODUCTS = "its own float32 matrix products"
 
 # (shape of the weight, whether PyTorch's maps run too)
 CPU_SHAPES = [
-    ((768, 64), True), ((3024, 192), False), ((6, 256, 256), False), ((12, 768, 384), False), ((64, 64, 64), False),
-]  # fmt: skip
+    ((768, 64), True),
+    ((3024, 192), False),
+    ((6, 256, 256), False),
+    ((12, 768, 384), False),
+    ((64, 64, 64), False),
+]
 GPU_SHAPES = [
-    ((3024, 192), True), ((6, 256, 256), True), ((12, 768, 384), False), ((1024, 1024), False), ((4096, 16, 16), False),
-]  # fmt: skip
+    ((3024, 192), True),
+    ((6, 256, 256), True),
+    ((12, 768, 384), False),
+    ((1024, 1024), False),
+    ((4096, 16, 16), False),
+]
 SCALING = {
     "cpu": {
         "t": [(t, 64) for t in (64, 256, 1024, 4096)],

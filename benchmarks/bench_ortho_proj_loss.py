@@ -53,8 +53,10 @@ def features(n, s, t, dtype, device, seed):
 
 def true_loss(projections, normalization):
     """(loss, gradients in every student and weight) of the reference in float64."""
-    leaves = [(x.detach().double().requires_grad_(), y.double(), p.detach().double().requires_grad_())
-              for x, y, p in projections]  # fmt: skip
+    leaves = [
+        (x.detach().double().requires_grad_(), y.double(), p.detach().double().requires_grad_())
+        for x, y, p in projections
+    ]
     loss = total_loss(leaves, normalization, "torch")
     return loss.detach(), torch.autograd.grad(loss, gradient_leaves(leaves))
 
@@ -111,7 +113,7 @@ def check(truth, output, gradients):
     return harness.compare(output, gradients, truth)
 
 
-def loss_case(kind, n, s, t, normalization, projections, dtype, device) -> harness.Case:
+def loss_case(kind, n, s, t, normalization, projections, *, dtype, device) -> harness.Case:
     fused = functools.partial(losses_together, normalization=normalization)
     composed = functools.partial(composed_loss, normalization=normalization)
     eager = functools.partial(total_loss, normalization=normalization, backend="torch")
@@ -215,13 +217,16 @@ def dtypes(device):
 
 def cases(device) -> list[harness.Case]:
     if device != "cuda":
-        return [*(loss_case(*row, torch.float32, device) for row in CPU_CASES), module_case(256, 64, 256, device)]
-    listed = [loss_case(*row, torch.bfloat16, device) for row in GPU_CASES]
+        return [
+            *(loss_case(*row, dtype=torch.float32, device=device) for row in CPU_CASES),
+            module_case(256, 64, 256, device),
+        ]
+    listed = [loss_case(*row, dtype=torch.bfloat16, device=device) for row in GPU_CASES]
     return [
         *listed[:5],
         module_case(512, 192, 3024, device),
         *listed[5:],
-        loss_case("pooled", 512, 192, 3024, "layer_norm", 1, torch.float32, device),
+        loss_case("pooled", 512, 192, 3024, "layer_norm", 1, dtype=torch.float32, device=device),
     ]
 
 

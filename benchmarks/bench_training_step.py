@@ -161,14 +161,15 @@ def step_case(size: Size, kind: str, device: str) -> harness.Case:
         inputs=lambda seed: None if missing else Setting(size, kind, device, seed),
         input_bytes=1 << 62,  # one set of inputs: a step goes through far more memory than the L2 holds
         candidates=[
-            harness.Candidate(name, functools.partial(calls, name), functools.partial(check, name), missing,
-                              passes=("both",))
+            harness.Candidate(
+                name, functools.partial(calls, name), functools.partial(check, name), missing, passes=("both",)
+            )
             for name in NAMES
         ],
         limits=LIMITS[dtype],
         passes=("both",),
         truth=lambda setting: None if missing else setting.truth(),
-    )  # fmt: skip
+    )
 
 
 def dtypes(device):

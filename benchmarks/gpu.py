@@ -57,8 +57,21 @@ def steps(folder: Path) -> list[Step]:
     no_sanitizer = None if sanitizer else "compute-sanitizer was not found (looked on PATH and in CUDA_HOME/bin)"
     to = ["--records", str(folder)]
     # An editable installation into a prefix of its own builds in place and leaves the system's packages alone.
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
-           "--ignore-installed", "--prefix", str(PREFIX), "-e", "."]  # fmt: skip
+    pip = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+        "--prefix",
+        str(PREFIX),
+        "-e",
+        ".",
+    ]
     return [
         Step("build", pip, 110),
         Step("info", [python, "-m", "vkd_kernels.info"], 30),
@@ -105,9 +118,15 @@ def run(step: Step, limit_s: float) -> dict:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own
     started = time.monotonic()
     process = subprocess.Popen(
-        step.command, cwd=records.ROOT, env=environment, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        step.command,
+        cwd=records.ROOT,
+        env=environment,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         output, _ = process.communicate(timeout=limit_s)
         outcome = "passed" if process.returncode == 0 else "failed"
@@ -117,9 +136,12 @@ def run(step: Step, limit_s: float) -> dict:
         outcome = "timed out"
     lines = [_public([line])[0] for line in output.splitlines() if line.strip()]
     return result | {
-        "outcome": outcome, "returncode": process.returncode, "seconds": round(time.monotonic() - started, 1),
-        "summary": lines[-1][:300] if lines else "", "tail": lines[-60:],
-    }  # fmt: skip
+        "outcome": outcome,
+        "returncode": process.returncode,
+        "seconds": round(time.monotonic() - started, 1),
+        "summary": lines[-1][:300] if lines else "",
+        "tail": lines[-60:],
+    }
 
 
 def _public(words: list[str]) -> list[str]:

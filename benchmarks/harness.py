@@ -91,8 +91,11 @@ def compare(output, gradients, truth) -> dict[str, float]:
 
 def gate(errors: dict[str, float], limits: dict[str, float]) -> None:
     """Raises WrongOutput for an error above its limit; a NaN is above every limit."""
-    bad = [f"{name} is off by {errors[name]:.1e} (limit {limits[name]:.0e})" for name in errors
-           if not errors[name] <= limits[name]]  # fmt: skip
+    bad = [
+        f"{name} is off by {errors[name]:.1e} (limit {limits[name]:.0e})"
+        for name in errors
+        if not errors[name] <= limits[name]
+    ]
     if bad:
         raise WrongOutput("; ".join(bad))
 
@@ -292,7 +295,7 @@ def number_of_sets(input_bytes: int, device: str) -> int:
 
 
 def measure(
-    case: Case, device: str, rates: dict, seconds: float = 1.0, memory: bool = True, least: int = 3, tries: int = 1
+    case: Case, device: str, rates: dict, seconds: float = 1.0, *, memory: bool = True, least: int = 3, tries: int = 1
 ) -> dict:
     """The case's part of a record: a row for every candidate and pass, or the reason why there is none.
 
@@ -334,10 +337,17 @@ def measure(
             row |= {"share_of_floor": floor / row["median_s"], **facts[name]}
         rows.append(row | {"raw": samples})
     return {
-        "case": case.name, "parameters": case.parameters, "dtype": case.dtype, "flops": case.cost.flops,
-        "bytes": case.cost.bytes, "floor_s": floor, "sets_of_inputs": len(sets), "others_cpu_share": others_share,
-        "plot": case.plot, "rows": rows,
-    }  # fmt: skip
+        "case": case.name,
+        "parameters": case.parameters,
+        "dtype": case.dtype,
+        "flops": case.cost.flops,
+        "bytes": case.cost.bytes,
+        "floor_s": floor,
+        "sets_of_inputs": len(sets),
+        "others_cpu_share": others_share,
+        "plot": case.plot,
+        "rows": rows,
+    }
 
 
 def _check(case, candidate, runner, inputs, truth) -> dict:
@@ -377,8 +387,11 @@ def without_samples(case: dict) -> dict:
 
 
 def failures(case: dict) -> list[str]:
-    return [f"{case['case']}, {row['candidate']}: {row.get('wrong') or row['failed']}" for row in case["rows"]
-            if "wrong" in row or "failed" in row]  # fmt: skip
+    return [
+        f"{case['case']}, {row['candidate']}: {row.get('wrong') or row['failed']}"
+        for row in case["rows"]
+        if "wrong" in row or "failed" in row
+    ]
 
 
 def line(case: dict) -> str:

@@ -85,47 +85,98 @@ class Target:
 
 CPU_TOKEN = "token 16384 x 192 -> 3024 float32"
 CPU_TARGETS = [
-    *(Target(f"orthogonal map 3024 x 192: faster than {name}", ratio(MAPS, "3024 x 192", name), at_least=times)
-      for name, times in orthogonal_maps.TARGETS.items()),
-    Target("orthogonal map 3024 x 192: time over that of its own float32 products",
-           ratio(MAPS, "3024 x 192", "vkd_kernels", OWN_PRODUCTS), at_most=orthogonal_maps.MOST_TIMES_OWN_PRODUCTS),
-    Target("six 256 x 256 in one call: faster than six calls",
-           ratio(CAYLEY, "6 x 256 x 256", "vkd_kernels, one call a matrix"), at_least=1.0),
+    *(
+        Target(f"orthogonal map 3024 x 192: faster than {name}", ratio(MAPS, "3024 x 192", name), at_least=times)
+        for name, times in orthogonal_maps.TARGETS.items()
+    ),
+    Target(
+        "orthogonal map 3024 x 192: time over that of its own float32 products",
+        ratio(MAPS, "3024 x 192", "vkd_kernels", OWN_PRODUCTS),
+        at_most=orthogonal_maps.MOST_TIMES_OWN_PRODUCTS,
+    ),
+    Target(
+        "six 256 x 256 in one call: faster than six calls",
+        ratio(CAYLEY, "6 x 256 x 256", "vkd_kernels, one call a matrix"),
+        at_least=1.0,
+    ),
     Target(f"{CPU_TOKEN}: faster than eager", ratio(LOSS, CPU_TOKEN, "eager"), at_least=1.0),
-    Target(f"{CPU_TOKEN}: memory beyond inputs and gradients",
-           value(LOSS, CPU_TOKEN, "vkd_kernels", "peak_bytes_beyond_gradients"), at_most=128, unit="MiB", scale=2**-20),
-    *(target for case in (f"{loss} 16384 x 192 -> 3024 float32" for loss in ("cosine", "mse")) for target in (
-        Target(f"semi-orthogonal, {case}: time of eager's", share_of(SEMI_ORTHOGONAL, case, "eager", "median_s"),
-               at_most=0.75),
-        Target(f"semi-orthogonal, {case}: extra memory of eager's",
-               share_of(SEMI_ORTHOGONAL, case, "eager", "peak_bytes_beyond_gradients"), at_most=0.1),
-    )),
-]  # fmt: skip
+    Target(
+        f"{CPU_TOKEN}: memory beyond inputs and gradients",
+        value(LOSS, CPU_TOKEN, "vkd_kernels", "peak_bytes_beyond_gradients"),
+        at_most=128,
+        unit="MiB",
+        scale=2**-20,
+    ),
+    *(
+        target
+        for case in (f"{loss} 16384 x 192 -> 3024 float32" for loss in ("cosine", "mse"))
+        for target in (
+            Target(
+                f"semi-orthogonal, {case}: time of eager's",
+                share_of(SEMI_ORTHOGONAL, case, "eager", "median_s"),
+                at_most=0.75,
+            ),
+            Target(
+                f"semi-orthogonal, {case}: extra memory of eager's",
+                share_of(SEMI_ORTHOGONAL, case, "eager", "peak_bytes_beyond_gradients"),
+                at_most=0.1,
+            ),
+        )
+    ),
+]
 TOKEN = [f"token 100352 x {s} -> 3024 bfloat16" for s in (192, 384, 768)]
 POOLED = "pooled 512 x 192 -> 3024 bfloat16"
 DEIT_STEP = "pooled deit_tiny_patch16_224 from regnety_160, 512 images"
 GPU_TARGETS = [
-    *(target for case in TOKEN for target in (
-        Target(f"{case}: share of the floor", value(LOSS, case, "vkd_kernels", "share_of_floor"),
-               at_least=60, unit="%", scale=100),
-        Target(f"{case}: faster than eager", ratio(LOSS, case, "eager"), at_least=6),
-        Target(f"{case}: faster than torch.compile", ratio(LOSS, case, "torch.compile"), at_least=2.2),
-        Target(f"{case}: memory beyond inputs and gradients",
-               value(LOSS, case, "vkd_kernels", "peak_bytes_beyond_gradients"),
-               at_most=128, unit="MiB", scale=2**-20),
-    )),
-    Target(f"{POOLED}: launches under graph capture", value(LOSS, POOLED, "vkd_kernels, CUDA graph", "launches"),
-           at_most=3, unit="launches"),
+    *(
+        target
+        for case in TOKEN
+        for target in (
+            Target(
+                f"{case}: share of the floor",
+                value(LOSS, case, "vkd_kernels", "share_of_floor"),
+                at_least=60,
+                unit="%",
+                scale=100,
+            ),
+            Target(f"{case}: faster than eager", ratio(LOSS, case, "eager"), at_least=6),
+            Target(f"{case}: faster than torch.compile", ratio(LOSS, case, "torch.compile"), at_least=2.2),
+            Target(
+                f"{case}: memory beyond inputs and gradients",
+                value(LOSS, case, "vkd_kernels", "peak_bytes_beyond_gradients"),
+                at_most=128,
+                unit="MiB",
+                scale=2**-20,
+            ),
+        )
+    ),
+    Target(
+        f"{POOLED}: launches under graph capture",
+        value(LOSS, POOLED, "vkd_kernels, CUDA graph", "launches"),
+        at_most=3,
+        unit="launches",
+    ),
     Target(f"{POOLED}: faster than eager", ratio(LOSS, POOLED, "eager"), at_least=3),
     Target(f"training step, {DEIT_STEP}: added by the loss", added(DEIT_STEP), at_most=2, unit="%", scale=100),
-    *(target for case, limit in (("3024 x 192", 150), ("6 x 256 x 256", 200)) for target in (
-        Target(f"Cayley {case}", value(CAYLEY, case, "vkd_kernels", "median_s"), at_most=limit, unit="µs", scale=1e6),
-        Target(f"Cayley {case}: faster than the closed form on torch.linalg",
-               ratio(CAYLEY, case, "closed form, inv_ex"), at_least=5),
-        *(Target(f"Cayley {case}: faster than {name}", ratio(CAYLEY, case, name), at_least=50)
-          for name in orthogonal_maps.TARGETS),
-    )),
-]  # fmt: skip
+    *(
+        target
+        for case, limit in (("3024 x 192", 150), ("6 x 256 x 256", 200))
+        for target in (
+            Target(
+                f"Cayley {case}", value(CAYLEY, case, "vkd_kernels", "median_s"), at_most=limit, unit="µs", scale=1e6
+            ),
+            Target(
+                f"Cayley {case}: faster than the closed form on torch.linalg",
+                ratio(CAYLEY, case, "closed form, inv_ex"),
+                at_least=5,
+            ),
+            *(
+                Target(f"Cayley {case}: faster than {name}", ratio(CAYLEY, case, name), at_least=50)
+                for name in orthogonal_maps.TARGETS
+            ),
+        )
+    ),
+]
 
 
 # ----------------------------------------------------------------------------------------------------------- markdown
@@ -174,9 +225,16 @@ def case_rows(case: dict) -> list[list[str]]:
 
 
 CASE_HEADER = [
-    "case", "candidate", "forward, ms", "backward, ms", "both, ms", "of the floor", "extra memory, MiB", "launches",
+    "case",
+    "candidate",
+    "forward, ms",
+    "backward, ms",
+    "both, ms",
+    "of the floor",
+    "extra memory, MiB",
+    "launches",
     "host, µs",
-]  # fmt: skip
+]
 
 
 def environment_lines(record: dict) -> list[str]:
@@ -207,20 +265,24 @@ def added_lines(device: Records) -> list[str]:
 
 
 def steps_table(record: dict) -> list[str]:
-    rows = [[s["name"], s["outcome"], f"{s['seconds']:.0f} of {s['limit_s']} s", s["summary"].replace("|", "/")]
-            for s in record["steps"]]  # fmt: skip
+    rows = [
+        [s["name"], s["outcome"], f"{s['seconds']:.0f} of {s['limit_s']} s", s["summary"].replace("|", "/")]
+        for s in record["steps"]
+    ]
     return table(["step", "outcome", "time", "summary"], rows)
 
 
 def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
     lines = [
-        "# Benchmark records", "",
+        "# Benchmark records",
+        "",
         "Written by `python -m benchmarks.report` from the JSON files beside it. Times are medians with the 10th and "
         "90th percentile; candidates of a case took turns in one run. The floor is the larger of flops over the "
         "measured matmul rate and bytes over the measured copy bandwidth; its share is of forward and backward "
         "together. Extra memory is PyTorch's allocator's, beyond inputs and gradients. Host is the time to start both "
-        "passes on a GPU.", "",
-    ]  # fmt: skip
+        "passes on a GPU.",
+        "",
+    ]
     for name, device in sorted(devices.items()):
         lines += [f"## {name}", "", *targets_table(CPU_TARGETS if name == "cpu" else GPU_TARGETS, device)]
         lines += [line for plot in plots.get(name, ()) for line in (f"![{Path(plot).stem}]({plot})", "")]

@@ -18,7 +18,6 @@ from benchmarks import (
     floors,
     gpu,
     harness,
-    lowest_versions,
     orthogonal_maps,
     records,
     report,
@@ -84,10 +83,17 @@ def case(*candidates, passes=harness.PASSES):
         return 3 * x.detach().double().sum(), [torch.full_like(x, 3, dtype=torch.float64)]
 
     return Case(
-        "three", {"n": 4}, "float32", floors.Cost(10**6, 8), lambda seed: torch.ones(4).requires_grad_(), 16,
-        [candidate(*c) if isinstance(c, tuple) else c for c in candidates], {"output": 1e-6, "gradients": 1e-6},
-        passes=passes, truth=truth,
-    )  # fmt: skip
+        name="three",
+        parameters={"n": 4},
+        dtype="float32",
+        cost=floors.Cost(10**6, 8),
+        inputs=lambda seed: torch.ones(4).requires_grad_(),
+        input_bytes=16,
+        candidates=[candidate(*c) if isinstance(c, tuple) else c for c in candidates],
+        limits={"output": 1e-6, "gradients": 1e-6},
+        passes=passes,
+        truth=truth,
+    )
 
 
 def broken(x):
@@ -204,7 +210,7 @@ def test_peak_memory_counts_temporaries_and_results():
 def test_chunked_loss_needs_less_memory_than_the_reference():
     n, s, t = 3072, 8, 6000
     assert n * t > dispatch.CHUNKED_FROM, "where the library goes by chunks"
-    one = bench_ortho_proj_loss.loss_case("token", n, s, t, "layer_norm", 1, torch.float32, "cpu")
+    one = bench_ortho_proj_loss.loss_case("token", n, s, t, "layer_norm", 1, dtype=torch.float32, device="cpu")
     one.candidates, one.passes = one.candidates[:2], ("both",)
     one.truth = lambda inputs: None  # their values are tested elsewhere
     for candidate in one.candidates:
@@ -213,72 +219,6 @@ def test_chunked_loss_needs_less_memory_than_the_reference():
     peak = {row["candidate"]: row["peak_bytes_beyond_gradients"] for row in result["rows"]}
     assert peak["vkd_kernels"] < 32 << 20
     assert peak["eager"] > 2.9 * (4 * n * t), "projected, normalised and the gradient"
-
-
-def test_records_round_trip(tmp_path):
-    record = records.Record("cayley", tmp_path, RATES)
-    record.add({"case": "5 x 3", "rows": []})
-    record.add({"case": "6 x 3", "rows": []})
-    folder = records.device_folder()
-    content = records.read(tmp_path)[folder]["cayley"]
-    assert content == record.content
-    assert [c["case"] for c in content["cases"]] == ["5 x 3", "6 x 3"]
-    facts = content["environment"]
-    assert facts["torch"] == torch.__version__ and facts["cores"] >= 1 and facts["threads"] == torch.get_num_threads()
-    assert facts["dirty"] is None or facts["dirty"] == bool(facts["changed"])
-    assert [p.name for p in (tmp_path / folder).iterdir()] == ["cayley.json"]
-
-
-def test_no_record_is_published_from_a_changed_tree(tmp_path, monkeypatch):
-    facts = {**records.environment(), "dirty": True, "changed": ["vkd_kernels/loss.py"]}
-    monkeypatch.setattr(records, "environment", lambda: facts)
-    with pytest.raises(SystemExit, match=r"changed tree: vkd_kernels/loss.py. Commit first, or write to .*runs/"):
-        records.Record("cayley", records.RESULTS, RATES)
-    records.Record("cayley", tmp_path, RATES).add({"case": "5 x 3", "rows": []})
-
-
-def test_every_record_is_of_a_commit_or_named_as_an_exception():
-    page = (records.RESULTS / "README.md").read_text()
-    listed = {"generation-1000images.json", "generation-30images.json", "generation-8seeds.json"}
-    listed |= {"classification-8seeds.json"}  # the four that were there before it was refused: no more come
-    assert set(records.unrepeatable(records.RESULTS)) <= listed
-    assert all(f"[{name}]({name})" in page for name in records.unrepeatable(records.RESULTS))
-    for path in records.RESULTS.glob("*/*.json"):
-        assert json.loads(path.read_text())["environment"]["dirty"] in (False, None), path
-
-
-def test_the_outcome_of_the_lowest_versions_counts_what_ran(tmp_path):
-    (tmp_path / "report.xml").write_text(
-        "<testsuite><testcase classname='a' name='one'/><testcase classname='a' name='two'><failure/></testcase>"
-        "<testcase classname='a' name='three'><skipped message='no GPU'/></testcase></testsuite>"
-    )
-    outcome = lowest_versions.outcome(tmp_path / "report.xml")
-    assert outcome == {"passed": 1, "failed": ["a.two"], "skipped": {"no GPU": 1}}
-
-
-def test_a_record_in_pieces(tmp_path, monkeypatch):
-    """Of one commit and machine, with the ceilings of the first piece; a case that comes again replaces the first."""
-    records.Record("cayley", tmp_path, RATES).add({"case": "a", "rows": [1]})
-    second = records.Record("cayley", tmp_path, {}, extend=True)
-    second.add({"case": "b", "rows": []})
-    second.add({"case": "a", "rows": [2]})
-    content = records.read(tmp_path)[records.device_folder()]["cayley"]
-    assert second.ceilings == content["ceilings"] == RATES
-    assert content["cases"] == [{"case": "a", "rows": [2]}, {"case": "b", "rows": []}]
-    monkeypatch.setattr(records, "environment", lambda: content["environment"] | {"commit": "another", "time": "later"})
-    with pytest.raises(SystemExit, match="another machine's or version's: commit"):
-        records.Record("cayley", tmp_path, RATES, extend=True)
-    assert records.Record("cayley", tmp_path, RATES).content["cases"] == []
-
-
-@pytest.mark.parametrize(
-    "name, folder",
-    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("NVIDIA GeForce RTX 4090", "rtx-4090")],
-)
-def test_folder_of_a_gpu(name, folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert records.device_folder() == folder
 
 
 TINY_STEP = bench_training_step.CPU_SIZE._replace(student_options=(("depth", 1),), image=32, batch=2)
@@ -322,8 +262,8 @@ def tiny_records(tmp_path_factory):
         cayley.add(harness.without_samples(result))
     loss = records.Record("ortho_proj_loss", folder, RATES)
     for one in (
-        bench_ortho_proj_loss.loss_case("pooled", 8, 5, 7, "layer_norm", 1, torch.float32, "cpu"),
-        bench_ortho_proj_loss.loss_case("detection", 20, 6, 6, "batch_norm", 2, torch.float32, "cpu"),
+        bench_ortho_proj_loss.loss_case("pooled", 8, 5, 7, "layer_norm", 1, dtype=torch.float32, device="cpu"),
+        bench_ortho_proj_loss.loss_case("detection", 20, 6, 6, "batch_norm", 2, dtype=torch.float32, device="cpu"),
         bench_ortho_proj_loss.module_case(8, 5, 7, "cpu"),
     ):
         one.candidates = [candidate for candidate in one.candidates if candidate.name != "torch.compile"]
@@ -390,12 +330,18 @@ def test_every_target_is_of_a_case_and_candidate_that_the_benchmarks_have():
     for module, cases in listed.items():
         rows = {
             name: [
-                {"candidate": c, "pass": "both", "median_s": 1.0, "share_of_floor": 1.0, "launches": 1,
-                 "peak_bytes_beyond_gradients": 1}
+                {
+                    "candidate": c,
+                    "pass": "both",
+                    "median_s": 1.0,
+                    "share_of_floor": 1.0,
+                    "launches": 1,
+                    "peak_bytes_beyond_gradients": 1,
+                }
                 for c in candidates
             ]
             for name, candidates in cases.items()
-        }  # fmt: skip
+        }
         device |= a_record(module.__name__.rpartition("bench_")[2], rows)
     assert all(target.measure(device) is not None for target in report.GPU_TARGETS)
     device = a_record("orthogonal_maps", {"3024 x 192": rows_of("3024 x 192", listed[bench_cayley])})
@@ -414,9 +360,23 @@ def rows_of(name, cases):
 
 
 def test_pytest_benchmark_tabulates_the_recorded_samples(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", "batch and 16",
-               "--seconds", "0.01", "--records", str(tmp_path / "records"), f"--benchmark-json={tmp_path}/table.json",
-               "-p", "no:cacheprovider"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/",
+        "--benchmark-only",
+        "-q",
+        "-k",
+        "batch and 16",
+        "--seconds",
+        "0.01",
+        "--records",
+        str(tmp_path / "records"),
+        f"--benchmark-json={tmp_path}/table.json",
+        "-p",
+        "no:cacheprovider",
+    ]
     if torch.cuda.is_available():
         pytest.skip("names a case of the CPU's list")
     result = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, check=False)

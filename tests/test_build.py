@@ -252,7 +252,8 @@ def clean_environment(folder, wheel):
         link(distribution, links)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(f"{links}\n")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-compile", wheel)
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-compile", wheel]
+    run(*command)
     return python
 
 

@@ -100,7 +100,7 @@ def snippets(page):
 
 
 NOT_YET_AMERICAN = {"classification", "detection", "generation", "integrations", "migration", "recipes"}
-STANDALONE = ["index", "getting_started", "choosing", "distiller", "cayley"]
+STANDALONE = ["index", "getting_started", "choosing", "distiller", "cayley", "foundation_models"]
 
 
 @pytest.mark.parametrize("page", STANDALONE)
@@ -113,6 +113,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch,
         losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if re.match(r"\d+ ", line)]
         assert len(losses) == 5 and losses[-1] < 0.8 * losses[0], "the page says that the feature loss falls"
         assert (tmp_path / "student.pt").exists()
+    if page == "foundation_models":
+        assert names["after"] > names["before"] + 0.3, "the page says that the student learns from the teacher alone"
+        assert names["hits"] > 0.4 and (tmp_path / "stand_in.pt").exists()
 
 
 def test_the_notebook_runs(monkeypatch):

@@ -49,8 +49,8 @@ def effective_rank(
         p_i = σ_i / Σ σ        effective rank = exp(-Σ p_i log p_i)        σ: singular values of the centered rows
 
     Between 1 (all rows on a line) and the smaller of C and N - 1 (no direction preferred); 0 for equal rows. A student
-    whose rank falls while its loss does has collapsed. PyTorch checks on the host that the eigenvalues were found: on a
-    GPU this is the one function here that waits.
+    whose rank falls while its loss does has collapsed. On a GPU this is the one diagnostic that waits for its result:
+    PyTorch checks on the host that the eigenvalues converged.
 
     Args:
         features: ``(..., C)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
@@ -105,7 +105,7 @@ def cka(
         HSIC ∝ ‖XᵀY‖² - n/(n-2) Σ a_i b_i + Σ a_i Σ b_i / ((n-1)(n-2))        a_i = ‖x_i‖², b_i = ‖y_i‖²
 
     so that independent features give 0 on average. 1 for features that are equal up to rotation, scale and offset: an
-    orthonormal projection, of as many channels or more, changes nothing.
+    semi-orthogonal projection, to as many channels or more, changes nothing.
 
     Args:
         student: ``(..., S)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.

@@ -21,7 +21,7 @@ from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
 from .pairs import Pair, as_pairs
 from .pooling import ComparedRows, compared
 from .store import FeatureStore
-from .store.source import StoredTeacher
+from .store.source import SeveralSources, StoredTeacher
 from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped
 from .teachers import KeptModes, ModelTeachers, TeacherAnswer, TeacherCall, TeacherSource
 
@@ -384,6 +384,8 @@ def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module) -> Teache
     """What a caller gave as the teacher, as the source of the pairs' targets."""
     if isinstance(teacher, FeatureStore):
         return StoredTeacher(teacher, pairs)
+    if isinstance(teacher, Mapping) and any(isinstance(one, FeatureStore) for one in teacher.values()):
+        return SeveralSources(teacher, pairs, lambda one, own: as_source(one, own, student))
     return ModelTeachers(teacher, pairs, student)
 
 

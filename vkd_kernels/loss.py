@@ -1,4 +1,4 @@
-"""``OrthoProjLoss``: the feature loss with its own orthonormal projection, as a module."""
+"""``OrthoProjLoss``: the feature loss with its own semi-orthogonal projection, as a module."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from .ops.ortho_proj_loss.spec import Execution, LossSpec
 from .projection import full_precision, make_projection
 from .training_watch import TrainingWatch
 
-TASKS: dict[str, dict[str, Any]] = {  # the paper's normalisation for each of its tasks (sections 4.1 to 4.3)
+TASKS: dict[str, dict[str, Any]] = {  # the paper's normalization for each of its tasks (sections 4.1 to 4.3)
     "classification": {"normalization": "layer_norm"},
     "detection": {"normalization": "batch_norm"},
     "generation": {"normalization": "whiten", "eps": 1e-3},
@@ -44,14 +44,14 @@ def starting_scale(
 
 
 class OrthoProjLoss(nn.Module):
-    r"""Feature distillation through an orthonormal projection (V_kD, CVPR 2024): one module, one scalar to add.
+    r"""Feature distillation through a semi-orthogonal projection (V_kD, CVPR 2024): one module, one scalar.
 
     ::
 
-        Z = scale · student Pᵀ  (· gain + bias with affine)      P orthonormal, trained
+        Z = scale · student Pᵀ  (· gain + bias with affine)      PᵀP = I, trained
         L = mean of ρ(Z - normalize(teacher)), or of 1 - cos(z, t)
 
-    An orthonormal P keeps lengths: a student vector of norm √S stays there while a layer-normed or whitened teacher
+    A semi-orthogonal P keeps lengths: a student vector of norm √S stays there while a layer-normed or whitened teacher
     vector has norm √T. ``scale="match"`` multiplies by √(T / S), which preserves every angle; ``"learned"`` starts
     there and trains. The default 1.0 is the paper's.
 
@@ -74,7 +74,7 @@ class OrthoProjLoss(nn.Module):
     Shape:
         ``forward(student (..., S), teacher (..., T), mask (...) or None)`` -> float32 scalar (float64 for float64).
 
-    The module's parameters train with the student's: give them to the optimiser, without weight decay
+    The module's parameters train with the student's: give them to the optimizer, without weight decay
     (``no_weight_decay()`` names them). Under data parallelism put the module inside the wrapped one, so that its
     gradients are reduced too. A process group stays with deep copies and does not travel with pickles.
 

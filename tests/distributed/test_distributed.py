@@ -25,9 +25,16 @@ class Distiller(nn.Module):
         torch.manual_seed(0)
         self.student = nn.Linear(6, 5, dtype=torch.float64)
         self.loss = vk.OrthoProjLoss(
-            5, 9, normalization=normalization, eps=1e-2, affine=True, scale="learned", dtype=torch.float64,
-            backend=backend, process_group=group,
-        )  # fmt: skip
+            5,
+            9,
+            normalization=normalization,
+            eps=1e-2,
+            affine=True,
+            scale="learned",
+            dtype=torch.float64,
+            backend=backend,
+            process_group=group,
+        )
 
     def forward(self, x, y, mask):
         return self.loss(self.student(x), y, mask)

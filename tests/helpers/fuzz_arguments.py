@@ -36,11 +36,30 @@ class Odd:
 
 
 THINGS = {
-    "None": None, "int": 3, "float": 1.5, "str": "x", "empty str": "", "bytes": b"x", "True": True, "complex": 1j,
-    "list": [[1.0]], "empty list": [], "tuple": (1, 2), "dict": {}, "set": {1}, "object": Odd(), "class": torch.Tensor,
-    "function": len, "array": np.ones((2, 4, 3), dtype=np.float32), "numpy scalar": np.float32(1), "nan": float("nan"),
-    "dtype": torch.float32, "generator": (i for i in ()), "module": nn.Linear(3, 5), "tensor": torch.ones(2),
-}  # fmt: skip
+    "None": None,
+    "int": 3,
+    "float": 1.5,
+    "str": "x",
+    "empty str": "",
+    "bytes": b"x",
+    "True": True,
+    "complex": 1j,
+    "list": [[1.0]],
+    "empty list": [],
+    "tuple": (1, 2),
+    "dict": {},
+    "set": {1},
+    "object": Odd(),
+    "class": torch.Tensor,
+    "function": len,
+    "array": np.ones((2, 4, 3), dtype=np.float32),
+    "numpy scalar": np.float32(1),
+    "nan": float("nan"),
+    "dtype": torch.float32,
+    "generator": (i for i in ()),
+    "module": nn.Linear(3, 5),
+    "tensor": torch.ones(2),
+}
 NOT_FLOATING = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.float8_e5m2]
 HALF, DOUBLE = [torch.float16, torch.bfloat16], [torch.float64]
 
@@ -84,9 +103,14 @@ DTYPE = things(
 DEVICE = things(but=("None", "int", "True"), typo="cudaa", hip="nowhere:0")
 CHANNELS = [(), (0,), (3,), (0, 4, 3), (2, 4, 0)]
 LOSS_OPTIONS = {
-    "normalization": NAMES, "loss": NAMES, "beta": BETA, "eps": EPS, "reduction": NAMES, "process_group": GROUP,
+    "normalization": NAMES,
+    "loss": NAMES,
+    "beta": BETA,
+    "eps": EPS,
+    "reduction": NAMES,
+    "process_group": GROUP,
     "backend": BACKEND,
-}  # fmt: skip
+}
 STUDENT = tensors(*ROWS, S, shapes=[*CHANNELS, (2, 4, 4), (2, 5, 3), (8, 3), (4, 2, 3)], dtypes=DOUBLE)
 TEACHER = tensors(*ROWS, T, shapes=[(), (0,), (5,), (0, 4, 5), (2, 4, 4), (2, 5, 5), (8, 5), (4, 2, 5)], dtypes=DOUBLE)
 WEIGHT = tensors(T, S, shapes=[(), (5,), (3, 5), (5, 4), (6, 3), (1, 5, 3), (0, 3), (5, 0)], dtypes=DOUBLE)
@@ -102,10 +126,11 @@ student, teacher = torch.randn(*ROWS, S), torch.randn(*ROWS, T)
 weight = vk.cayley(torch.randn(T, S))
 module, linear, whitening = vk.OrthoProjLoss(S, T), vk.OrthogonalLinear(S, T), vk.Whitening(S, momentum=0.1)
 distiller = vk.FeatureDistiller(
-    nn.Sequential(nn.Linear(S, S)), nn.Sequential(nn.Linear(S, T)),
+    nn.Sequential(nn.Linear(S, S)),
+    nn.Sequential(nn.Linear(S, T)),
     [{"student": "0", "teacher": "0", "student_pool": "mean_tokens", "teacher_pool": "mean_tokens", "name": "x"}],
     example_input=student,
-)  # fmt: skip
+)
 
 
 def inside(good, bad):
@@ -135,7 +160,11 @@ CALLS = {
         vk.functional.ortho_proj_loss,
         {"student": student, "teacher": teacher, "weight": weight},
         {
-            "student": STUDENT, "teacher": TEACHER, "weight": WEIGHT, "mask": MASK, **LOSS_OPTIONS,
+            "student": STUDENT,
+            "teacher": TEACHER,
+            "weight": WEIGHT,
+            "mask": MASK,
+            **LOSS_OPTIONS,
             "scale": numbers(but=OPTIONAL, tensor=torch.ones(3), column=torch.ones(T, 1), ints=torch.ones(T).int()),
             "bias": tensors(T, shapes=[(), (3,), (6,), (1, 5), (5, 1), (0,)], but=OPTIONAL),
         },
@@ -157,16 +186,26 @@ CALLS = {
         vk.OrthoProjLoss,
         {"student_dim": S, "teacher_dim": T},
         {
-            "student_dim": DIMS, "teacher_dim": DIMS, **LOSS_OPTIONS, "scale": numbers(typo="matched"),
+            "student_dim": DIMS,
+            "teacher_dim": DIMS,
+            **LOSS_OPTIONS,
+            "scale": numbers(typo="matched"),
             "backend": ANY_BACKEND,  # what the constructor knows; whether it can serve is seen with the tensors
-            "orthogonal_map": MAPS, "projection": NAMES, "dtype": DTYPE, "device": DEVICE,
+            "orthogonal_map": MAPS,
+            "projection": NAMES,
+            "dtype": DTYPE,
+            "device": DEVICE,
         },
     ),
     "OrthoProjLoss.for_task": (
-        vk.OrthoProjLoss.for_task, {"task": "detection", "student_dim": S, "teacher_dim": T}, {"task": NAMES},
+        vk.OrthoProjLoss.for_task,
+        {"task": "detection", "student_dim": S, "teacher_dim": T},
+        {"task": NAMES},
     ),
     "OrthoProjLoss.forward": (
-        module, {"student": student, "teacher": teacher}, {"student": STUDENT, "teacher": TEACHER, "mask": MASK},
+        module,
+        {"student": student, "teacher": teacher},
+        {"student": STUDENT, "teacher": TEACHER, "mask": MASK},
     ),
     "OrthogonalLinear": (
         vk.OrthogonalLinear,
@@ -174,7 +213,9 @@ CALLS = {
         {"in_features": DIMS, "out_features": DIMS, "orthogonal_map": MAPS, "dtype": DTYPE, "device": DEVICE},
     ),
     "OrthogonalLinear.forward": (
-        linear, {"x": student}, {"x": tensors(*ROWS, S, shapes=[(), (0,), (4,), (2, 4, 4), (3, 1)], dtypes=HALF)},
+        linear,
+        {"x": student},
+        {"x": tensors(*ROWS, S, shapes=[(), (0,), (4,), (2, 4, 4), (3, 1)], dtypes=HALF)},
     ),
     "OrthogonalLinear.weight =": (
         assign,
@@ -216,7 +257,10 @@ CALLS = {
         vk.Whitening,
         {"num_features": S},
         {
-            "num_features": DIMS, "method": NAMES, "eps": EPS_WHITEN, "process_group": GROUP,
+            "num_features": DIMS,
+            "method": NAMES,
+            "eps": EPS_WHITEN,
+            "process_group": GROUP,
             "momentum": numbers(but=OPTIONAL, zero=0, above=1.5, **NEGATIVE),
         },
     ),
@@ -244,15 +288,19 @@ CALLS = {
     "FeatureDistiller": (
         vk.FeatureDistiller,
         {
-            "student": nn.Sequential(nn.Linear(4, S)), "teacher": nn.Sequential(nn.Linear(4, T)),
+            "student": nn.Sequential(nn.Linear(4, S)),
+            "teacher": nn.Sequential(nn.Linear(4, T)),
             "pairs": [{"student": "0", "teacher": "0", "dims": (S, T)}],
         },
         {
-            "student": things(but=("module",)), "teacher": things(but=("module",)),
+            "student": things(but=("module",)),
+            "teacher": things(but=("module",)),
             "pairs": things(strings=["0"], none=[None], typo=[{"studnet": "0", "pairs": "0"}]),
             "example_teacher_input": things(but=OPTIONAL),
-            "logit_weight": numbers(but=OPTIONAL), "temperature": numbers(zero=0, **NEGATIVE),
-            "process_group": GROUP, "backend": ANY_BACKEND,
+            "logit_weight": numbers(but=OPTIONAL),
+            "temperature": numbers(zero=0, **NEGATIVE),
+            "process_group": GROUP,
+            "backend": ANY_BACKEND,
         },
     ),
     "FeatureDistiller.forward": (
@@ -260,9 +308,12 @@ CALLS = {
         {},
         {
             "masks": {
-                **things(but=("None", "dict")), "typo": {"y": None}, "two typos": {"x": None, 3: None},
+                **things(but=("None", "dict")),
+                "typo": {"y": None},
+                "two typos": {"x": None, 3: None},
                 **{f"of {kind}": {"x": value} for kind, value in things(but=("None", "tensor")).items()},
-                "three": {"x": [None] * 3}, "one thing": {"x": (None, 3)},
+                "three": {"x": [None] * 3},
+                "one thing": {"x": (None, 3)},
             },
             "metrics": things(but=("True",)),
         },
@@ -287,12 +338,13 @@ CALLS = {
         vk.diagnostics.metrics,
         {"student": student, "teacher": teacher, "weight": weight},
         {
-            **DIAGNOSED, "process_group": GROUP,
+            **DIAGNOSED,
+            "process_group": GROUP,
             "weight": tensors(T, S, shapes=[(), (5,), (3, 5), (5, 4), (6, 3), (1, 5, 3), (0, 3), (5, 0)], meta=False),
         },
     ),
     "OrthoProjLoss.metrics": (module.metrics, {"student": student, "teacher": teacher}, DIAGNOSED),
-}  # fmt: skip
+}
 
 
 def calls():

@@ -136,9 +136,10 @@ def test_where_there_is_nothing_to_tell():
         assert diagnostics.effective_rank(spoilt).isnan() and diagnostics.cka(spoilt, y).isnan()
     for debiased in (True, False):
         for found in (
-            diagnostics.cka(x, y, mask=none, debiased=debiased), diagnostics.cka(x * 0 + 1, y, debiased=debiased),
+            diagnostics.cka(x, y, mask=none, debiased=debiased),
+            diagnostics.cka(x * 0 + 1, y, debiased=debiased),
             diagnostics.cka(x[:1], y[:1], debiased=debiased),
-        ):  # fmt: skip
+        ):
             assert found.isnan()
     assert diagnostics.cka(x, y, mask=three).isnan() and diagnostics.cka(x, y, mask=three, debiased=False) > 0
 
@@ -239,9 +240,10 @@ def test_metrics_of_a_distiller_are_a_flat_dictionary_beside_the_same_losses():
 
     pairs = ["a", "b", "c", "wide"]
     assert set(metrics) == {
-        "loss", *(f"loss/{name}" for name in [*pairs, "logits"]),
+        "loss",
+        *(f"loss/{name}" for name in [*pairs, "logits"]),
         *(f"diagnostics/{pair}/{name}" for pair in pairs for name in NAMES),
-    }  # fmt: skip
+    }
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     assert metrics["loss"] == losses["total"] and metrics["loss/a"] == losses["a"]
     json.dumps({name: value.item() for name, value in metrics.items()})

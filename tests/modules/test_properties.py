@@ -30,9 +30,12 @@ masks = st.sampled_from([None, "bool", "weights", "ones", "empty"])
 def examples(n):
     """The same examples in every run: a property that fails today failed yesterday."""
     return settings(
-        max_examples=n, deadline=None, derandomize=True, database=None,
+        max_examples=n,
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,9 +104,15 @@ def literal_cayley(w):
 
 @examples(150)
 @given(
-    st.lists(st.integers(1, 3), max_size=2), dims, dims, st.sampled_from(FULL), layouts, st.integers(-4, 2),
-    st.sampled_from([None, "torch"]), st.integers(0, 99),
-)  # fmt: skip
+    st.lists(st.integers(1, 3), max_size=2),
+    dims,
+    dims,
+    st.sampled_from(FULL),
+    layouts,
+    st.integers(-4, 2),
+    st.sampled_from([None, "torch"]),
+    st.integers(0, 99),
+)
 def test_cayley(batch, t, s, dtype, layout, power, backend, seed):
     count("cayley")
     w = laid_out((normal(*batch, t, s, seed=seed) * 10.0**power).to(dtype), layout).requires_grad_()
@@ -120,10 +129,13 @@ def test_cayley(batch, t, s, dtype, layout, power, backend, seed):
 
 @examples(150)
 @given(
-    dims, dims, st.sampled_from([-20, -3, 0, 1, 2, 3, 4]),
-    st.sampled_from(["drawn", "columns", "rows", "nearly rank one"]), st.sampled_from([None, "torch"]),
+    dims,
+    dims,
+    st.sampled_from([-20, -3, 0, 1, 2, 3, 4]),
+    st.sampled_from(["drawn", "columns", "rows", "nearly rank one"]),
+    st.sampled_from([None, "torch"]),
     st.integers(0, 9999),
-)  # fmt: skip
+)
 def test_cayley_is_orthonormal_for_entries_up_to_ten_thousand(t, s, power, kind, backend, seed):
     """Far beyond what training reaches, however unevenly the entries are distributed."""
     count("cayley, badly scaled")
@@ -188,9 +200,16 @@ def test_standardize(shape, channels, dtype, layout, mask_kind, power, seed):
 
 @examples(150)
 @given(
-    row_shapes, dims, dtypes, layouts, masks, st.sampled_from(["zca", "cholesky", "pca", "phi_s"]),
-    st.sampled_from([1e-3, 0.1, 1.0]), st.integers(-2, 2), st.integers(0, 99),
-)  # fmt: skip
+    row_shapes,
+    dims,
+    dtypes,
+    layouts,
+    masks,
+    st.sampled_from(["zca", "cholesky", "pca", "phi_s"]),
+    st.sampled_from([1e-3, 0.1, 1.0]),
+    st.integers(-2, 2),
+    st.integers(0, 99),
+)
 def test_whiten(shape, channels, dtype, layout, mask_kind, method, eps, power, seed):
     """Products of whitened rows are those of the centered rows through Σ⁻¹; with phi_s, those over tr Σ/C."""
     count("whiten")
@@ -252,15 +271,39 @@ def scale_and_bias(kind, t, seed):
 
 @examples(400)
 @given(
-    row_shapes, dims, dims, dtypes, dtypes, layouts, layouts, masks, st.sampled_from(api.NORMALIZATIONS),
-    st.sampled_from([("mse", 1.0), ("smooth_l1", 1.0), ("smooth_l1", 0.2)]), st.sampled_from([1e-3, 0.1]),
-    st.sampled_from(["mean", "sum"]), st.sampled_from(["none", "number", "0-d", "per channel"]),
-    st.sampled_from(["reference", "chunked", "torch"]), st.integers(0, 99),
-)  # fmt: skip
+    row_shapes,
+    dims,
+    dims,
+    dtypes,
+    dtypes,
+    layouts,
+    layouts,
+    masks,
+    st.sampled_from(api.NORMALIZATIONS),
+    st.sampled_from([("mse", 1.0), ("smooth_l1", 1.0), ("smooth_l1", 0.2)]),
+    st.sampled_from([1e-3, 0.1]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from(["none", "number", "0-d", "per channel"]),
+    st.sampled_from(["reference", "chunked", "torch"]),
+    st.integers(0, 99),
+)
 def test_ortho_proj_loss(
-    shape, s, t, dtype, teacher_dtype, layout, teacher_layout, mask_kind, normalization, loss, eps, reduction, scale,
-    path, seed,
-):  # fmt: skip
+    shape,
+    s,
+    t,
+    dtype,
+    teacher_dtype,
+    layout,
+    teacher_layout,
+    mask_kind,
+    normalization,
+    loss,
+    eps,
+    reduction,
+    scale,
+    path,
+    seed,
+):
     count("ortho_proj_loss")
     if torch.float64 in (dtype, teacher_dtype):
         dtype = teacher_dtype = torch.float64
@@ -274,9 +317,16 @@ def test_ortho_proj_loss(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "CHUNKED_FROM", -1 if path == "chunked" else math.inf)
         value = vk.functional.ortho_proj_loss(
-            student, teacher, weight, scale=scale, bias=bias, mask=mask, reduction=reduction,
-            backend="torch" if path == "torch" else None, **options,
-        )  # fmt: skip
+            student,
+            teacher,
+            weight,
+            scale=scale,
+            bias=bias,
+            mask=mask,
+            reduction=reduction,
+            backend="torch" if path == "torch" else None,
+            **options,
+        )
         grads = torch.autograd.grad(value, [student, weight])
     assert value.shape == () and value.dtype == weight_dtype
     assert [g.dtype for g in grads] == [dtype, weight_dtype]
@@ -294,9 +344,14 @@ def test_ortho_proj_loss(
     leaves = [x.detach().double().requires_grad_() for x in (student.reshape(-1, s), weight)]
     scale, bias = (v.double() if isinstance(v, torch.Tensor) else v for v in (scale, bias))
     truth = literal(
-        leaves[0], teacher.double().reshape(-1, t), leaves[1], scale=scale, bias=bias,
-        mask=None if mask is None else mask.reshape(-1).double(), **options,
-    )  # fmt: skip
+        leaves[0],
+        teacher.double().reshape(-1, t),
+        leaves[1],
+        scale=scale,
+        bias=bias,
+        mask=None if mask is None else mask.reshape(-1).double(),
+        **options,
+    )
     truth = truth * w.sum() * t if reduction == "sum" else truth
     # Products are of the student's dtype; batch_norm divides by deviations of sqrt(eps) at least.
     tolerance = {torch.float64: 1e-8, torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}[dtype]
@@ -310,11 +365,17 @@ def test_ortho_proj_loss(
 
 @examples(120)
 @given(
-    st.lists(st.tuples(row_shapes, layouts, masks), min_size=1, max_size=3), dims, dims, st.sampled_from(FULL),
-    st.sampled_from(api.NORMALIZATIONS), st.sampled_from(["mse", "smooth_l1"]), st.sampled_from(["mean", "sum"]),
-    st.sampled_from(["none", "number", "per level", "per channel"]), st.sampled_from([-1, math.inf]),
+    st.lists(st.tuples(row_shapes, layouts, masks), min_size=1, max_size=3),
+    dims,
+    dims,
+    st.sampled_from(FULL),
+    st.sampled_from(api.NORMALIZATIONS),
+    st.sampled_from(["mse", "smooth_l1"]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from(["none", "number", "per level", "per channel"]),
+    st.sampled_from([-1, math.inf]),
     st.integers(0, 99),
-)  # fmt: skip
+)
 def test_several_losses_are_each_its_own(
     levels, s, t, dtype, normalization, loss, reduction, scale, chunked_from, seed
 ):
@@ -357,10 +418,17 @@ def test_several_losses_are_each_its_own(
 
 @examples(100)
 @given(
-    dims, dims, st.sampled_from(FULL), st.booleans(), st.sampled_from([1.0, 0.5, "match", "learned"]),
-    st.sampled_from(api.NORMALIZATIONS), st.sampled_from(["mse", "smooth_l1"]), masks,
-    st.sampled_from([-1, math.inf]), st.integers(0, 99),
-)  # fmt: skip
+    dims,
+    dims,
+    st.sampled_from(FULL),
+    st.booleans(),
+    st.sampled_from([1.0, 0.5, "match", "learned"]),
+    st.sampled_from(api.NORMALIZATIONS),
+    st.sampled_from(["mse", "smooth_l1"]),
+    masks,
+    st.sampled_from([-1, math.inf]),
+    st.integers(0, 99),
+)
 def test_module_equals_function(s, t, dtype, affine, scale, normalization, loss, mask_kind, chunked_from, seed):
     count("OrthoProjLoss")
     torch.manual_seed(seed)
@@ -403,11 +471,21 @@ def pooled(x, pool, skip, mask):
 
 @examples(120)
 @given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), dims, dims, st.sampled_from(FULL),
-    st.sampled_from(["class_token", "mean_tokens", "tokens", "spatial_mean", "spatial"]), st.integers(0, 2),
-    st.integers(0, 2), st.sampled_from([None, "samples", "positions"]), st.sampled_from(["bool", "weights", "empty"]),
-    st.sampled_from(api.NORMALIZATIONS), layouts, st.integers(0, 99),
-)  # fmt: skip
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    dims,
+    dims,
+    st.sampled_from(FULL),
+    st.sampled_from(["class_token", "mean_tokens", "tokens", "spatial_mean", "spatial"]),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.sampled_from([None, "samples", "positions"]),
+    st.sampled_from(["bool", "weights", "empty"]),
+    st.sampled_from(api.NORMALIZATIONS),
+    layouts,
+    st.integers(0, 99),
+)
 def test_feature_distiller(n, h, w, s, t, dtype, pool, skip, other_skip, masked, kind, normalization, layout, seed):
     """Models that return their inputs: what is left is pooling, masks and the loss."""
     count("FeatureDistiller")
@@ -441,9 +519,14 @@ def test_feature_distiller(n, h, w, s, t, dtype, pool, skip, other_skip, masked,
         assert losses["x"].isfinite()
         return
     expected = vk.functional.ortho_proj_loss(
-        x.to(dtype), y.to(dtype), distiller.projection("x"), mask=weights, normalization=normalization, eps=0.1,
+        x.to(dtype),
+        y.to(dtype),
+        distiller.projection("x"),
+        mask=weights,
+        normalization=normalization,
+        eps=0.1,
         backend="torch",
-    )  # fmt: skip
+    )
     torch.testing.assert_close(losses["x"], expected, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-6)
 
 
@@ -501,9 +584,13 @@ def test_orthogonal_linear(t, s, dtype, affine, shape, layout, power, seed):
 
 @examples(60)
 @given(
-    st.lists(st.integers(1, 3), max_size=2), dims, dims, st.sampled_from(FULL),
-    st.sampled_from(["cayley", "matrix_exp", "householder"]), st.integers(0, 99),
-)  # fmt: skip
+    st.lists(st.integers(1, 3), max_size=2),
+    dims,
+    dims,
+    st.sampled_from(FULL),
+    st.sampled_from(["cayley", "matrix_exp", "householder"]),
+    st.integers(0, 99),
+)
 def test_orthogonal(batch, t, s, dtype, orthogonal_map, seed):
     """A drop-in for any parameter: orthonormal at once, after assignment, and wherever the parameter is moved to."""
     count("orthogonal")

@@ -221,6 +221,37 @@ def test_what_a_user_got_wrong_is_said(tmp_path, images):
         )
 
 
+@pytest.mark.parametrize("stored", [("a", "b"), ("b",)])
+def test_several_teachers_of_which_some_are_stored(tmp_path, images, stored):
+    teachers = {"a": trained_teacher(CNN(), images), "b": ViT(width=12, prefix=2)}
+    of_a = {"student": "norm", "teacher": "conv", "student_pool": "class_token", "teacher_pool": "spatial_mean"}
+    of_b = {"student": "norm", "teacher": "norm", "student_pool": "mean_tokens", "teacher_pool": "class_token"}
+    sources = dict(teachers)
+    for name, pair in (("a", of_a), ("b", of_b)):
+        if name in stored:
+            options = {"dtype": torch.float32, "progress": False}
+            taps = [pair, *OUTPUT]
+            sources[name] = vk.FeatureStore.build(tmp_path / name, teachers[name], images, taps, **options)
+    pairs = [{**of_a, "teacher": "a:conv"}, {**of_b, "teacher": "b:norm"}]
+    student = ViT()
+    live = vk.FeatureDistiller(
+        copy.deepcopy(student), teachers, pairs, example_input=images, logit_weight={"a": 0.5, "b": 0.2}
+    )
+    mixed = vk.FeatureDistiller(
+        copy.deepcopy(student), sources, pairs, example_input=images, logit_weight={"a": 0.5, "b": 0.2}
+    )
+    mixed.load_state_dict(live.state_dict())
+    expected = losses_and_gradients(live, images[[4, 1]])
+    inputs = {name: source[[4, 1]] for name, source in sources.items() if name in stored}
+    for given in ({"indices": [4, 1]}, {"teacher_input": inputs}):
+        for side, of_live in zip(losses_and_gradients(mixed, images[[4, 1]], **given), expected, strict=True):
+            assert side.keys() == of_live.keys()
+            for name, value in of_live.items():
+                torch.testing.assert_close(side[name], value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="teacher_input must map 'a', 'b' to inputs or features"):
+        mixed(images, teacher_input=images)
+
+
 def test_an_hf_like_output_by_name(tmp_path, images):
     class Model(nn.Module):
         def __init__(self):

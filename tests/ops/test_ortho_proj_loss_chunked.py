@@ -264,9 +264,20 @@ def test_opcheck(needed):
     options = "layer_norm", 1e-5, 0.2, 0.5, 0.3, 0.5, 1 << 20
     torch.library.opcheck(
         chunked.chunked_loss,
-        (case.student, case.teacher, case.weight, case.bias, case.row_weight, case.channel_shift, case.channel_scale,
-         case.denominator, 1.0, *options, *needed),
-    )  # fmt: skip
+        (
+            case.student,
+            case.teacher,
+            case.weight,
+            case.bias,
+            case.row_weight,
+            case.channel_shift,
+            case.channel_scale,
+            case.denominator,
+            1.0,
+            *options,
+            *needed,
+        ),
+    )
     unscaled = [torch.randn(*size) for size in ((6, 5), (7, 5), (7,))]
     torch.library.opcheck(chunks.chunked_backward, (torch.ones(()), *unscaled, None, 0.5, torch.float16, torch.float32))
 

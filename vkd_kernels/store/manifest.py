@@ -100,7 +100,7 @@ class Manifest:
             if mine != theirs:
                 differences.append(f"{field}: {mine} there, {theirs} now")
         if list(self.taps.values()) != list(other.taps.values()):
-            mine, theirs = ("; ".join(f"{tap} {tap.shape}" for tap in each.taps.values()) for each in (self, other))
+            mine, theirs = ("; ".join(f"{tap} {tap.shape}" for tap in store.taps.values()) for store in (self, other))
             differences.append(f"taps: {mine} there, {theirs} now")
         return differences
 

@@ -93,7 +93,7 @@ def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ``(..., T, 1)`` for T < S, so that ``cayley(weight) * signs`` is ``matrix`` again.
 
     Raises:
-        TypeError, ValueError: as for ``cayley``; ValueError also for a matrix that is not orthonormal (to 1e-3).
+        TypeError, ValueError: as for ``cayley``; ValueError also for a matrix that is not semi-orthogonal (to 1e-3).
 
     Example:
         >>> import torch, vkd_kernels as vk

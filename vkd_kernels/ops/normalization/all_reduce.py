@@ -25,8 +25,8 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 class _GlobalLoss(torch.autograd.Function):
-    """y = Σ over ranks of x for a loss: each rank's gradient is scaled by the number of ranks, without communication,
-    so that the average DDP takes of the parameters' gradients is the gradient of the global loss."""
+    """y = Σ over ranks of x for a loss: a rank's gradient is scaled by the number of ranks, without communication, so
+    that the average that DDP takes of the parameters' gradients is the gradient of the global loss."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -45,7 +45,7 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
     return x if group is None else _AllReduceSum.apply(x, group)
 
 
-def all_reduce_together(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> Sequence[torch.Tensor]:
+def all_reduce_several(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> Sequence[torch.Tensor]:
     """all_reduce of several tensors of one dtype, all in one collective."""
     if group is None:
         return tensors

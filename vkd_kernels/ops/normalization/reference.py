@@ -7,7 +7,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ..float64 import as_float64, has_float64
-from .all_reduce import all_reduce, all_reduce_together
+from .all_reduce import all_reduce, all_reduce_several
 
 
 def sum_of_weights(
@@ -69,7 +69,7 @@ def mean_and_variance(
     """Means, biased variances and the rows' total weight, accumulated in float64 without a copy of the rows in it."""
     acc_dtype = torch.float64 if has_float64(rows.device) else rows.dtype
     count = sum_of_weights(rows[:, :0].to(acc_dtype), None if row_weight is None else row_weight.to(acc_dtype))
-    count, total = all_reduce_together([count, weighted(rows, row_weight).sum(0, dtype=acc_dtype)], group)
+    count, total = all_reduce_several([count, weighted(rows, row_weight).sum(0, dtype=acc_dtype)], group)
     divisor = torch.where(count > 0, count, 1.0)
     mu = total / divisor
     centered = without_masked_rows(rows - mu.to(rows.dtype), row_weight)
@@ -78,7 +78,7 @@ def mean_and_variance(
         weighted(centered.square(), row_weight).sum(0, dtype=acc_dtype),
         weighted(centered, row_weight).sum(0, dtype=acc_dtype),
     ]
-    squares, left = all_reduce_together(sums, group)
+    squares, left = all_reduce_several(sums, group)
     return mu, (squares / divisor - (left / divisor).square()).clamp_min(0.0), count
 
 
@@ -112,7 +112,7 @@ def covariances(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # G of (C,), (C, C)
     """covariance of several sets of rows, with two collectives for all of them."""
     sets = [(without_masked_rows(x, w), w) for x, w in zip(rows, row_weights, strict=True)]
-    sums = all_reduce_together([value for x, w in sets for value in _sums(x, w)], group)
+    sums = all_reduce_several([value for x, w in sets for value in _sums(x, w)], group)
     means_and_degrees, scatters = [], []
     for (x, w), total, squares, of_rows in zip(sets, sums[::3], sums[1::3], sums[2::3], strict=True):
         total = torch.where(total > 0, total, 1.0)
@@ -120,7 +120,7 @@ def covariances(
         scatters.append(weighted(x - mu, w).mT @ (x - mu))
         degrees = total if biased else total - squares / total
         means_and_degrees.append((mu, torch.where(degrees > 0, degrees, 1.0)))
-    summed = all_reduce_together(scatters, group)
+    summed = all_reduce_several(scatters, group)
     return [(mu, scatter / degrees) for (mu, degrees), scatter in zip(means_and_degrees, summed, strict=True)]
 
 
@@ -196,11 +196,11 @@ def whiten(
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:  # (N, C)
     """(rows - mean) A for the whitening matrix A of their own covariance, float64 inside."""
-    return whiten_each([rows], [row_weight], method=method, eps=eps, group=group)[0]
+    return whiten_several([rows], [row_weight], method=method, eps=eps, group=group)[0]
 
 
 @torch.no_grad()
-def whiten_each(
+def whiten_several(
     rows: Sequence[torch.Tensor],  # G of (N, C)
     row_weights: Sequence[torch.Tensor | None],  # G of (N,)
     *,

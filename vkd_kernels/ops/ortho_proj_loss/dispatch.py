@@ -11,8 +11,8 @@ import torch
 
 from .. import checks, implementations
 from ..implementations import Implementation
-from ..normalization.all_reduce import all_reduce_together
-from ..normalization.reference import whiten_each
+from ..normalization.all_reduce import all_reduce_several
+from ..normalization.reference import whiten_several
 from . import chunked, reference, statistics
 from .ranks import all_ranks_loss
 from .spec import Execution, LossGroup, LossInputs, LossSpec, acc_dtype
@@ -257,7 +257,7 @@ def _with_targets(
     """What the implementations but the reference know nothing of: whitened targets."""
     if implementation is Implementation.REFERENCE or spec.normalization != "whiten":
         return spec, rows
-    teachers = whiten_each(
+    teachers = whiten_several(
         [y.to(rows.acc_dtype) for y in rows.teachers],
         list(rows.row_weights),
         method="zca",
@@ -279,12 +279,12 @@ def _sums(spec: LossSpec, execution: Execution, implementation: Implementation, 
     if not isinstance(totals, torch.Tensor):
         return Sums(weight=totals)
     if not batch_norm:
-        (total,) = all_reduce_together([totals], execution.process_group)
+        (total,) = all_reduce_several([totals], execution.process_group)
         return Sums(weight=total)
     row_statistics = _statistics(implementation)
     own_student = row_statistics.column_sums(rows.students, rows.row_weights)
     own_teacher = row_statistics.column_sums(rows.teachers, rows.row_weights)
-    total, teacher, student = all_reduce_together([totals, own_teacher, own_student], execution.process_group)
+    total, teacher, student = all_reduce_several([totals, own_teacher, own_student], execution.process_group)
     return Sums(weight=total, teacher=teacher, student=student, own_student=own_student)
 
 
@@ -322,7 +322,7 @@ def _standardized(
     student_sum, scatters = row_statistics.student_scatters(
         rows.students, rows.row_weights, sums.own_student, student_mean
     )
-    squares, student_sum, scatters = all_reduce_together([squares, student_sum, scatters], execution.process_group)
+    squares, student_sum, scatters = all_reduce_several([squares, student_sum, scatters], execution.process_group)
     student_mean = student_sum / divisor  # the same, with gradients
     p = group.weights.to(student_mean.dtype)
     variance = ((p @ scatters) * p).sum(2).clamp_min(0) / divisor
