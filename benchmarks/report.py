@@ -215,7 +215,7 @@ def case_rows(case: dict) -> list[list[str]]:
                     if reason
                     else (_milliseconds(rows.get(w)) for w in ("forward", "backward", "both"))
                 ),
-                f"{both['share_of_floor']:.0%}" if both else "",
+                f"{both['share_of_floor']:.0%}" if "share_of_floor" in both else "",
                 "" if peak is None else f"{peak / 2**20:.1f}",
                 "" if launched is None else f"{launched:g}",
                 "" if host is None else f"{host * 1e6:.0f}",
