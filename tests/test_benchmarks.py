@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     bench_cayley,
+    bench_feature_store,
     bench_ortho_proj_loss,
     bench_training_step,
     floors,
@@ -247,6 +248,16 @@ def test_training_step_without_timm(monkeypatch):
     monkeypatch.setattr(bench_training_step.importlib.util, "find_spec", lambda name: None)
     result = harness.measure(bench_training_step.step_case(TINY_STEP, "token", "cpu"), "cpu", RATES, 0.01)
     assert [row["skipped"] for row in result["rows"]] == ["timm is not installed"] * 4
+
+
+def test_a_step_with_a_store_has_the_loss_of_the_live_teacher(tmp_path):
+    pytest.importorskip("timm", reason="needs timm")
+    size = bench_feature_store.CPU_SIZE._replace(teacher_options=(("depth", 1),), image=56, batch=2, stored=4)
+    result = harness.measure(bench_feature_store.store_case(size), "cpu", RATES, 0.01, memory=False)
+    assert not harness.failures(result)
+    rows = {row["candidate"]: row for row in result["rows"]}
+    assert rows["store"]["errors"]["loss"] > 0  # of float16, so it was compared with the live teacher's
+    assert {*rows} == {*bench_feature_store.NAMES} and all(row["median_s"] > 0 for row in rows.values())
 
 
 @pytest.fixture(scope="module")

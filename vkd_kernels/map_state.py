@@ -98,11 +98,12 @@ def _from_pytorch(
             f"{key}: the matrix of this checkpoint of torch.nn.utils.parametrizations.orthogonal is not "
             f"semi-orthogonal, max |PᵀP - I| = {error:.1e}. Weight decay does that to PyTorch's map 'householder'"
         )
-    warnings.warn(
-        f"vkd_kernels: {key} was saved by torch.nn.utils.parametrizations.orthogonal and is converted as by "
-        f"orthogonal_map={default!r}, its default for the shape {tuple(original.shape)}. If it was trained with "
-        "another map, load it there and assign: layer.weight = old.weight.",
-        stacklevel=2,
-    )
+    if (original + torch.eye(*original.shape[-2:]).to(original)).any():  # trained; before, all of its maps agree
+        warnings.warn(
+            f"vkd_kernels: {key} was saved by torch.nn.utils.parametrizations.orthogonal and is converted as by "
+            f"orthogonal_map={default!r}, its default for the shape {tuple(original.shape)}. If it was trained with "
+            "another map, load it there and assign: layer.weight = old.weight.",
+            stacklevel=2,
+        )
     weight, signs = cayley_inverse(matrix)
     return weight.to(original.dtype).contiguous().to(original.device), (signs * SIGN).to(original.device, torch.int8)

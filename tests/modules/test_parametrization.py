@@ -223,8 +223,13 @@ def test_a_checkpoint_of_pytorchs_own_orthogonal_is_converted(shape, trained, st
     if trained:
         with torch.no_grad():
             old[0].parametrizations.weight.original.add_(0.1 * torch.randn(shape).tril(-1))
-    with pytest.warns(UserWarning, match="was saved by torch.nn.utils.parametrizations.orthogonal and is converted"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         result = new.load_state_dict(old.state_dict(), strict=strict)
+    # Only a trained one may be of another map than the default, which the checkpoint doesn't say.
+    of_unknown_map = trained and shape != (1, 1)
+    assert [w for w in caught if "orthogonal and is converted as by" in str(w.message)] or not of_unknown_map
+    assert of_unknown_map or not caught
     assert not result.missing_keys and not result.unexpected_keys
     torch.testing.assert_close(new[0].weight, old[0].weight, rtol=0, atol=1e-5)
 

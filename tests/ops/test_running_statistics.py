@@ -184,6 +184,36 @@ def test_casts_leave_the_statistics_in_float64(make):
 
 
 @modules
+def test_statistics_are_shared_with_other_processes(make):
+    module = make(momentum=0.1)
+    module.share_memory()
+    assert all(buffer.is_shared() for buffer in module.buffers())
+
+
+def test_pairs_of_a_distiller_with_statistics_of_their_own():
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(4, 5), nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 7))
+    targets = {"a": vk.Standardization(7, momentum=0.1), "b": vk.Whitening(7, method="phi_s", momentum=0.1)}
+    pairs = [
+        vk.Pair(student="", teacher=index, name=name, dims=(5, 7), normalization=module)
+        for index, (name, module) in zip("01", targets.items(), strict=True)
+    ]
+    distiller = vk.FeatureDistiller(student, teacher, pairs)
+    x = torch.randn(20, 4)
+    for _ in range(2):
+        losses = distiller(x)[1]
+        losses["total"].backward()
+    assert all(module.batches_seen == 2 for module in targets.values())
+    saved = [name for name in distiller.state_dict() if name.endswith("batches_seen")]
+    assert len(saved) == 2
+    alone = vk.OrthoProjLoss(5, 7, normalization=copy.deepcopy(targets["b"]).eval())
+    alone.projection.weight = distiller.projection("b")
+    expected = alone(student(x), teacher(x))
+    distiller.eval()
+    torch.testing.assert_close(distiller(x)[1]["b"], expected)
+
+
+@modules
 def test_from_the_meta_device(make):
     with torch.device("meta"):
         module = make(momentum=0.1)

@@ -67,7 +67,8 @@ class Experiment:
 
     def overridden(self, arm: str) -> str:
         """The arm's own values that the command line replaces, as they were typed."""
-        return " ".join(f"{k}={v}" for k, v in self.typed.items() if k in self.arms[arm].changes)
+        own = {key: configs.show(value) for key, value in self.arms[arm].changes.items()}
+        return " ".join(f"{key}={value}" for key, value in self.typed.items() if own.get(key, value) != value)
 
     def labels(self) -> dict[str, str]:
         typed = {name: self.overridden(name) for name in self.arms}

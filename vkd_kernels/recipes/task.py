@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import vkd_kernels as vk
 
-from .config import Floats, OptionError, Section, option, replace, section
+from .config import Floats, OptionError, Section, option, replace
 
 RELEASED = "released code"
 
@@ -326,6 +326,3 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-__all__ = ["Arm", "Context", "DistillConfig", "Metric", "Monitor", "Optim", "Run", "Task", "generator", "section"]

@@ -111,9 +111,9 @@ class RunningStatistics(nn.Module):
         finally:
             for name, buffer in kept.items():
                 device = fn(torch.empty(0, device=buffer.device)).device
-                if has_float64(device) and device != buffer.device:
-                    empty = buffer.is_meta or device.type == "meta"
-                    buffer = torch.empty_like(buffer, device=device) if empty else buffer.to(device)
+                if has_float64(device):
+                    moved = fn(buffer)
+                    buffer = moved if moved.dtype == buffer.dtype else buffer.to(device)
                 self._buffers[name] = buffer
         return self
 
