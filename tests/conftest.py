@@ -21,6 +21,7 @@ SLOW_FILES = (
     "modules/test_integrations*.py",
     "modules/test_properties.py",
     "modules/test_store*.py",
+    "modules/test_teachers.py",
     "ops/test_ortho_proj_loss_aot.py",
     "ops/test_ortho_proj_loss_group.py",
     "ops/test_ortho_proj_loss_triton.py",

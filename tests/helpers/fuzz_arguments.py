@@ -103,7 +103,7 @@ DTYPE = things(
 DEVICE = things(but=("None", "int", "True"), typo="cudaa", hip="nowhere:0")
 CHANNELS = [(), (0,), (3,), (0, 4, 3), (2, 4, 0)]
 LOSS_OPTIONS = {
-    "normalization": NAMES,
+    "normalization": {name: value for name, value in NAMES.items() if name != "module"},  # any module may stand there
     "loss": NAMES,
     "beta": BETA,
     "eps": EPS,

@@ -156,3 +156,49 @@ def validation_on_the_first_rank(rank):
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_validation_on_one_rank_alone_does_not_hang(tmp_path):
     processes.run_ranks(validation_on_the_first_rank, tmp_path)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.dropped = nn.Linear(6, 6).double(), nn.Linear(6, 6).double(), False
+
+    def forward(self, x):
+        x = self.first(x)
+        return x if self.dropped else self.second(x)
+
+
+def a_layer_dropped_on_the_first_rank(rank):
+    torch.manual_seed(0)
+    pairs = [
+        {
+            "student": name,
+            "teacher": "2",
+            "dims": (6, 16),
+            "name": name,
+            "optional": True,
+            "normalization": "batch_norm",
+        }
+        for name in ("first", "second")
+    ]
+    student, teacher = Dropping(), layers(16).double()
+    alone = vk.FeatureDistiller(copy.deepcopy(student), teacher, pairs, balance="running_mean")
+    together = vk.FeatureDistiller(student, teacher, pairs, balance="running_mean", process_group=dist.group.WORLD)
+    together.load_state_dict(alone.state_dict())
+    ranks = nn.parallel.DistributedDataParallel(together, find_unused_parameters=True)
+    x = FEATURES.double()
+    mine = x[:2] if rank == 0 else x[2:]
+    student.dropped = rank == 0
+    losses = ranks(mine)[1]
+    losses["total"].backward()
+    torch.testing.assert_close(losses["first"], alone(x)[1]["first"])
+    torch.testing.assert_close(losses["second"], alone(x[2:])[1]["second"])  # the rows of the rank that ran it
+    for parameter in together.parameters():
+        both = [torch.empty_like(parameter) for _ in range(2)]
+        dist.all_gather(both, parameter.grad)
+        assert torch.equal(*both) and both[0].any()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_a_layer_that_one_rank_dropped_counts_the_rows_of_the_others(tmp_path):
+    processes.run_ranks(a_layer_dropped_on_the_first_rank, tmp_path)

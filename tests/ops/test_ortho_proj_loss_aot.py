@@ -83,14 +83,25 @@ def source(
     function: Any, arguments: dict[str, Any], options: dict[str, Any], target: Any
 ) -> tuple[Any, dict[str, Any]]:
     """(source, options) of the recorded launch, specialized as Triton's just-in-time compiler does it."""
+    from triton._utils import find_paths_if, get_iterable_path
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
     backend = make_backend(target)
     bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialization, flags = bind(**arguments, **options)
-    flags, signature, constants, attributes = function._pack_args(backend, options, bound, specialization, flags)
-    return ASTSource(function, signature, constants, attributes), flags.__dict__
+    bound, specialization, _ = bind(**arguments, **options)
+    # What follows is what Triton's `run` does before it compiles, from 3.4 on; later versions have it as a method.
+    kinds = [kind for kind, _ in specialization]
+    marks = [None if kind == "constexpr" else mark for kind, mark in specialization]
+    constants = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+    attributes = find_paths_if(marks, lambda _, mark: isinstance(mark, str))
+    code = ASTSource(
+        function,
+        dict(zip([parameter.name for parameter in function.params], kinds, strict=True)),
+        {path: get_iterable_path(list(bound.values()), path) for path in constants},
+        {path: backend.parse_attr(get_iterable_path(marks, path)) for path in attributes},
+    )
+    return code, backend.parse_options(options).__dict__
 
 
 def compile_form(job: tuple[str, str]) -> dict[str, dict[str, Any]]:
@@ -103,7 +114,12 @@ def compile_form(job: tuple[str, str]) -> dict[str, dict[str, Any]]:
     results = {}
     for name, launch in record(form, chip).items():
         code, flags = source(*launch, target)
-        compiled = triton.compile(code, target=target, options=flags)
+        try:
+            compiled = triton.compile(code, target=target, options=flags)
+        except Exception as error:
+            if "ROCm linker" not in str(error):  # later versions of Triton bring it
+                raise
+            return {"missing": {"reason": f"Triton {triton.__version__}: {error}"}}
         used = _of_nvidia(compiled, chip) if target.backend == "cuda" else _of_amd(compiled)
         results[name] = {"shared": compiled.metadata.shared, **used}
     return results
@@ -170,6 +186,8 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], dict[str, 
 def test_compiles_for_the_chip(compiled: Any, form: str, chip: str) -> None:
     """Within its shared memory, without spills, without serialized wgmma (ptxas warns of it), on tensor cores."""
     kernels = compiled[form, chip]
+    if "missing" in kernels:
+        pytest.skip(kernels["missing"]["reason"])
     expected = {
         "tokens": {"loss_tile", "sum_shares", "scale_gradients"},
         "pooled": {"loss_tile", "gradient_tiles"},

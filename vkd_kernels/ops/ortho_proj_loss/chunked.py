@@ -216,7 +216,8 @@ def _row_losses(
         gradients += [] if gradient is None else [gradient]
     last = not coefficients.mse
     if coefficients.smooth_l1:
-        terms.append(coefficients.smooth_l1 * F.smooth_l1_loss(z, t, beta=beta, reduction="none").sum(1))
+        huber = F.smooth_l1_loss(z, t, beta=beta, reduction="none").sum(1)
+        terms.append(huber if coefficients.smooth_l1 == 1.0 else coefficients.smooth_l1 * huber)
         if need_gradient:
             upstream = z.new_full((), coefficients.smooth_l1)
             into = z if last else torch.empty_like(z)

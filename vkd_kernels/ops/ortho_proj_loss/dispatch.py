@@ -63,8 +63,8 @@ def loss(
     execution: Execution,
 ) -> torch.Tensor:  # ()
     """The loss of arguments that api.py has checked."""
-    implementation = choose(spec, execution, [student], [teacher])
     product_dtype = _product_dtype(student)
+    implementation = choose(spec, execution, student.device.type, product_dtype, [teacher])
     spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
         spec, (teacher,) = _targets_of_module(spec, [teacher], [mask])
@@ -105,8 +105,8 @@ def group_loss(
     execution: Execution,
 ) -> torch.Tensor:  # (G,)
     """The losses of arguments that api.py has checked."""
-    implementation = choose(spec, execution, students, teachers)
     product_dtype = _product_dtype(students[0])
+    implementation = choose(spec, execution, students[0].device.type, product_dtype, teachers)
     spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
         spec, teachers = _targets_of_module(spec, teachers, masks)
@@ -139,9 +139,9 @@ def group_loss(
 
 def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
     """The options with a beta that the dtype has a number for: 0 would give every d its sign, also d = 0."""
-    limits = torch.finfo(dtype)
-    if limits.tiny <= spec.beta <= limits.max:
+    if 1e-30 < spec.beta < 1e30:
         return spec
+    limits = torch.finfo(dtype)
     return replace(spec, beta=min(max(spec.beta, limits.tiny), limits.max))
 
 
@@ -149,19 +149,22 @@ def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
 
 
 def choose(
-    spec: LossSpec, execution: Execution, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]
+    spec: LossSpec,
+    execution: Execution,
+    device_type: str,
+    product_dtype: torch.dtype,
+    teachers: Sequence[torch.Tensor],
 ) -> Implementation:
     """The implementation that serves: the table of implementations.py, for these sizes and options."""
     # Ranks, which may differ in size, all take the path with the same collectives.
     large = execution.process_group is not None or max(y.numel() for y in teachers) > CHUNKED_FROM
     in_torch = Implementation.CHUNKED if large else Implementation.REFERENCE
-    device, dtype = students[0].device.type, _product_dtype(students[0])
     candidates = (Implementation.TRITON, in_torch)
-    chosen = implementations.decide("ortho_proj_loss", execution.backend, device, dtype, candidates)
+    chosen = implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates)
     lacking = _module(chosen).unsupported(spec) if chosen is Implementation.TRITON else None
     if lacking is None:
         return chosen
-    return implementations.decide("ortho_proj_loss", execution.backend, device, dtype, candidates, lacking)
+    return implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates, lacking)
 
 
 def _module(implementation: Implementation) -> ModuleType:
@@ -314,9 +317,13 @@ def _standardized(
     It needs no pass over Z: mean(Z) = P mean(X) and var(Z)_j = p_j Cov(X) p_jᵀ, so standardizing Z is another weight
     and bias, whose gradients flow on through the student's statistics.
     """
-    assert isinstance(sums.weight, torch.Tensor) and sums.teacher is not None and sums.student is not None
+    assert sums.teacher is not None and sums.student is not None
     row_statistics = _statistics(implementation)
-    divisor = torch.where(sums.weight > 0, sums.weight, 1.0)[:, None]  # (G, 1)
+    divisor: float | torch.Tensor  # (G, 1), or the number of rows of the only loss
+    if isinstance(sums.weight, torch.Tensor):
+        divisor = torch.where(sums.weight > 0, sums.weight, 1.0)[:, None]
+    else:
+        (divisor,) = sums.weight
     teacher_mean, student_mean = sums.teacher / divisor, sums.student / divisor
     squares = row_statistics.column_square_sums(rows.teachers, rows.row_weights, teacher_mean)
     student_sum, scatters = row_statistics.student_scatters(

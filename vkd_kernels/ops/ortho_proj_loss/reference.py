@@ -37,14 +37,16 @@ def loss(spec: LossSpec, inputs: LossInputs, process_group: "dist.ProcessGroup |
     if inputs.channel_scale is not None:
         t = t * inputs.channel_scale
     coefficients = spec.coefficients(t.shape[1])
-    row_loss = t.new_zeros(t.shape[0])
+    sums = []  # (coefficient, the weighted sum over the rows) of every term
     if coefficients.mse:
-        row_loss = row_loss + coefficients.mse * F.mse_loss(z, t, reduction="none").sum(1)
+        sums.append((coefficients.mse, weighted(F.mse_loss(z, t, reduction="none"), w).sum()))
     if coefficients.smooth_l1:
         huber = F.smooth_l1_loss(z, t, beta=spec.beta, reduction="none")
-        row_loss = row_loss + coefficients.smooth_l1 * huber.sum(1)
+        sums.append((coefficients.smooth_l1, weighted(huber, w).sum()))
     if coefficients.cosine:
         # Clamped before the root, whose second derivative at 0 (a masked row) would be NaN.
         z_norm, t_norm = (x.square().sum(1).clamp_min(NORM_FLOOR**2).sqrt() for x in (z, t))
-        row_loss = row_loss + coefficients.cosine * (1 - (z * t).sum(1) / (z_norm * t_norm))
-    return weighted(row_loss[:, None], w).sum() / inputs.denominator
+        distance = 1 - (z * t).sum(1) / (z_norm * t_norm)
+        sums.append((coefficients.cosine, weighted(distance[:, None], w).sum()))
+    first, *others = (total if coefficient == 1.0 else coefficient * total for coefficient, total in sums)
+    return sum(others, start=first) / inputs.denominator

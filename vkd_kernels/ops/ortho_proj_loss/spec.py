@@ -11,7 +11,7 @@ with the coefficients that ``LossSpec.coefficients(T)`` gives, h_β(d) = d²/2β
 cos(z, t) = ⟨z, t⟩ / (max(‖z‖, 1e-8) max(‖t‖, 1e-8)). ``denominator`` is the rows' total weight (of all ranks) times T
 for the mean, 1 for the sum, and never 0. Rows of weight 0 count nowhere, whatever they hold.
 
-**What an implementation offers** (``chunked`` and ``triton`` alike; ``reference`` has ``loss_sum``)::
+**What an implementation offers** (``chunked`` with ``statistics``, and ``triton``; ``reference`` has ``loss`` alone)::
 
     unsupported(spec) -> str | None                                     the reason why it can't compute this, or None
     loss(spec, inputs) -> ()                                            differentiable in student, weight, bias
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from .ranks import RankAgreement
 
 ROW_NORMALIZATIONS = ("layer_norm", "l2", "none")  # those that a row of the teacher has by itself
-ELEMENT_LOSSES = ("smooth_l1", "mse")  # means over rows and channels; cosine is a mean over rows
 NORM_FLOOR = 1e-8  # ‖z‖ and ‖t‖ in the cosine are at least that
 
 
@@ -83,9 +82,12 @@ class LossSpec:
 
     def coefficients(self, teacher_dim: int) -> "Coefficients":
         """What the terms of a row are multiplied by; the mean over rows alone makes up for a denominator with T."""
-        per_row = teacher_dim if self.reduction == "mean" else 1
+        shares = dict(self.loss)
+        cosine = shares.get("cosine", 0.0)
         return Coefficients(
-            mse=self.share("mse"), smooth_l1=self.share("smooth_l1"), cosine=self.share("cosine") * per_row
+            mse=shares.get("mse", 0.0),
+            smooth_l1=shares.get("smooth_l1", 0.0),
+            cosine=cosine * teacher_dim if self.reduction == "mean" else cosine,
         )
 
     @property
