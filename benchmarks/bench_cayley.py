@@ -6,6 +6,7 @@
 orthogonal_maps.py compares the maps at full size on a CPU, where one of them takes half a minute.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -22,7 +23,7 @@ from benchmarks import floors, harness
 LIMITS = {"output": 1e-6, "gradients": 1e-5, "orthogonality": 1e-4}
 OWN_PRODUCTS = "its own float32 matrix products"
 
-# (shape of the weight, whether PyTorch's maps run too)
+# (shape of the weight, whether PyTorch's maps run too: at a size that takes them well under a second)
 CPU_SHAPES = [
     ((768, 64), True),
     ((3024, 192), False),
@@ -31,8 +32,9 @@ CPU_SHAPES = [
     ((64, 64, 64), False),
 ]
 GPU_SHAPES = [
-    ((3024, 192), True),
+    ((3024, 192), False),
     ((6, 256, 256), True),
+    ((768, 64), True),
     ((12, 768, 384), False),
     ((1024, 1024), False),
     ((4096, 16, 16), False),
@@ -225,8 +227,24 @@ def dtypes(device):
     return (torch.float32,)
 
 
-def cases(device) -> list[harness.Case]:
+def maps_case(shape, device) -> harness.Case:
+    """PyTorch's maps at full size, by themselves: should one of them take long, no other row waits for it."""
+    case = map_case(shape, device)
+    ours = [candidate for candidate in case.candidates if candidate.name == "vkd_kernels"]
+    candidates = [dataclasses.replace(candidate, passes=("both",)) for candidate in (*ours, *torch_maps(shape))]
+    return dataclasses.replace(case, name=f"maps {case.name}", candidates=candidates, passes=("both",))
+
+
+def cases(device, rehearse=False) -> list[harness.Case]:
+    """`rehearse`: the GPU's cases by name, tiny, on a CPU."""
+    if rehearse:
+        tiny = [map_case((*shape[:-2], 5, 3), "cpu", maps=maps) for shape, maps in GPU_SHAPES]
+        names = [" x ".join(map(str, shape)) for shape, _ in GPU_SHAPES]
+        tiny = [dataclasses.replace(case, name=name) for case, name in zip(tiny, names, strict=True)]
+        return [*tiny, dataclasses.replace(maps_case((5, 3), "cpu"), name="maps 3024 x 192")]
     listed = [map_case(shape, device, maps=maps) for shape, maps in (GPU_SHAPES if device == "cuda" else CPU_SHAPES)]
+    if device == "cuda":
+        listed.append(maps_case((3024, 192), device))
     return listed + [
         map_case(shape, device, scaling=variable) for variable, shapes in SCALING[device].items() for shape in shapes
     ]

@@ -5,6 +5,7 @@ user would write (layer_norm or batch_norm, smooth_l1; once with PyTorch's ortho
     python -m benchmarks.bench_ortho_proj_loss [-k NAME]               the records alone, without pytest
 """
 
+import dataclasses
 import functools
 import sys
 
@@ -113,7 +114,11 @@ def check(truth, output, gradients):
     return harness.compare(output, gradients, truth)
 
 
-def loss_case(kind, n, s, t, normalization, projections, *, dtype, device) -> harness.Case:
+def loss_case(kind, n, s, t, normalization, projections, *, dtype, device, tiny=False) -> harness.Case:
+    """`tiny`: the same case on a CPU, by its name, with small shapes and without what only a GPU has."""
+    full = n, s, t
+    if tiny:
+        n, s, t = min(n, 20), min(s, 6), min(t, 10)
     fused = functools.partial(losses_together, normalization=normalization)
     composed = functools.partial(composed_loss, normalization=normalization)
     eager = functools.partial(total_loss, normalization=normalization, backend="torch")
@@ -132,15 +137,17 @@ def loss_case(kind, n, s, t, normalization, projections, *, dtype, device) -> ha
     if projections > 1:
         separate = functools.partial(total_loss, normalization=normalization)
         candidates.append(harness.Candidate("vkd_kernels, one call a projection", calls(separate), check))
-    if device == "cuda" and kind != "token":  # bound by launches: what remains when the host costs nothing
+    if device == "cuda":  # what remains when the host costs nothing
         candidates += [
             harness.Candidate(f"{name}, CUDA graph", calls(function), check, graph=True, passes=("both",))
             for name, function in (("vkd_kernels", fused), ("eager", eager))
         ]
     count = f"{projections} x " if projections > 1 else ""
     short = str(dtype).removeprefix("torch.")
+    if tiny:
+        candidates = [candidate for candidate in candidates if candidate.name != "torch.compile"]
     return harness.Case(
-        name=f"{kind} {count}{n} x {s} -> {t} {short}",
+        name=f"{kind} {count}{full[0]} x {full[1]} -> {full[2]} {short}",
         parameters={"kind": kind, "n": n, "s": s, "t": t, "normalization": normalization, "projections": projections},
         dtype=short,
         cost=floors.loss_cost(n, s, t, dtype.itemsize).times(projections),
@@ -215,7 +222,12 @@ def dtypes(device):
     return (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
 
 
-def cases(device) -> list[harness.Case]:
+def cases(device, rehearse=False) -> list[harness.Case]:
+    """`rehearse`: the GPU's cases by name, tiny, on a CPU and in float32."""
+    if rehearse:
+        names = [loss_case(*row, dtype=torch.bfloat16, device="cpu", tiny=True).name for row in GPU_CASES]
+        tiny = [loss_case(*row, dtype=torch.float32, device="cpu", tiny=True) for row in GPU_CASES]
+        return [dataclasses.replace(case, name=name) for case, name in zip(tiny, names, strict=True)]
     if device != "cuda":
         return [
             *(loss_case(*row, dtype=torch.float32, device=device) for row in CPU_CASES),

@@ -176,7 +176,9 @@ def dtypes(device):
     return (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
 
 
-def cases(device) -> list[harness.Case]:
+def cases(device, rehearse=False) -> list[harness.Case]:
+    if rehearse:
+        return [step_case(CPU_SIZE._replace(batch=2), "pooled", "cpu")]
     size = GPU_SIZE if device == "cuda" else CPU_SIZE
     return [step_case(size, kind, device) for kind in ("pooled", "token")]
 

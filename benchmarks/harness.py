@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -103,6 +104,15 @@ def gate(errors: dict[str, float], limits: dict[str, float]) -> None:
 # ------------------------------------------------------------------------------------------------------------- timing
 
 
+def run_time_errors() -> tuple[type[Exception], ...]:
+    """What ends one candidate and not the run. Triton's own errors are no RuntimeError in every version."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return RuntimeError, TritonError
+
+
 class Runner:
     """One candidate over all sets of inputs: `sample(pass)` is the seconds of one call."""
 
@@ -151,17 +161,20 @@ class Runner:
 
 
 def interleave(samplers: dict[Any, Callable[[], float]], seconds: float, least: int = 3, most: int = 200) -> dict:
-    """{key: samples}: the samplers take turns; each stops after `seconds` of its own, but not before `least` samples.
+    """{key: samples}: the samplers take turns, in another random order each time.
+
+    Each stops after `seconds` of its own, but not before `least` samples.
 
     A turn is one sample, or as many as fit 20 ms after one that only warms the caches up again.
     """
     samples = {key: [] for key in samplers}
     spent = dict.fromkeys(samplers, 0.0)
+    order = random.Random(0)
     while True:
         active = [k for k, s in samples.items() if len(s) < most and (len(s) < least or spent[k] < seconds)]
         if not active:
             return samples
-        for key in active:
+        for key in order.sample(active, len(active)):
             began = time.perf_counter()
             first = samplers[key]()
             if first > 5e-3:
@@ -318,7 +331,7 @@ def measure(
                 facts[candidate.name] |= _memory_and_launches(candidate, runner, device)
         except WrongOutput as wrong:
             rows.append({"candidate": candidate.name, "wrong": str(wrong)})
-        except RuntimeError as error:  # of PyTorch, its compiler, CUDA, memory: the other candidates go on
+        except run_time_errors() as error:  # of PyTorch, its compiler, CUDA, memory, Triton: the others go on
             reason = str(error).strip().splitlines() or [""]
             rows.append({"candidate": candidate.name, "failed": f"{type(error).__name__}: {reason[0]}"[:500]})
         else:
@@ -405,7 +418,7 @@ def line(case: dict) -> str:
     return "\n".join(lines)
 
 
-def main(benchmark: str, cases: Callable[[str], list[Case]], dtypes, arguments=None) -> int:
+def main(benchmark: str, cases: Callable[..., list[Case]], dtypes, arguments=None) -> int:
     """A benchmark as a program, where pytest-benchmark is not to be had; 1 if a candidate was wrong or failed."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark}")
     parser.add_argument("-k", default="", help="only cases whose name contains this")
@@ -417,11 +430,13 @@ def main(benchmark: str, cases: Callable[[str], list[Case]], dtypes, arguments=N
     parser.add_argument(
         "--extend", action="store_true", help="keep the cases that this machine's record of this commit has"
     )
+    parser.add_argument("--rehearse", action="store_true", help="a GPU's cases on a CPU, with tiny shapes")
     options = parser.parse_args(arguments)
-    device = records.device_type()
+    device = "cpu" if options.rehearse else records.device_type()
+    listed = cases("cuda", rehearse=True) if options.rehearse else cases(device)
     record = records.Record(benchmark, options.records, floors.ceilings(device, dtypes(device)), options.extend)
     problems = []
-    for case in cases(device):
+    for case in listed:
         if options.k in case.name:
             result = measure(case, device, record.ceilings, options.seconds, tries=options.tries)
             record.add(without_samples(result))

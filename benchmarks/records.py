@@ -18,7 +18,7 @@ import vkd_kernels as vk
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed
 RUNS = ROOT / "runs" / "benchmarks"  # ignored by git
-MEASURED = ("vkd_kernels", "csrc", "benchmarks/*.py", "CMakeLists.txt", "setup.py")
+MEASURED = ("vkd_kernels", "csrc", "benchmarks/*.py", "benchmarks/gpu", "CMakeLists.txt", "setup.py")
 
 
 def device_type() -> str:
@@ -46,6 +46,11 @@ def _cpu_model() -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
+def commit() -> str | None:
+    """Of the checkout, or what VKD_COMMIT says where the tree came without its .git."""
+    return _output("git", "rev-parse", "HEAD") or os.environ.get("VKD_COMMIT")
+
+
 def environment() -> dict:
     """Device, versions and the commit; `changed` lists the measured files that differ from it (None: no checkout)."""
     facts = vk.info()
@@ -59,7 +64,7 @@ def environment() -> dict:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": platform.system(),
         **{key: facts[key] for key in ("python", "torch", "cuda", "triton", "vkd_kernels", "extension")},
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "dirty": None if changed is None else bool(changed),
         "changed": None if changed is None else [line[3:] for line in changed.splitlines()],
     }
@@ -70,6 +75,7 @@ def environment() -> dict:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
+            "clocks": clocks(),
         }
     return result
 
@@ -81,6 +87,12 @@ def refuse_changed_tree(folder: Path, facts: dict) -> None:
             f"no record is published from a changed tree: {', '.join(facts['changed'])}. Commit first, or write to "
             f"another folder, such as --records {RUNS.relative_to(ROOT)}"
         )
+
+
+def clocks() -> str | None:
+    """The GPU's clocks now and at most, as nvidia-smi says them; read, never set."""
+    names = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+    return _output("nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader")
 
 
 class Record:
@@ -97,7 +109,7 @@ class Record:
         if extend and self.path.exists():
             self.content = json.loads(self.path.read_text())
             was = self.content["environment"]
-            differs = [key for key in was if key not in ("time", "load_average") and was[key] != now.get(key)]
+            differs = [key for key in was if key not in ("time", "load_average", "clocks") and was[key] != now.get(key)]
             if differs:
                 raise SystemExit(f"{self.path} is another machine's or version's: {', '.join(differs)}")
         else:
@@ -123,6 +135,10 @@ def unrepeatable(folder: Path) -> list[str]:
     records = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     commits = {name: record.get("machine", {}).get("commit") for name, record in records.items()}
     return sorted(name for name, commit in commits.items() if commit and commit.endswith("-dirty"))
+
+
+def read_one(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def read(folder: Path) -> dict[str, dict[str, dict]]:
