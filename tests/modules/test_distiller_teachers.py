@@ -213,6 +213,8 @@ def test_an_exported_student_goes_to_onnx():
     module = make([{**TOKENS_TO_MAP, "name": "x"}]).export("x")
     program = torch.onnx.export(module, (IMAGES,), dynamo=True, verbose=False)
     assert not {node.domain for node in program.model.graph} - {"", "pkg.onnxscript.torch_lib"}
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime, which runs what was written")
+    torch.testing.assert_close(program(IMAGES)[0], module(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_an_exported_student_that_is_tapped_itself():

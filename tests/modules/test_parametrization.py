@@ -403,3 +403,5 @@ def test_a_student_with_orthogonal_layers_folds_for_export(tmp_path):
     pytest.importorskip("onnxscript")
     program = torch.onnx.export(student, (x,), dynamo=True, verbose=False)
     assert {node.op_type for node in program.model.graph} <= {"Gemm", "MatMul", "Add", "Gelu", "Transpose"}
+    pytest.importorskip("onnxruntime")
+    torch.testing.assert_close(program(x)[0], expected, rtol=1e-4, atol=1e-5)
