@@ -280,6 +280,12 @@ def test_a_teacher_of_other_classes(folder):
     assert "logits" not in batch and batch["features"].shape == (8, 368)
 
 
+def test_a_teacher_of_other_classes_is_not_trained_here(folder):
+    """Someone wants ImageNet's classes and forgets teacher.pretrained=true: an error before the training, not in it."""
+    with pytest.raises(OptionError, match=r"teacher\.classes: 1000, but .* teacher\.pretrained=true"):
+        of_folder(folder, teacher__name="resnet18", teacher__classes=1000, distill__logit_weight=0)
+
+
 def test_students_alone_need_no_teacher(folder):
     alone = {"teacher__steps": 0, "distill__weight": 0, "distill__logit_weight": 0, "optim__batch_size": 8}
     training = job(of_folder(folder, student__name="resnet10t", **alone), folder / "run")

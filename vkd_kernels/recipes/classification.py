@@ -137,6 +137,12 @@ class Config(Section):
             raise OptionError(
                 f"teacher.classes: logits of {self.teacher.classes} classes teach only with distill.logit_weight=0"
             )
+        t = self.teacher
+        if self.needs_teacher and t.classes not in (0, data.classes) and t.steps and not (t.weights or t.pretrained):
+            raise OptionError(
+                f"teacher.classes: {t.classes}, but a teacher that is trained here learns the data's classes: leave "
+                "teacher.classes out, or give teacher.weights or teacher.pretrained=true"
+            )
         if not len(data.mean) == len(data.std) == data.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {data.channels}; got {data.mean} and {data.std}")
         if data.name != "digits" and not Path(data.root).is_dir() and not data.download and data.root:
