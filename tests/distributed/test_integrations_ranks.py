@@ -337,7 +337,7 @@ def fsdp_of_a_feature_distiller_from_the_meta_device():
             child.reset_parameters()
     for state in (*module.pair_losses.buffers(), *(whole(p) for p in module.pair_losses.parameters())):
         agree(state)
-    assert whole(module.scales["0"]).item() == (9 / 5) ** 0.5
+    assert whole(module.pair_losses.of("0->0").scale).item() == (9 / 5) ** 0.5
     found = module(part(batch(), 4)[0], metrics=True)[2]
     assert found["diagnostics/0->0/orthogonality_error"] < 1e-12
     agree(found["loss"])

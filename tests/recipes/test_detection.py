@@ -334,12 +334,15 @@ def test_average_precision_of_perfect_of_no_detections_and_without_any_object(co
 def test_detections_are_the_best_of_their_place_and_inside_the_image():
     model = detectors.FCOS((4,), 6, 2, 1)
     inside = torch.ones(1, 16, 16, dtype=torch.bool)
+    inside[:, :, 12:] = False
     logits = torch.full((1, 16, 2), -9.0)
-    logits[0, 5, 1], logits[0, 6, 1], logits[0, 0, 0] = 3.0, 2.0, 1.0
+    logits[0, 5, 1], logits[0, 6, 1], logits[0, 0, 0] = 3.0, 2.0, 1.0  # the second is of the same object
+    logits[0, 3, 0] = 4.0  # in the padding
     boxes = torch.tensor([[2.0, 2, 10, 10]]).repeat(1, 16, 1)
     boxes[0, 0] = torch.tensor([-4.0, 8, 20, 30])
-    (found,) = model.detections(detectors.Prediction(logits, boxes, {"map": torch.zeros(1, 4, 4, 6)}), inside)
-    assert found.labels.tolist() == [1, 1] and found.boxes[1].tolist() == [0, 8, 16, 16]
+    (detections,) = model.detections(detectors.Prediction(logits, boxes, {"map": torch.zeros(1, 4, 4, 6)}), inside)
+    assert detections.labels.tolist() == [1, 0]
+    assert detections.boxes.tolist() == [[2, 2, 10, 10], [0, 8, 12, 16]]
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
