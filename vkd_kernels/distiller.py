@@ -197,7 +197,7 @@ class FeatureDistiller(nn.Module):
     def __enter__(self) -> "FeatureDistiller":
         return self.attach()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def no_weight_decay(self) -> set[str]:
