@@ -24,7 +24,7 @@ SLOW_FILES = (
     "modules/test_store*.py",
     "modules/test_teachers.py",
     "ops/test_ortho_proj_loss_aot.py",
-    "ops/test_ortho_proj_loss_group.py",
+    "ops/test_ortho_proj_loss_group*.py",
     "ops/test_ortho_proj_loss_semi_orthogonal.py",
     "ops/test_ortho_proj_loss_triton.py",
     "recipes/*.py",

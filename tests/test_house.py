@@ -18,14 +18,9 @@ NOT_YET: dict[str, list[str]] = {
     "at most six positional arguments": [
         "benchmarks/bench_operators.py",
     ],
-    "no formatting by hand": [
-        "tests/ops/test_ortho_proj_loss_group.py",
-        "tests/ops/test_ortho_proj_loss_triton.py",
-    ],
     "at most 500 lines": [
         "csrc/cayley/cuda/plan.h",
         "tests/modules/test_properties.py",
-        "tests/ops/test_ortho_proj_loss_group.py",
     ],
 }
 

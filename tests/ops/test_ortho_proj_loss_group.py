@@ -1,76 +1,14 @@
-"""Several losses at once: each as it is alone, by PyTorch and by the fused kernels (interpreted without a GPU)."""
-
-from collections import Counter
+"""Several losses at once, by PyTorch: each as it is alone. Their kernels: test_ortho_proj_loss_group_triton.py."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers import processes
-
-pytest.importorskip("triton")
-
 import vkd_kernels as vk
-from tests.helpers.loss_cases import DTYPES, OPTIONS, Case, error, poison_new_tensors
+from tests.helpers import processes
+from tests.helpers.loss_groups import arguments, assert_equal, in_a_group_and_alone, masks_of
 from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
-from vkd_kernels.ops.ortho_proj_loss import api, dispatch, triton
-from vkd_kernels.ops.ortho_proj_loss.spec import Execution, LossGroup, LossSpec, acc_dtype
-from vkd_kernels.ops.ortho_proj_loss.triton import entry, launch, tiles
-from vkd_kernels.ops.ortho_proj_loss.triton.primitives import INTERPRETED as INTERPRETED_KERNELS
-
-INTERPRETED = INTERPRETED_KERNELS.value
-DEVICE = "cpu" if INTERPRETED else "cuda"
-SERVED = [n for n in api.NORMALIZATIONS if triton.unsupported(LossSpec(normalization=n)) is None]
-ROWS = [70, 1, 33, 64]  # more than a tile, one, ragged, a tile
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy, interpreting
-
-
-def arguments(rows=ROWS, s=5, t=9, dtype=torch.float64, device="cpu"):
-    """students, teachers, weights, scale, bias"""
-    random = lambda *size: torch.randn(*size, dtype=torch.float64, device=device).to(dtype)  # noqa: E731
-    acc = acc_dtype(dtype)
-    return (
-        [random(n, s).requires_grad_() for n in rows], [2 * random(n, t) + 1 for n in rows],
-        vk.cayley(random(len(rows), t, s).to(acc)).to(dtype).to(acc).requires_grad_(),
-        (random(len(rows), t).to(acc).abs() + 0.5).requires_grad_(), random(len(rows), t).to(acc).requires_grad_(),
-    )  # fmt: skip
-
-
-def masks_of(kind, rows=ROWS, device="cpu"):
-    keep = [torch.arange(n, device=device) % 3 != 1 for n in rows]
-    return {
-        "no masks": None,
-        "bool": keep,
-        "weights": [k * torch.rand(len(k), device=device) for k in keep],
-        "some": [None if i % 2 else k for i, k in enumerate(keep)],
-        "one of them masked": [k & (i != 2) for i, k in enumerate(keep)],
-    }[kind]
-
-
-def in_a_group_and_alone(students, teachers, weights, scale, bias, masks, **options):
-    """[(losses, gradients), the same of each alone]: of a weighted sum, as a training step takes it."""
-    leaves = [*students, *(x for x in (weights, scale, bias) if isinstance(x, torch.Tensor) and x.requires_grad)]
-    upstream = torch.linspace(0.5, 2, len(students), dtype=torch.float64, device=weights.device)
-    grouped = ortho_proj_losses(students, teachers, weights, scale=scale, bias=bias, masks=masks, **options)
-    alone = torch.stack([
-        ortho_proj_loss(
-            x, y, weights[i], bias=None if bias is None else bias[i], mask=None if masks is None else masks[i],
-            scale=scale[i] if isinstance(scale, torch.Tensor) and scale.dim() else scale, **options,
-        )
-        for i, (x, y) in enumerate(zip(students, teachers, strict=True))
-    ])  # fmt: skip
-    return [(v.detach(), torch.autograd.grad(v, leaves, upstream.to(v.dtype))) for v in (grouped, alone)]
-
-
-def assert_equal(results, **tolerance):
-    (grouped, gradients), (alone, expected) = results
-    assert grouped.shape == alone.shape and grouped.dtype == alone.dtype
-    torch.testing.assert_close(grouped, alone, **tolerance)
-    for got, want in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(got, want, **tolerance)
-
-
-# --------------------------------------------------------------------------------------------------------- in PyTorch
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch
 
 
 @pytest.mark.parametrize("masks", ["no masks", "bool", "weights", "some", "one of them masked"])
@@ -97,9 +35,11 @@ def test_rows_of_any_shape():
     mask = torch.arange(24) % 5 > 0
     flat = ortho_proj_losses(students, teachers, weights, masks=[mask, None])
     shaped = ortho_proj_losses(
-        [students[0].view(2, 3, 4, 5), students[1].view(8, 1, 5)], [teachers[0].view(2, 3, 4, 9), teachers[1][:, None]],
-        weights, masks=[mask.view(2, 3, 4), None],
-    )  # fmt: skip
+        [students[0].view(2, 3, 4, 5), students[1].view(8, 1, 5)],
+        [teachers[0].view(2, 3, 4, 9), teachers[1][:, None]],
+        weights,
+        masks=[mask.view(2, 3, 4), None],
+    )
     torch.testing.assert_close(flat, shaped)
 
 
@@ -132,7 +72,7 @@ GOOD = dict(zip(("students", "teachers", "weights"), arguments([4, 6], dtype=tor
         ({"masks": [None, torch.ones(5)]}, ValueError, r"masks\[1\] must have .* \(6,\); got \(5,\)"),
         ({"normalization": "bn"}, ValueError, "normalization must be one of"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         ortho_proj_losses(**{**GOOD, **changes})
@@ -158,346 +98,16 @@ def test_feature_distiller_groups_pairs_of_equal_shape_and_options(scale, monkey
     factor = 1.5**0.5 if scale != 1.0 else 1.0
     for i, pair in enumerate(distiller.pairs):
         expected = ortho_proj_loss(
-            student[: i + 1](x), teacher[: i + 1](y), distiller.projection(pair.name), scale=factor, loss=pair.loss,
+            student[: i + 1](x),
+            teacher[: i + 1](y),
+            distiller.projection(pair.name),
+            scale=factor,
+            loss=pair.loss,
             mask=mask if i == 1 else None,
-        )  # fmt: skip
+        )
         torch.testing.assert_close(losses[pair.name], expected)
     losses["total"].backward()
     assert all(p.grad is not None for p in distiller.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------- in kernels
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    poison_new_tensors(monkeypatch)
-
-
-def cases(dtype, option, rows=ROWS, s=20, t=45, **options):
-    """Cases that differ in rows and values."""
-    return [Case((n, s, t), dtype, **OPTIONS[option], **options, seed=i, device=DEVICE) for i, n in enumerate(rows)]
-
-
-def group_of(cases, students, weights, bias):
-    """The cases' tensors as one group, with these leaves."""
-    shift, scale = (
-        None if getattr(cases[0], name) is None else torch.stack([getattr(case, name) for case in cases])
-        for name in ("channel_shift", "channel_scale")
-    )
-    denominators = [case.denominator for case in cases]
-    return LossGroup(
-        students=tuple(students),
-        teachers=tuple(case.teacher for case in cases),
-        weights=weights,
-        denominators=torch.stack(denominators) if isinstance(denominators[0], torch.Tensor) else tuple(denominators),
-        row_weights=tuple(case.row_weight for case in cases),
-        bias=bias,
-        channel_shift=shift,
-        channel_scale=scale,
-    )
-
-
-def run(cases, needed=(True, True, True), **kwargs):
-    """(losses, {name: gradients of each}) of the kernels' group_loss over the cases' inputs."""
-    students = [case.student.detach().requires_grad_(needed[0]) for case in cases]
-    weights = torch.stack([case.weight for case in cases]).requires_grad_(needed[1])
-    bias = None
-    if cases[0].bias is not None:
-        bias = torch.stack([case.bias for case in cases]).requires_grad_(needed[2])
-    losses = triton.group_loss(cases[0].spec, group_of(cases, students, weights, bias), **kwargs)
-    wanted = {"student": students if needed[0] else [], "weight": [weights] if needed[1] else []}
-    wanted["bias"] = [bias] if needed[2] and bias is not None else []
-    leaves = [leaf for leaves in wanted.values() for leaf in leaves]
-    upstream = torch.stack([case.grad_output for case in cases])
-    gradients = iter(torch.autograd.grad(losses, leaves, upstream))
-    result = {name: [next(gradients) for _ in leaves] for name, leaves in wanted.items() if leaves}
-    return losses, {name: got if name == "student" else list(got[0]) for name, got in result.items()}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
-def test_accuracy(option, dtype, poisoned):
-    """Three sides, for each: the error against float64 is within the table, or 1.5 times the composition's."""
-    group = cases(dtype, option)
-    losses, gradients = run(group)
-    assert losses.shape == (len(group),) and losses.dtype == torch.float32
-
-    for i, case in enumerate(group):
-        if i == 1:  # a single row: too few values for a relative error of averages
-            alone, expected = case.run(triton.loss)
-            assert error(losses[i], alone.double()) <= 1e-6
-            assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
-            continue
-
-        def entry(spec, inputs, i=i):
-            given = [gradients[name][i] for name in gradients]
-            return _Given.apply(losses[i], given, inputs.student, inputs.weight, inputs.bias)
-
-        case.check(entry, 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
-
-
-class _Given(torch.autograd.Function):
-    """A loss and gradients in student, weight and bias that were computed before."""
-
-    @staticmethod
-    def forward(ctx, loss, gradients, student, weight, bias):
-        ctx.gradients = gradients
-        return loss.detach().clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        return None, None, *ctx.gradients, *[None] * (3 - len(ctx.gradients))
-
-
-@pytest.mark.parametrize("option", ["layer_norm", "everything"])
-def test_the_bits_of_each_alone(option, poisoned):
-    """Gradients are made by the same tiles in the same order, and the loss differs in the order of its last sum."""
-    group = cases(torch.bfloat16, option)
-    losses, gradients = run(group)
-    again = run(group)
-    assert torch.equal(losses, again[0])
-    for i, case in enumerate(group):
-        alone, expected = case.run(triton.loss)
-        assert error(losses[i], alone.double()) <= 1e-6
-        for name, gradient in expected.items():
-            assert torch.equal(gradients[name][i], gradient) and torch.equal(again[1][name][i], gradient)
-
-
-def test_losses_of_many_rows_go_by_themselves(monkeypatch, poisoned):
-    monkeypatch.setattr(tiles, "POOLED_ROWS", 40)
-    called, losses_of_one_launch = [], entry._pooled_group
-    monkeypatch.setattr(
-        entry,
-        "_pooled_group",
-        lambda spec, group: called.append([len(x) for x in group.students]) or losses_of_one_launch(spec, group),
-    )
-    group = cases(torch.float32, "everything", rows=[10, 70, 5, 33, 80])
-    losses, gradients = run(group)
-    assert called == [[5, 33]]
-    for i, case in enumerate(group):
-        alone, expected = case.run(triton.loss)
-        assert error(losses[i], alone.double()) <= 1e-6
-        assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
-
-
-def test_no_loss_reads_another(poisoned):
-    """NaN everywhere in one loss leaves the bits of the others."""
-    group = cases(torch.float32, "everything")
-    expected = run(group)
-    for tensor in (group[2].student, group[2].teacher, group[2].weight, group[2].bias, group[2].channel_shift):
-        tensor.fill_(torch.nan)
-    losses, gradients = run(group)
-    for i in (0, 1, 3):
-        assert torch.equal(losses[i], expected[0][i])
-        assert all(torch.equal(gradients[name][i], expected[1][name][i]) for name in gradients)
-    assert losses[2].isnan() and gradients["weight"][2].isnan().any()
-
-
-def test_only_needed_gradients(poisoned):
-    group = cases(torch.float32, "everything")
-    losses, everything = run(group)
-    for needed in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
-        some_losses, some = run(group, needed)
-        assert torch.equal(some_losses, losses) and len(some) == sum(needed)
-        for name, gradients in some.items():
-            assert all(torch.equal(a, b) for a, b in zip(gradients, everything[name], strict=True))
-
-
-def test_backward_twice_and_an_expanded_gradient(poisoned):
-    group = cases(torch.bfloat16, "layer_norm")
-    students = [case.student.requires_grad_() for case in group]
-    weight = torch.stack([case.weight for case in group]).requires_grad_()
-    losses = triton.group_loss(group[0].spec, group_of(group, students, weight, None))
-    leaves = [*students, weight]
-    first = torch.autograd.grad(losses.sum(), leaves, retain_graph=True)  # an incoming gradient of stride 0
-    second = torch.autograd.grad(losses, leaves, torch.ones_like(losses))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_losses_without_rows(poisoned):
-    """A rank may have none of one loss."""
-    group = cases(torch.float32, "bias", rows=[20, 0, 7])
-    losses, gradients = run(group)
-    assert losses[1] == 0 and gradients["student"][1].shape == (0, 20)
-    assert torch.count_nonzero(gradients["weight"][1]) == torch.count_nonzero(gradients["bias"][1]) == 0
-    alone, expected = group[2].run(triton.loss)
-    assert error(losses[2], alone.double()) <= 1e-6 and torch.equal(gradients["weight"][2], expected["weight"])
-
-
-def test_float16_row_weights_do_not_underflow(poisoned):
-    group = cases(torch.float16, "weights", rows=[40, 30])
-    for case in group:
-        case.row_weight *= 1e-7
-        case.denominator = case.row_weight.sum() * 45
-    _, gradients = run(group)
-    for i, case in enumerate(group):
-        _, expected = case.run(triton.loss)
-        assert error(gradients["weight"][i], case.truth()[1]["weight"]) <= 6e-4
-        assert all(torch.equal(gradients[name][i], gradient) for name, gradient in expected.items())
-
-
-def test_opcheck():
-    group = cases(torch.float32, "everything", rows=[6, 3], s=5, t=7)
-    stacked = {name: [getattr(case, name) for case in group] for name in vars(group[0])}
-    weight, bias, shift, scale, denominator = (
-        torch.stack(stacked[name]) for name in ("weight", "bias", "channel_shift", "channel_scale", "denominator")
-    )
-    student, teacher, row_weight = (torch.cat(stacked[name]) for name in ("student", "teacher", "row_weight"))
-    need = {"need_student": True, "need_weight": True, "need_bias": True}
-    arguments = {
-        "student": student.requires_grad_(),
-        "teacher": teacher,
-        "weight": weight.requires_grad_(),
-        "bias": bias.requires_grad_(),
-        "row_weight": row_weight,
-        "channel_shift": shift,
-        "channel_scale": scale,
-        "denominator": denominator,
-        "factors": [1.0, 1.0],
-        "group": [6, 3],
-        "normalization": "layer_norm",
-        "eps": 1e-5,
-        "mse": 0.0,
-        "smooth_l1": 1.0,
-        "cosine": 0.5,
-        "beta": 0.5,
-        **need,
-    }
-    torch.library.opcheck(torch.ops.vkd_kernels.pooled_loss.default, (), arguments)
-    with torch.no_grad():
-        loss, gradient, sums, gradient_scale = torch.ops.vkd_kernels.pooled_loss.default(**arguments)
-    backward = {
-        "grad_output": loss,
-        "gradient": gradient,
-        "gradient_scale": gradient_scale,
-        "column_sums": sums,
-        "student": student.detach(),
-        "weight": weight.detach(),
-        "row_weight": row_weight,
-        "denominator": denominator,
-        "factors": [1.0, 2.0],
-        "group": [6, 3],
-        **need,
-    }
-    torch.library.opcheck(torch.ops.vkd_kernels.pooled_loss_backward.default, (), backward)
-
-
-@pytest.mark.parametrize("normalization, dynamic", [("layer_norm", True), ("batch_norm", False)])
-def test_compiles_without_a_break(normalization, dynamic, monkeypatch):
-    torch._dynamo.reset()
-    options = {"normalization": normalization, "eps": 1e-2, "backend": "triton"}
-    compiled = torch.compile(
-        lambda *args: ortho_proj_losses(*args, **options), fullgraph=True, backend="aot_eager", dynamic=dynamic
-    )
-    for rows in ([20, 7], [23, 9]):
-        students, teachers, weights, *_ = arguments(rows, dtype=torch.float32, device=DEVICE)
-        results = []
-        for f in (compiled, lambda *args: ortho_proj_losses(*args, **options)):
-            losses = f(students, teachers, weights)
-            results.append((losses.detach(), torch.autograd.grad(losses.sum(), [*students, weights])))
-        assert_equal(results)
-
-
-@pytest.mark.parametrize("rows", [ROWS, [70, 1, 90, 64]], ids=["few", "few and many"])
-@pytest.mark.parametrize("loss, masks", [("smooth_l1", "some"), ("mse", "no masks")])
-@pytest.mark.parametrize("normalization", SERVED)
-def test_interface(normalization, loss, masks, rows, monkeypatch):
-    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
-    options = {"normalization": normalization, "loss": loss, "eps": 0.1 if normalization == "whiten" else 1e-5}
-    options["backend"] = "triton"
-    results = in_a_group_and_alone(
-        *arguments(rows, 20, 45, torch.float32, DEVICE), masks_of(masks, rows, DEVICE), **options
-    )
-    assert_equal(results, rtol=1e-4, atol=1e-6)
-
-
-ONCE = {"column_sums_kernel": 3, "scatter_tiles": 1, "scatter_gradients": 1}  # batch_norm's statistics, of all losses
-FEW, MANY = {"loss_tile": 1, "gradient_tiles": 1}, {"loss_tile": 1, "sum_shares": 1, "scale_gradients": 1}
-
-
-@pytest.mark.parametrize(
-    "normalization, rows, expected",
-    [
-        ("layer_norm", [30] * 6, [FEW, {"row_statistics": 1}]),
-        ("layer_norm", [90] * 6, [MANY] * 6 + [{"row_statistics": 6}]),
-        ("layer_norm", [90, 90, 20, 9, 5, 3], [FEW, MANY, MANY, {"row_statistics": 3}]),
-        ("batch_norm", [30] * 6, [ONCE, FEW]),
-        ("batch_norm", [60, 30, 20, 9, 5, 3], [ONCE, FEW]),
-        ("batch_norm", [90] * 6, [ONCE] + [MANY] * 6),
-        ("batch_norm", [90, 90, 20, 9, 5, 3], [ONCE, FEW, MANY, MANY]),
-    ],
-)
-def test_launches(normalization, rows, expected, monkeypatch):
-    """Of the kernels, forward and backward, for six losses of few (up to 80) and many rows: docs/kernels.md's count."""
-    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
-    launched = Counter()
-    monkeypatch.setattr(launch, "recorder", lambda kernel, arguments, options: launched.update([kernel.__name__]))
-    students, teachers, weights, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
-    ortho_proj_losses(students, teachers, weights, normalization=normalization, backend="triton").sum().backward()
-    assert launched == sum(map(Counter, expected), Counter())
-
-
-@pytest.mark.parametrize("rows", [[30, 20], [30, 90]], ids=["few", "few and many"])
-@pytest.mark.parametrize("scale", [None, 0.7, (2,)], ids=str)
-def test_squared_error_with_orthonormal_weights(scale, rows, monkeypatch):
-    """As FeatureDistiller calls it: losses, gradients of students, and of weights through the Cayley transform."""
-    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
-    students, teachers, *_ = arguments(rows, 20, 45, torch.float32, DEVICE)
-    w = torch.randn(2, 45, 20, device=DEVICE, requires_grad=True)
-    if isinstance(scale, tuple):
-        scale = torch.rand(scale, device=DEVICE).requires_grad_()
-    leaves = [*students, w] + ([scale] if isinstance(scale, torch.Tensor) else [])
-    results = []
-    for semi_orthogonal in (True, False):
-        losses = api.projected_losses(
-            students,
-            teachers,
-            vk.cayley(w),
-            scale=scale,
-            spec=LossSpec(loss=(("mse", 1.0),)),
-            execution=Execution(backend="triton", semi_orthogonal=semi_orthogonal),
-        )
-        results.append((losses.detach(), torch.autograd.grad(losses.sum(), leaves)))
-    assert_equal(results, rtol=2e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_statistics(weighted, monkeypatch, poisoned):
-    """More losses than a launch takes; each is as it is alone."""
-    monkeypatch.setattr(tiles, "GROUP", 2)
-    rows = [37, 1, 300, 64, 5]
-    xs = [torch.randn(n, 33, device=DEVICE) + 3 for n in rows]
-    ws = [torch.rand(n, device=DEVICE) if weighted and i != 1 else None for i, n in enumerate(rows)]
-    means, c = torch.randn(5, 33, device=DEVICE), torch.randn(5, 33, 33, device=DEVICE)
-
-    def statistics(xs, ws, means, c):
-        leaves = [x.detach().requires_grad_() for x in xs]
-        sums = triton.column_sums(xs, ws)
-        moments = triton.student_scatters(leaves, ws, sums, means)
-        gradients = torch.autograd.grad(moments, leaves, (means, c))
-        return [sums, triton.column_square_sums(xs, ws, means), *moments, gradients]
-
-    grouped = statistics(xs, ws, means, c)
-    for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
-        alone = statistics([x], [w], means[i : i + 1], c[i : i + 1])
-        for ours, expected in zip(grouped, alone, strict=True):
-            torch.testing.assert_close(ours[i], expected[0], rtol=1e-5, atol=1e-5)  # rows are split otherwise
-        for ours, expected in zip(grouped, statistics(xs, ws, means, c), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups(dtype):
-    workspace = 128 << 20
-    groups = lambda rows, t=256, bytes=workspace: tiles.groups(rows, t, dtype, bytes)  # noqa: E731
-    assert groups([512] * 6) == [6]
-    assert groups([100] * 20) == [8, 8, 4]
-    assert groups([34000] * 6) == [1] * 6  # detection's: each fills the GPU
-    assert groups([34000, 900, 200, 50, 34000, 7]) == [1, 3, 1, 1]
-    assert groups([0, 0, 5]) == [3]
-    size = dtype.itemsize * 1024 * 4096
-    assert groups([1024] * 5, 4096, 2 * size) == [2, 2, 1]  # their G together fits the workspace
 
 
 # ----------------------------------------------------------------------------------------------------- across two ranks
@@ -515,15 +125,19 @@ def rank(number):
             options = {"normalization": normalization, "eps": 1e-2, "scale": scale, "bias": bias}
             expected = ortho_proj_losses(students, teachers, weights, masks=masks, **options)
             truth = torch.autograd.grad(expected.sum(), [*students, weights, scale, bias])
-            here = [slice(0, 20), slice(0, 0), slice(5, None), slice(0, None, 2)]
-            there = [slice(20, None), slice(0, 1), slice(0, 5), slice(1, None, 2)]
-            mine = (here, there)[number]
+            first = [slice(0, 20), slice(0, 0), slice(5, None), slice(0, None, 2)]
+            second = [slice(20, None), slice(0, 1), slice(0, 5), slice(1, None, 2)]
+            mine = (first, second)[number]
             shares = [x[rows].detach().requires_grad_() for x, rows in zip(students, mine, strict=True)]
             collectives.clear()
             losses = ortho_proj_losses(
-                shares, [y[rows] for y, rows in zip(teachers, mine, strict=True)], weights, process_group=group,
-                masks=None if masks is None else [m[rows] for m, rows in zip(masks, mine, strict=True)], **options,
-            )  # fmt: skip
+                shares,
+                [y[rows] for y, rows in zip(teachers, mine, strict=True)],
+                weights,
+                process_group=group,
+                masks=None if masks is None else [m[rows] for m, rows in zip(masks, mine, strict=True)],
+                **options,
+            )
             # Σw (with the sums), second moments, loss; whiten: Σw, sums, second moments, loss.
             assert len(collectives) == {"batch_norm": 3, "whiten": 4}.get(normalization, 2), collectives
             torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)

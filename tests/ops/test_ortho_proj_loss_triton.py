@@ -93,9 +93,14 @@ def test_descriptors(shape, option, dtype, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "student, teacher, weight",
-    [("bfloat16", "float32", "float32"), ("float16", "bfloat16", "float16"), ("float32", "bfloat16", "bfloat16"),
-     ("float32", "float16", "float32"), ("bfloat16", "float16", "bfloat16")],
-)  # fmt: skip
+    [
+        ("bfloat16", "float32", "float32"),
+        ("float16", "bfloat16", "float16"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("float32", "float16", "float32"),
+        ("bfloat16", "float16", "bfloat16"),
+    ],
+)
 def test_mixed_dtypes(student, teacher, weight, form):
     dtype, teacher, weight = (getattr(torch, name) for name in (student, teacher, weight))
     case = Case((37, 20, 45), dtype, teacher_dtype=teacher, weight_dtype=weight, bias=True, device=DEVICE)
@@ -110,9 +115,14 @@ def test_mixed_dtypes(student, teacher, weight, form):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 150), st.integers(1, 80), st.integers(1, 150),
-    st.sampled_from(DTYPES), st.sampled_from(list(OPTIONS)), st.sampled_from(FORMS), st.integers(0, 99),
-)  # fmt: skip
+    st.integers(1, 150),
+    st.integers(1, 80),
+    st.integers(1, 150),
+    st.sampled_from(DTYPES),
+    st.sampled_from(list(OPTIONS)),
+    st.sampled_from(FORMS),
+    st.integers(0, 99),
+)
 def test_any_shape(n, s, t, dtype, option, form, seed):
     assume(n * t >= 50)  # a relative error means little where a handful of differences may all be near 0
     Case((n, s, t), dtype, **OPTIONS[option], seed=seed, device=DEVICE).check(form, slack(dtype))
