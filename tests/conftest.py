@@ -20,7 +20,7 @@ SLOW_FILES = (
     "helpers/test_processes.py",
     "modules/test_faults.py",
     "modules/test_integrations*.py",
-    "modules/test_properties.py",
+    "*/test_properties.py",
     "modules/test_store*.py",
     "modules/test_teachers.py",
     "ops/test_ortho_proj_loss_aot.py",

@@ -17,7 +17,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def rank_of(x):
-    """By the singular values of the centred matrix itself."""
+    """By the singular values of the centered matrix itself."""
     p = torch.linalg.svdvals(x.double() - x.double().mean(0))
     p = p / p.sum()
     return torch.exp(-torch.sum(p * torch.log(p.clamp_min(1e-300))))
@@ -57,19 +57,19 @@ def test_orthogonality_error(shape):
     for p in (q + 0.1 * torch.rand_like(q), (2 * q).float(), q.bfloat16()):
         tall = p.double() if shape[-2] >= shape[-1] else p.double().mT
         products = [m.T @ m - torch.eye(m.shape[1]) for m in tall.reshape(-1, *tall.shape[-2:])]
-        found = diagnostics.orthogonality_error(p.requires_grad_())
-        assert found.dtype == torch.float64 and found.shape == () and not found.requires_grad
-        torch.testing.assert_close(found, torch.stack(products).abs().max())
+        value = diagnostics.orthogonality_error(p.requires_grad_())
+        assert value.dtype == torch.float64 and value.shape == () and not value.requires_grad
+        torch.testing.assert_close(value, torch.stack(products).abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @shapes
 def test_effective_rank(shape, dtype):
     for z in features(shape, dtype):
-        found = diagnostics.effective_rank(z.requires_grad_())
-        torch.testing.assert_close(found, rank_of(z.detach()), rtol=1e-6, atol=0)
-        assert found.dtype == torch.float64 and found.shape == () and not found.requires_grad
-        torch.testing.assert_close(diagnostics.effective_rank(z.detach() * 64 + 0), found, rtol=1e-6, atol=0)
+        value = diagnostics.effective_rank(z.requires_grad_())
+        torch.testing.assert_close(value, rank_of(z.detach()), rtol=1e-6, atol=0)
+        assert value.dtype == torch.float64 and value.shape == () and not value.requires_grad
+        torch.testing.assert_close(diagnostics.effective_rank(z.detach() * 64 + 0), value, rtol=1e-6, atol=0)
 
 
 def test_effective_rank_counts_directions():
@@ -90,9 +90,9 @@ def test_effective_rank_counts_directions():
 @shapes
 def test_cka(shape, dtype, debiased):
     x, y = features(shape, dtype)
-    found = diagnostics.cka(x.requires_grad_(), y, debiased=debiased)
-    torch.testing.assert_close(found, cka_of(x.detach(), y, debiased), rtol=1e-9, atol=1e-11)
-    assert found.dtype == torch.float64 and found.shape == () and not found.requires_grad
+    value = diagnostics.cka(x.requires_grad_(), y, debiased=debiased)
+    torch.testing.assert_close(value, cka_of(x.detach(), y, debiased), rtol=1e-9, atol=1e-11)
+    assert value.dtype == torch.float64 and value.shape == () and not value.requires_grad
 
 
 @pytest.mark.parametrize("debiased", [True, False])
@@ -122,8 +122,8 @@ def test_masked_rows_count_nowhere_and_others_alike(kind):
     shaped = x.reshape(8, 5, 5), y.reshape(8, 5, 8)
     torch.testing.assert_close(diagnostics.effective_rank(shaped[0], mask=mask), rank_of(x[keep]))
     for debiased in (True, False):
-        found = diagnostics.cka(*shaped, mask=mask, debiased=debiased)
-        torch.testing.assert_close(found, cka_of(x[keep], y[keep], debiased))
+        value = diagnostics.cka(*shaped, mask=mask, debiased=debiased)
+        torch.testing.assert_close(value, cka_of(x[keep], y[keep], debiased))
 
 
 def test_where_there_is_nothing_to_tell():
@@ -135,12 +135,12 @@ def test_where_there_is_nothing_to_tell():
         spoilt[3, 1] = torch.nan
         assert diagnostics.effective_rank(spoilt).isnan() and diagnostics.cka(spoilt, y).isnan()
     for debiased in (True, False):
-        for found in (
+        for value in (
             diagnostics.cka(x, y, mask=none, debiased=debiased),
             diagnostics.cka(x * 0 + 1, y, debiased=debiased),
             diagnostics.cka(x[:1], y[:1], debiased=debiased),
         ):
-            assert found.isnan()
+            assert value.isnan()
     assert diagnostics.cka(x, y, mask=three).isnan() and diagnostics.cka(x, y, mask=three, debiased=False) > 0
 
 
@@ -174,10 +174,10 @@ def test_debiased_cka_of_features_alike_to_nothing_is_nan():
 def test_metrics_of_large_batches_look_at_evenly_spaced_rows(masked):
     x, y = torch.randn(9, 1001, 4), torch.randn(9, 1001, 6)
     weight, mask = vk.cayley(torch.randn(6, 4)), torch.rand(9, 1001) > 0.5 if masked else None
-    found = diagnostics.metrics(x, y, weight, mask=mask)
+    measured = diagnostics.metrics(x, y, weight, mask=mask)
     x, y = x.flatten(0, 1)[::3], y.flatten(0, 1)[::3]  # 9009 rows of which 4096 are allowed
     mask = None if mask is None else mask.flatten()[::3]
-    assert found == {
+    assert measured == {
         "orthogonality_error": diagnostics.orthogonality_error(weight),
         "effective_rank_student": diagnostics.effective_rank(x, mask=mask),
         "effective_rank_teacher": diagnostics.effective_rank(y, mask=mask),
@@ -223,9 +223,9 @@ NAMES = ("orthogonality_error", "effective_rank_student", "effective_rank_teache
 def test_metrics_of_the_loss(shape):
     module = vk.OrthoProjLoss(*shape, affine=True, scale="match")
     x, y, mask = torch.randn(3, 9, shape[0], requires_grad=True), torch.randn(3, 9, shape[1]), torch.rand(3, 9) > 0.3
-    found = module.metrics(x, y, mask)
-    assert found == diagnostics.metrics(x, y, module.projection.weight, mask=mask)
-    assert found["orthogonality_error"] <= 1e-6
+    measured = module.metrics(x, y, mask)
+    assert measured == diagnostics.metrics(x, y, module.projection.weight, mask=mask)
+    assert measured["orthogonality_error"] <= 1e-6
 
 
 def test_metrics_of_a_distiller_are_a_flat_dictionary_beside_the_same_losses():
@@ -266,10 +266,12 @@ def test_metrics_of_a_distiller_compile_and_stand_autocast():
         assert len(compiled(IMAGES)) == 2
         torch.testing.assert_close(compiled(IMAGES, metrics=True)[2], expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = distiller(IMAGES, metrics=True)[2]
-    assert found["diagnostics/x/orthogonality_error"] <= 1e-5
+        measured = distiller(IMAGES, metrics=True)[2]
+    assert measured["diagnostics/x/orthogonality_error"] <= 1e-5
     for name in NAMES[1:]:
-        torch.testing.assert_close(found[f"diagnostics/x/{name}"], expected[f"diagnostics/x/{name}"], rtol=0.05, atol=0)
+        torch.testing.assert_close(
+            measured[f"diagnostics/x/{name}"], expected[f"diagnostics/x/{name}"], rtol=0.05, atol=0
+        )
 
 
 def test_metrics_tell_a_collapse():
