@@ -1,5 +1,5 @@
-// Tile algebra of the batched Cayley transform, for CUDA threads and CPU threads alike; plan.h builds the
-// kernels from it.
+// Tile algebra of the batched Cayley transform, for CUDA threads and CPU threads alike; team.h builds the products
+// from it, plan.h the kernels.
 //
 // A `Ctx` is one team of threads (a CTA, or CPU threads in csrc/cayley/tests): tid() and sync(). Everything is float64
 // and every rounding is written out (fma, *, /), in an order that depends on neither the number of threads nor the
@@ -68,7 +68,7 @@ VKD_HD void multiply_add(const Ctx& ctx, Tile<S>& tile, double sign, const doubl
   }
 }
 
-// The index that neighbouring threads walk along when they load an operand: the one with the unit stride in memory.
+// The index that neighboring threads walk along when they load an operand: the one with the unit stride in memory.
 enum class Walk { k, tile };
 
 // tile += sum over k in [k_begin, k_end) of a(i, k) b(k, j): the operands come from anywhere, staged K_SLICE rows at a
