@@ -18,6 +18,7 @@ LIMITS = {"output": 0.0, "gradients": 0.0}
 
 
 def loss_like(
+    *,
     student: torch.Tensor,
     teacher: torch.Tensor,
     weight: torch.Tensor,
@@ -54,17 +55,18 @@ def in_order(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor
 
 
 def by_custom_op() -> Any:
-    op = torch.library.custom_op("vkd_kernels_bench::by_custom_op", loss_like, mutates_args=())
-    op.register_fake(loss_like)
+    function = library.by_position(loss_like)
+    op = torch.library.custom_op("vkd_kernels_bench::by_custom_op", function, mutates_args=())
+    op.register_fake(function)
     op.register_autograd(in_order, setup_context=save)
     return op
 
 
 def by_register_autograd() -> Any:
-    name = "vkd_kernels_bench::by_register_autograd"
-    torch.library.define(name, torch.library.infer_schema(loss_like, mutates_args=()))
-    torch.library.impl(name, "CompositeExplicitAutograd")(loss_like)
-    torch.library.register_fake(name, loss_like)
+    name, function = "vkd_kernels_bench::by_register_autograd", library.by_position(loss_like)
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd")(function)
+    torch.library.register_fake(name, function)
     torch.library.register_autograd(name, in_order, setup_context=save)
     return torch.ops.vkd_kernels_bench.by_register_autograd.default
 

@@ -28,18 +28,12 @@ def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], to
 
     def declare(function: Callable[..., Any]) -> torch._ops.OpOverload:
         name = function.__name__
-        signature = inspect.signature(function)
-        names = [*signature.parameters]
-
-        def implementation(*inputs: Any) -> Any:
-            return function(**dict(zip(names, inputs, strict=False)))
+        names = [*inspect.signature(function).parameters]
+        implementation = by_position(function)
 
         def fake(*inputs: Any) -> Any:
             return shapes(**dict(zip(names, inputs, strict=False)))
 
-        # PyTorch's dispatcher takes tensors by position.
-        positional = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()]
-        implementation.__signature__ = signature.replace(parameters=positional)  # type: ignore[attr-defined]
         schema = torch.library.infer_schema(implementation, mutates_args=())
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -47,6 +41,19 @@ def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], to
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return declare
+
+
+def by_position(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose arguments have names alone (``*``), as PyTorch's dispatcher calls it: by position."""
+    signature = inspect.signature(function)
+    names = [*signature.parameters]
+
+    def implementation(*inputs: Any) -> Any:
+        return function(**dict(zip(names, inputs, strict=False)))
+
+    positional = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()]
+    implementation.__signature__ = signature.replace(parameters=positional)  # type: ignore[attr-defined]
+    return implementation
 
 
 def needs_gradient(*tensors: torch.Tensor | float | None) -> bool:
