@@ -10,7 +10,7 @@ from benchmarks import records
 
 LIMIT_S = {1: 350, 2: 290}  # of a whole call
 PREFIX = records.ROOT / "build" / "gpu-prefix"  # pip's own bookkeeping; the extension lands in vkd_kernels/
-KERNEL_TESTS = [f"tests/ops/test_ortho_proj_loss_{room}.py" for room in ("triton", "group", "semi_orthogonal")]
+KERNEL_TESTS = [f"tests/ops/test_ortho_proj_loss_{room}.py" for room in ("triton", "group_triton", "semi_orthogonal")]
 GPU_TESTS = ["tests/ops/test_ortho_proj_loss_gpu.py", "tests/ops/test_cayley_cuda.py", "tests/modules/test_faults.py"]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
