@@ -5,6 +5,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 PATIENCE = 20  # steps of an optimizer that leave the projection alone
 NODES_SEARCHED = 2000  # of the student's graph, for a parameter by which an optimizer's steps can be counted
@@ -23,6 +24,8 @@ class TrainingWatch:
         self.student: weakref.ref[torch.Tensor] | None = None  # a parameter of the student
         self.versions = 0, 0  # of that parameter and of the projection's
         self.start: torch.Tensor | None = None  # a part of the projection's parameter at the first step
+        self.hook: RemovableHandle | None = None  # on that parameter; its .grad may be cleared before the next look
+        self.received_gradient = False
         self.idle_steps = 0
 
     def __deepcopy__(self, memo: dict) -> "TrainingWatch":
@@ -49,27 +52,38 @@ class TrainingWatch:
         if self.student is None:
             leaf = parameter_behind(student)
             if leaf is not None:
-                self.student, self.start = weakref.ref(leaf), parameter.detach()[..., :1, :].clone()
+                self.student, self.start = weakref.ref(leaf), parameter.detach()[:1].clone()
                 self.versions = leaf._version, parameter._version
+                self.hook = parameter.register_hook(self._note_gradient)
             return
         leaf = self.student()
         if leaf is None or parameter._version != self.versions[1]:
-            self.settled, self.start = True, None
+            self._settle()
             return
-        if leaf._version != self.versions[0] and parameter.grad is not None:
+        if leaf._version != self.versions[0] and self.received_gradient:
             self.idle_steps += 1
+            self.received_gradient = False
         self.versions = leaf._version, parameter._version
         if self.idle_steps < PATIENCE:
             return
         # Optimizers that write through .data leave the version counter alone.
-        if self.start is not None and torch.equal(self.start, parameter.detach()[..., :1, :]):
+        if self.start is not None and torch.equal(self.start, parameter.detach()[:1]):
             warnings.warn(
                 f"{where}: in {PATIENCE} steps that changed the student its projection received gradients and did not "
                 "move. Give the optimizer the loss's parameters too, without weight decay: those of the distiller, or "
                 "[*student.parameters(), *loss.parameters()]",
                 stacklevel=2,
             )
+        self._settle()
+
+    def _note_gradient(self, gradient: torch.Tensor) -> None:
+        self.received_gradient = True
+
+    def _settle(self) -> None:
         self.settled, self.start = True, None
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
 
 
 @torch.compiler.assume_constant_result  # said while torch.compile traces, at no cost afterwards

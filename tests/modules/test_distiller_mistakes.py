@@ -116,6 +116,33 @@ def test_a_projection_left_out_of_the_optimizer_is_warned_of_once():
     assert message.startswith("pair 'x': ") and "Give the optimizer the loss's parameters too" in message
 
 
+def test_a_projection_left_out_is_warned_of_where_the_whole_module_clears_its_gradients():
+    distiller = distiller_of_layers()
+    optimizer = torch.optim.AdamW(distiller.student.parameters(), lr=1e-3)
+
+    def train():
+        for _ in range(2 * PATIENCE):
+            distiller.zero_grad()
+            distiller(FEATURES)[1]["total"].backward()
+            optimizer.step()
+            distiller.zero_grad()
+
+    (message,) = messages(train)
+    assert message.startswith("pair 'x': in ")
+    assert not distiller.pair_losses.of("x").projection.unconstrained._backward_hooks
+
+
+@pytest.mark.parametrize("projection", ["identity", "orthogonal"])
+def test_an_affine_loss_trains_whose_matrix_does_not(projection):
+    student, loss = nn.Linear(6, 8), vk.OrthoProjLoss(8, 32, projection=projection, affine=True)
+    if projection == "orthogonal":
+        loss.projection.unconstrained.requires_grad_(False)
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    teacher = torch.randn(5, 32)
+    assert messages(lambda: loop([*student.parameters(), *trained], lambda: loss(student(FEATURES), teacher))) == []
+    assert (loss.projection.gain != 1).any()
+
+
 @pytest.mark.parametrize(
     "case", ["trained", "accumulation", "frozen", "skipped steps", "not in the loss", "through .data", "late"]
 )
