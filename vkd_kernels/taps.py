@@ -120,6 +120,11 @@ def likely_cause(model: nn.Module, side: Side) -> str:
         return f"A {type(module).__name__} is never called itself: tap one of its entries" + (
             f", {entry!r} for instance" if entry else ""
         )
+    if isinstance(module, torch.jit.ScriptModule) and not any(isinstance(m, torch.jit.ScriptModule) for m in around):
+        return (
+            "A scripted module takes no hooks: call it from the forward() of a small nn.Module in its place, and "
+            "tap that one"
+        )
     if any(isinstance(outer, torch.jit.ScriptModule) for outer in around):
         return f"TorchScript runs submodules without their hooks: tap the scripted model itself, {side.side}=''"
     if any(isinstance(outer, fx.GraphModule) for outer in around):

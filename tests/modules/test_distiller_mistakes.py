@@ -460,6 +460,20 @@ def test_a_class_that_the_teacher_rules_out_adds_nothing_to_the_logit_loss(stude
     assert distiller(FEATURES * torch.nan)[1]["logits"].isnan()
 
 
+def test_a_scripted_module_inside_a_teacher_is_named_as_one_that_takes_no_hooks():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.jit.script(nn.Linear(6, 32))
+
+        def forward(self, x):
+            return self.body(x)
+
+    pair = {"student": "0", "teacher": "body", "dims": (8, 32)}
+    with pytest.raises(RuntimeError, match="'body' can't be seen. A scripted module takes no hooks"):
+        vk.FeatureDistiller(layers(8), Teacher(), [pair])
+
+
 @pytest.mark.parametrize("kind", ["scripted", "traced", "frozen", "exported"])
 def test_scripted_and_exported_teachers(kind):
     teacher = CNN()
