@@ -91,14 +91,14 @@ def test_phi_s_rotates_by_what_looks_like_a_hadamard_matrix():
 
 def test_zca_is_symmetric_pca_is_ordered_cholesky_is_the_published_formula():
     x = features()
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     lower = torch.linalg.cholesky(torch.cov(x.T))
-    expected = torch.linalg.solve_triangular(lower, centred.T, upper=False).T
+    expected = torch.linalg.solve_triangular(lower, centered.T, upper=False).T
     torch.testing.assert_close(whiten(x, method="cholesky", eps=0.0), expected)
-    zca = torch.linalg.lstsq(centred, whiten(x, eps=0.0)).solution
+    zca = torch.linalg.lstsq(centered, whiten(x, eps=0.0)).solution
     torch.testing.assert_close(zca, zca.T)
-    pca = torch.linalg.lstsq(centred, whiten(x, method="pca", eps=0.0)).solution
-    norms = (centred @ (pca / pca.norm(dim=0))).var(0)
+    pca = torch.linalg.lstsq(centered, whiten(x, method="pca", eps=0.0)).solution
+    norms = (centered @ (pca / pca.norm(dim=0))).var(0)
     assert bool((norms[:-1] >= norms[1:] - 1e-9).all())
 
 

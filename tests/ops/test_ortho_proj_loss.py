@@ -47,12 +47,12 @@ def literal(student, teacher, weight, *, normalization, loss, beta, eps, scale=N
         target = (teacher - mean_of(teacher)) / (mean_of((teacher - mean_of(teacher)) ** 2) + eps).sqrt()
         z = (z - mean_of(z)) / (mean_of((z - mean_of(z)) ** 2) + eps).sqrt()
     elif normalization == "whiten":
-        centred = teacher - mean_of(teacher)
-        sigma = (centred * w[:, None]).T @ centred / (w.sum() - (w * w).sum() / w.sum())
+        centered = teacher - mean_of(teacher)
+        sigma = (centered * w[:, None]).T @ centered / (w.sum() - (w * w).sum() / w.sum())
         t = sigma.shape[0]
         sigma = (1 - eps) * sigma + eps * sigma.trace() / t * torch.eye(t, dtype=sigma.dtype)
         values, vectors = torch.linalg.eigh(sigma)
-        target = centred @ vectors @ torch.diag(values**-0.5) @ vectors.T
+        target = centered @ vectors @ torch.diag(values**-0.5) @ vectors.T
     elif normalization == "l2":
         target = torch.stack([row / max(row.norm(), eps) for row in teacher])
     else:

@@ -413,22 +413,22 @@ def test_statistics_over_rows(weighted, dtype, shape):
     w = torch.ones(shape[0], 1, device=DEVICE).double() if row_weight is None else row_weight.double()[:, None]
     true_sum = (w * x.double()).sum(0)
     mean = (true_sum / w.sum()).float()
-    centred = x.double() - mean.double()
+    centered = x.double() - mean.double()
     leaf = garbage.requires_grad_()
 
     total = fused_kernels.column_sums([leaf], [row_weight])
     assert total.dtype == torch.float32 and error(total[0], true_sum) <= 1e-6
     squares = fused_kernels.column_square_sums([leaf], [row_weight], mean[None])
-    assert error(squares[0], (w * centred.square()).sum(0)) <= 1e-6
+    assert error(squares[0], (w * centered.square()).sum(0)) <= 1e-6
     moments = fused_kernels.student_scatters([leaf], [row_weight], total, mean[None])
     assert torch.equal(moments[0], total)
-    scatter = (w * centred).T @ centred
+    scatter = (w * centered).T @ centered
     halves = 2**-15 if INTERPRETED else 2**-17  # of 8 bits each, truncated or rounded
     assert error(moments[1][0], scatter) <= (2e-6 if dtype == torch.float32 else halves)
 
     s, c = 16 * torch.randn(1, shape[1], device=DEVICE), 16 * torch.randn(1, shape[1], shape[1], device=DEVICE)
     (gradient,) = torch.autograd.grad(moments, leaf, (s, c))
-    truth = w * (centred @ (c[0] + c[0].T).double() + s.double())
+    truth = w * (centered @ (c[0] + c[0].T).double() + s.double())
     limit = {torch.float32: 1e-6, torch.bfloat16: 6e-3 * (2 if INTERPRETED else 1), torch.float16: 1e-3}[dtype]
     assert error(gradient, truth) <= limit
 

@@ -73,7 +73,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(tmp_path):
 
 def test_split_keeps_test_images_out_of_the_pool():
     data = digits.Digits(classification.Config(), 3)
-    assert len(data.pool) == 1000 and len(data.test) == 797 and data.labelled == 100
+    assert len(data.pool) == 1000 and len(data.test) == 797 and data.labeled == 100
     assert torch.bincount(data.pool_labels[:100]).tolist() == [10] * 10
     everything = torch.cat([data.pool, data.test]).flatten(1).unique(dim=0)
     assert len(everything) == len(data.pool.flatten(1).unique(dim=0)) + len(data.test.flatten(1).unique(dim=0))
@@ -177,9 +177,9 @@ class Heads(torch.nn.Module):
         return logits if len(logits) > 1 else logits[0]
 
 
-def batch_of(labelled=8, positions=9, places=(), alone=False):
+def batch_of(labeled=8, positions=9, places=(), alone=False):
     targets = torch.randn(8, 3).softmax(1)
-    targets[labelled:] = 0
+    targets[labeled:] = 0
     batch = {"images": torch.randn(8, positions, 4), "targets": targets}
     return batch if alone else {**batch, "logits": torch.randn(8, 3), "features": torch.randn(8, *places, 10) * 3 + 1}
 
@@ -187,8 +187,8 @@ def batch_of(labelled=8, positions=9, places=(), alone=False):
 @pytest.mark.parametrize("projection", ["orthogonal", "linear", "identity"])
 def test_losses_are_the_formulas(projection):
     values = {"distill__projection": projection, "distill__scale": 0.7, "distill__temperature": 2, "distill__beta": 0.5}
-    model = DistilledStudent(Heads(2), configured(**values).distill, 10, labelled_share=0.5)
-    batch = batch_of(labelled=4)
+    model = DistilledStudent(Heads(2), configured(**values).distill, 10, labeled_share=0.5)
+    batch = batch_of(labeled=4)
     losses = model(batch)
     tokens = model.student.embed(batch["images"]).double()
     first, second = (h.double() for h in model.student.forward_head(tokens.float()))
@@ -210,8 +210,8 @@ def test_losses_are_the_formulas(projection):
 
 def test_parts_of_a_batch_and_ranks_average_to_the_whole():
     """Also where one part has all the labels."""
-    model = DistilledStudent(Heads(), classification.Config().distill, 10, labelled_share=0.5)
-    batch = batch_of(labelled=4)
+    model = DistilledStudent(Heads(), classification.Config().distill, 10, labeled_share=0.5)
+    batch = batch_of(labeled=4)
     parts = [model(part) for part in task.split(batch, 2)]
     for name, value in model(batch).items():
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value)
@@ -219,7 +219,7 @@ def test_parts_of_a_batch_and_ranks_average_to_the_whole():
 
 def test_a_student_alone_trains_both_of_its_heads():
     distill = configured(distill__weight=0, distill__logit_weight=0).distill
-    model, batch = DistilledStudent(Heads(2), distill, 0, labelled_share=1.0), batch_of(alone=True)
+    model, batch = DistilledStudent(Heads(2), distill, 0, labeled_share=1.0), batch_of(alone=True)
     losses = model(batch)
     assert model.feature_loss is None and losses.keys() == {"labels", "total"}
     heads = model.student.forward_head(model.student.embed(batch["images"]))
@@ -228,7 +228,7 @@ def test_a_student_alone_trains_both_of_its_heads():
 
 def test_tokens_are_compared_position_by_position():
     distill = configured(distill__features="tokens").distill
-    model = DistilledStudent(Heads(), distill, 10, labelled_share=1.0)
+    model = DistilledStudent(Heads(), distill, 10, labeled_share=1.0)
     equal, finer = batch_of(positions=4, places=(4,)), batch_of(positions=16, places=(4,))
     tokens = model.student.embed(equal["images"])
     torch.testing.assert_close(model(equal)["features"], model.feature_loss(tokens, equal["features"]))
@@ -384,8 +384,8 @@ def test_the_documented_loop_runs():
     ("arguments", "message"),
     [
         (["digits.pool=1797"], "digits.pool: must be less than or equal to 1700"),
-        (["digits.labels_per_class=100"], "digits.labels_per_class: 100 leave nothing unlabelled"),
-        (["digits.labelled_share=0.3"], "digits.labelled_share: 19.2 of 64 images are no whole number"),
+        (["digits.labels_per_class=100"], "digits.labels_per_class: 100 leave nothing unlabeled"),
+        (["digits.labeled_share=0.3"], "digits.labeled_share: 19.2 of 64 images are no whole number"),
         (["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
         (["data.name=folder", "data.root=nowhere"], "data.root: there is no folder nowhere"),
         (["student.heads=5"], "student.heads: 5 does not divide"),

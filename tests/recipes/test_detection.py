@@ -22,7 +22,7 @@ from vkd_kernels.recipes.runs import RunError
 pytest.importorskip("pycocotools", reason="needs the extra [detection]")
 
 ROOT = Path(__file__).parents[2]
-TINY = ["scenes.train=40", "scenes.val=8", "data.labelled=32", "teacher.steps=3", "optim.steps=4", "optim.batch_size=8"]
+TINY = ["scenes.train=40", "scenes.val=8", "data.labeled=32", "teacher.steps=3", "optim.steps=4", "optim.batch_size=8"]
 TINY += ["run.tensorboard=false", "run.save_every=3", "run.eval_every=2", "teacher.batch_size=8"]
 
 
@@ -64,7 +64,7 @@ def test_boxes_are_tight_inside_and_hardly_overlap(composed):
 
 
 def test_own_data_give_the_bundled_batches(written, tmp_path):
-    small = {"scenes__train": 30, "scenes__val": 6, "data__labelled": 0, "optim__batch_size": 8, "distill__weight": 0}
+    small = {"scenes__train": 30, "scenes__val": 6, "data__labeled": 0, "optim__batch_size": 8, "distill__weight": 0}
     bundled, own = job(configured(**small), tmp_path), job(configured(**small, **written), tmp_path)
     workers = job(configured(**small, **written, run__workers=1, augment__flip=0.5, teacher__cache=False), tmp_path)
     here = job(configured(**small, **written, augment__flip=0.5, teacher__cache=False), tmp_path)
@@ -216,7 +216,7 @@ def test_augmented_boxes_stay_on_their_objects():
 
 
 def test_unreadable_images_are_replaced_or_left_out(written, tmp_path, capsys):
-    small = {"data__labelled": 0, "optim__batch_size": 6, "distill__weight": 0, "data__in_memory": False}
+    small = {"data__labeled": 0, "optim__batch_size": 6, "distill__weight": 0, "data__in_memory": False}
     training = job(configured(**small, **written), tmp_path)
     plain = coco.CocoImages.__getitem__
 
@@ -453,7 +453,7 @@ def test_loop_of_the_documentation():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.labelled=2000"], "data.labelled: 2000 of scenes.train=1500"),
+        (["data.labeled=2000"], "data.labeled: 2000 of scenes.train=1500"),
         (["augment.flip=0.5"], "teacher.cache: features of an image can't be kept"),
         (["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
         (["augment.crop_sizes=9,3"], "augment.crop_sizes: must be least and largest"),

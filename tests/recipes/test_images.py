@@ -42,11 +42,11 @@ def test_fixed_views_are_the_images_of_the_batches(folder):
 def test_a_share_of_the_labels(folder):
     few = {"data__labels": 1 / 3, "augment__views": 2, "augment__mixup": 0, "augment__cutmix": 0, "augment__pad": 2}
     data = image_data(folder, **few)
-    assert len(data.labelled) == 4 and [data.opened[0].targets[i] for i in data.labelled] == [0, 0, 1, 1]
+    assert len(data.labeled) == 4 and [data.opened[0].targets[i] for i in data.labeled] == [0, 0, 1, 1]
     (x, targets, rows), (alone, labels, _) = take(data, "distilled", 3, 1)[0], take(data, "alone", 3, 1)[0]
     torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
     assert torch.equal(alone, x[:4]) and torch.equal(labels, targets[:4])
-    assert torch.isin(rows[:4] % 12, data.labelled).all() and not torch.isin(rows[4:] % 12, data.labelled).any()
+    assert torch.isin(rows[:4] % 12, data.labeled).all() and not torch.isin(rows[4:] % 12, data.labeled).any()
     assert take(data, "teacher", 0, 1)[0][1].sum() == pytest.approx(8)
     with pytest.raises(OptionError, match=r"augment\.mixup.*0 where data\.labels are below 1"):
         image_data(folder, data__labels=0.5)

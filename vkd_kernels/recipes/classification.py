@@ -44,7 +44,7 @@ class Data(Section):
     test_split: str = option("", "folder or split to evaluate on; default: val in a folder, test in torchvision")
     classes: int = option(0, "number of classes; 0: what the data say", ge=0)
     labels: float = option(1.0, "share of the training images whose labels a student may see", gt=0, le=1)
-    labelled_share: float = option(0.5, "labelled images of a batch, as a share, where not all are", gt=0, le=1)
+    labeled_share: float = option(0.5, "labeled images of a batch, as a share, where not all are", gt=0, le=1)
     size: int = option(224, "side of the images in pixels; digits have 8", source=RELEASED, ge=8)
     channels: Channels = option(3, "of the images: 1 for gray")
     crop: float = option(0.875, "evaluation: share of the shorter side that is seen", source=RELEASED, gt=0, le=1)
@@ -69,8 +69,8 @@ class Augment(Section):
 
 class DigitsConfig(Section):
     pool: int = option(1000, "training images of the 1797; the others are the test set", ge=100, le=1700)
-    labels_per_class: int = option(10, "labelled training images per digit, for the students", ge=1)
-    labelled_share: float = option(0.5, "labelled images of a batch, as a share", gt=0, le=1)
+    labels_per_class: int = option(10, "labeled training images per digit, for the students", ge=1)
+    labeled_share: float = option(0.5, "labeled images of a batch, as a share", gt=0, le=1)
     views: int = option(16, "fixed augmented views of every image", ge=1)
     rotation: float = option(15.0, "largest rotation of a view, in degrees", ge=0)
     scaling: float = option(0.15, "largest change of size of a view", ge=0)
@@ -124,13 +124,13 @@ class Config(Section):
         data, pool = self.data, self.digits.pool
         if self.digits.labels_per_class * 10 >= pool:
             raise OptionError(
-                f"digits.labels_per_class: {self.digits.labels_per_class} leave nothing unlabelled of a pool of "
+                f"digits.labels_per_class: {self.digits.labels_per_class} leave nothing unlabeled of a pool of "
                 f"{pool} images"
             )
-        labelled = self.optim.batch_size * self.labelled_share
-        if labelled < 1 or labelled != round(labelled):
+        labeled = self.optim.batch_size * self.labeled_share
+        if labeled < 1 or labeled != round(labeled):
             raise OptionError(
-                f"{'digits' if data.name == 'digits' else 'data'}.labelled_share: {labelled:g} of "
+                f"{'digits' if data.name == 'digits' else 'data'}.labeled_share: {labeled:g} of "
                 f"{self.optim.batch_size} images are no whole number"
             )
         if self.teacher.classes and self.distill.logit_weight:
@@ -150,11 +150,11 @@ class Config(Section):
         return self
 
     @property
-    def labelled_share(self) -> float:
+    def labeled_share(self) -> float:
         """Of a batch."""
         if self.data.name == "digits":
-            return self.digits.labelled_share
-        return self.data.labelled_share if self.data.labels < 1 else 1.0
+            return self.digits.labeled_share
+        return self.data.labeled_share if self.data.labels < 1 else 1.0
 
     @property
     def needs_teacher(self) -> bool:
@@ -169,10 +169,10 @@ class DistilledStudent(nn.Module):
     """
 
     def __init__(
-        self, student: models.Model, distill: Distill, teacher_dim: int, *, labelled_share: float, group: Any = None
+        self, student: models.Model, distill: Distill, teacher_dim: int, *, labeled_share: float, group: Any = None
     ) -> None:
         super().__init__()
-        self.student, self.distill, self.labelled_share = student, distill, labelled_share
+        self.student, self.distill, self.labeled_share = student, distill, labeled_share
         self.feature_loss = None
         if distill.weight and teacher_dim:
             self.feature_loss = distill.feature_loss(student.num_features, teacher_dim, group)
@@ -194,8 +194,8 @@ class DistilledStudent(nn.Module):
         return {**losses, "total": total}
 
     def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, mean over the global batch's labelled images: that of a target of zeros is zero."""
-        return F.cross_entropy(logits.float(), targets) / self.labelled_share
+        """Cross-entropy, mean over the global batch's labeled images: that of a target of zeros is zero."""
+        return F.cross_entropy(logits.float(), targets) / self.labeled_share
 
 
 def same_positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,8 +321,8 @@ class Classification(Task):
     def make_model(self, student: nn.Module) -> nn.Module:
         c = self.config
         width = models.teacher_width(c.teacher, models.shape_of(self.data)) if c.distill.weight else 0
-        share = c.labelled_share if c.needs_teacher else 1.0  # a student alone sees labelled images only
-        return DistilledStudent(student, c.distill, width, labelled_share=share, group=self.context.process_group)
+        share = c.labeled_share if c.needs_teacher else 1.0  # a student alone sees labeled images only
+        return DistilledStudent(student, c.distill, width, labeled_share=share, group=self.context.process_group)
 
     @property
     def images(self) -> int:
@@ -330,7 +330,7 @@ class Classification(Task):
 
     @property
     def images_per_step(self) -> int:
-        return round(self.optim.batch_size * (1 if self.config.needs_teacher else self.config.labelled_share))
+        return round(self.optim.batch_size * (1 if self.config.needs_teacher else self.config.labeled_share))
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         learner, distill = "distilled" if self.config.needs_teacher else "alone", self.config.distill
@@ -416,7 +416,7 @@ class TeacherTraining(Classification):
         return models.make_teacher(self.config.teacher, models.shape_of(self.data))
 
     def make_model(self, student: nn.Module) -> nn.Module:
-        return DistilledStudent(student, self.config.distill, 0, labelled_share=1.0)
+        return DistilledStudent(student, self.config.distill, 0, labeled_share=1.0)
 
     @property
     def images_per_step(self) -> int:

@@ -242,7 +242,7 @@ def at_map(inside: Tensor, height: int, width: int) -> Tensor:
 
 
 def average_precision(data: CocoImages, indices: list[int], rows: list[list[float]]) -> dict[str, float]:
-    """AP, AP50 and AP75 in per cent, by pycocotools, over those images of a data set; NaN where they hold no object.
+    """AP, AP50 and AP75 in percent, by pycocotools, over those images of a data set; NaN where they hold no object.
 
     Args:
         rows: image id, x, y, width, height, score, category id.

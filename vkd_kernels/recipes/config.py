@@ -2,7 +2,7 @@
 
 class Data(Section):
     root: str = option("", "folder of the images")
-    labels: int = option(10, "labelled images per class", ge=1, source="tuned on seeds 0-3")
+    labels: int = option(10, "labeled images per class", ge=1, source="tuned on seeds 0-3")
 
 class Config(Section):
     data: Data = section(Data)

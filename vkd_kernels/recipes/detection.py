@@ -44,7 +44,7 @@ class Data(Section):
     train_annotations: str = option("", "their COCO annotations, instances_*.json")
     val: str = option("", "folder of evaluation images")
     val_annotations: str = option("", "their COCO annotations")
-    labelled: int = option(300, "only the first so many training images are the student's; 0: all", ge=0)
+    labeled: int = option(300, "only the first so many training images are the student's; 0: all", ge=0)
     classes: int = option(0, "number of categories; 0: what the data say", ge=0)
     channels: Channels = option(1, "of the images: 3 for color")
     mean: Floats = option((0.35,), "of the channels: what the teacher was trained with")
@@ -118,8 +118,8 @@ class Config(Section):
             raise OptionError(f"data.{missing[0]}: missing; own data need all of {', '.join(paths)}")
         if self.teacher.cache and (a.flip or a.crop or len(a.short_sides) > 1):
             raise OptionError("teacher.cache: features of an image can't be kept where augment changes it every time")
-        if not d.train and d.labelled > self.scenes.train:
-            raise OptionError(f"data.labelled: {d.labelled} of scenes.train={self.scenes.train}")
+        if not d.train and d.labeled > self.scenes.train:
+            raise OptionError(f"data.labeled: {d.labeled} of scenes.train={self.scenes.train}")
         if a.crop_sizes[0] > a.crop_sizes[1]:
             raise OptionError(f"augment.crop_sizes: must be least and largest, got {a.crop_sizes}")
         return self
@@ -217,8 +217,8 @@ class Detection(Task):
     # ---- data --------------------------------------------------------------------------------------------------------
 
     @property
-    def labelled(self) -> int:
-        return self.config.data.labelled
+    def labeled(self) -> int:
+        return self.config.data.labeled
 
     @cached_property
     def data(self) -> tuple[coco.CocoImages, coco.CocoImages]:
@@ -230,7 +230,7 @@ class Detection(Task):
         elif d.channels != 1:
             raise OptionError("data.train: missing; without it the data are gray scenes (data.channels=1)")
         else:
-            parts = scenes.composed(self.seed, self.labelled or self.config.scenes.train, self.config.scenes.val)
+            parts = scenes.composed(self.seed, self.labeled or self.config.scenes.train, self.config.scenes.val)
             names = (f"training scenes of seed {self.seed}", f"evaluation scenes of seed {self.seed}")
             train, val = (scenes.in_memory(part, name) for part, name in zip(parts, names, strict=True))
         if train.names != val.names:
@@ -238,8 +238,8 @@ class Detection(Task):
             raise RunError(f"{train.where} and {val.where}: their categories differ, first in {different[0]}")
         if d.classes not in (0, len(train.names)):
             raise RunError(f"data.classes is {d.classes}, but {train.where} has {len(train.names)} categories")
-        if self.labelled > len(train):
-            raise OptionError(f"data.labelled: {self.labelled}, but there are only {len(train)} training images")
+        if self.labeled > len(train):
+            raise OptionError(f"data.labeled: {self.labeled}, but there are only {len(train)} training images")
         return train, val
 
     @property
@@ -248,7 +248,7 @@ class Detection(Task):
 
     @property
     def images(self) -> int:
-        return self.labelled or len(self.data[0])
+        return self.labeled or len(self.data[0])
 
     @cached_property
     def pixels(self) -> tuple[Tensor, Tensor]:
@@ -446,7 +446,7 @@ class Detection(Task):
 class TeacherTraining(Detection):
     """The same with the teacher in the student's place: it learns from the boxes of all training images."""
 
-    labelled = 0  # all
+    labeled = 0  # all
 
     def __init__(self, config: Any, context: Context) -> None:
         t = config.teacher

@@ -31,13 +31,13 @@ def read_digits() -> tuple[Tensor, Tensor]:  # (1797, 1, 8, 8) from 0 to 1; (179
 
 
 class Digits:
-    """One seed's split. The first `labelled` images of the pool are those whose labels a student may see."""
+    """One seed's split. The first `labeled` images of the pool are those whose labels a student may see."""
 
     classes, size, channels, fresh = CLASSES, 8, 1, ""  # fresh: why stored answers would be to other images
 
     def __init__(self, config: Any, seed: int) -> None:
         self.config, self.seed, self.smoothing = config.digits, seed, config.distill.label_smoothing
-        self.images, self.views, self.labelled_share = self.config.pool, self.config.views, self.config.labelled_share
+        self.images, self.views, self.labeled_share = self.config.pool, self.config.views, self.config.labeled_share
         images, labels = read_digits()
         images = (images - PIXEL_MEAN) / PIXEL_STD
         order = torch.randperm(IMAGES, generator=generator(seed))
@@ -51,7 +51,7 @@ class Digits:
                     f"{len(rows)} in a pool of {self.images} images (seed {seed})"
                 )
             chosen[rows[: self.config.labels_per_class]] = True
-        inside, self.labelled = torch.cat([inside[chosen], inside[~chosen]]), int(chosen.sum())
+        inside, self.labeled = torch.cat([inside[chosen], inside[~chosen]]), int(chosen.sum())
         self.pool, self.pool_labels = images[inside], labels[inside]
         self.test, self.test_labels = images[outside], labels[outside]
         draw = generator(seed, VIEWS)
@@ -62,12 +62,12 @@ class Digits:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(images, targets, rows among all fixed views): this rank's share of the batches start, start + 1, ...
 
-        `learner`: "distilled" (from labels where there are any, and from a teacher), "alone" (from the labelled images
+        `learner`: "distilled" (from labels where there are any, and from a teacher), "alone" (from the labeled images
         of the same batches), or "teacher" (the teacher itself, with the labels of all images).
         """
-        size = round(batch_size * self.labelled_share) if learner == "alone" else batch_size
+        size = round(batch_size * self.labeled_share) if learner == "alone" else batch_size
         if size % ranks:
-            raise OptionError(f"digits.labelled_share: {size} labelled images are not equal parts for {ranks} ranks")
+            raise OptionError(f"digits.labeled_share: {size} labeled images are not equal parts for {ranks} ranks")
         mine = slice(rank, size, ranks)
         for step in itertools.count(start):
             if learner == "teacher":  # images of the whole pool, each in a new view
@@ -76,13 +76,13 @@ class Digits:
                 images = random_affine(self.pool[chosen], draw, self.config)
                 yield images[mine], self.targets(chosen)[mine], None
                 continue
-            draw, labelled = generator(self.seed, step, STUDENT), round(batch_size * self.labelled_share)
-            seen = torch.randint(self.labelled, (labelled,), generator=draw)
-            unseen = torch.randint(self.labelled, self.images, (batch_size - labelled,), generator=draw)
+            draw, labeled = generator(self.seed, step, STUDENT), round(batch_size * self.labeled_share)
+            seen = torch.randint(self.labeled, (labeled,), generator=draw)
+            unseen = torch.randint(self.labeled, self.images, (batch_size - labeled,), generator=draw)
             chosen = torch.cat([seen, unseen])
             rows = torch.randint(self.views, (batch_size,), generator=draw) * self.images + chosen
             targets = self.targets(chosen)
-            targets[labelled:] = 0
+            targets[labeled:] = 0
             yield self.pool_views[rows[mine]], targets[mine], rows[mine]
 
     def targets(self, rows: Tensor) -> Tensor:  # (N,) -> (N, classes)

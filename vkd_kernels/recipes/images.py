@@ -69,7 +69,7 @@ class Images:
         return self.d.classes or self.opened[2]
 
     @cached_property
-    def labelled(self) -> Tensor:
+    def labeled(self) -> Tensor:
         """The images whose labels a student may see: a share of every class, at least one."""
         labels = torch.as_tensor(self.opened[0].targets)
         order = torch.randperm(len(labels), generator=generator(self.seed, SPLIT))
@@ -104,19 +104,19 @@ class Images:
             else:
                 targets = smoothed(labels, self.classes, self.smoothing)
             if few:
-                targets[~torch.isin(torch.tensor([key.image for key in keys_]), self.labelled)] = 0
+                targets[~torch.isin(torch.tensor([key.image for key in keys_]), self.labeled)] = 0
             yield images, targets, torch.tensor([key.row for key in keys_]) if self.views else None
 
     def few(self, learner: str, start: int, batch_size: int, mine: slice) -> Iterator[list[Key]]:
-        """Labelled images, then unlabelled ones; a student alone sees the labelled ones of the same batches."""
-        labelled = round(batch_size * self.config.labelled_share)
+        """Labeled images, then unlabeled ones; a student alone sees the labeled ones of the same batches."""
+        labeled = round(batch_size * self.config.labeled_share)
         hidden = torch.ones(self.images, dtype=torch.bool)
-        hidden[self.labelled] = False
+        hidden[self.labeled] = False
         others = hidden.nonzero().flatten()
         for step in count(start):
             draw = generator(self.seed, step, DRAW)
-            seen = self.labelled[torch.randint(len(self.labelled), (labelled,), generator=draw)]
-            unseen = others[torch.randint(len(others), (batch_size - labelled,), generator=draw)]
+            seen = self.labeled[torch.randint(len(self.labeled), (labeled,), generator=draw)]
+            unseen = others[torch.randint(len(others), (batch_size - labeled,), generator=draw)]
             chosen = seen if learner == "alone" else torch.cat([seen, unseen])
             yield [self.key(step, index) for index in chosen.tolist()[mine]]
 

@@ -83,7 +83,7 @@ class ClassifierTraining(Task):
         return Classifier(self.config.teacher.widths, self.data.shape)
 
     def make_model(self, student: nn.Module) -> nn.Module:
-        return Labelled(student)
+        return Labeled(student)
 
     def batches(self, start: int) -> Iterator[Any]:
         pictures, labels = self.learn
@@ -99,7 +99,7 @@ class ClassifierTraining(Task):
         return {"accuracy": 100 * right / len(self.test[1])}
 
 
-class Labelled(nn.Module):
+class Labeled(nn.Module):
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier = classifier
