@@ -1,5 +1,5 @@
 """The feature loss at the paper's shapes: against its own reference in PyTorch, eager and compiled, and against what a
-user would write (layer_norm or batch_norm, smooth_l1; once with PyTorch's orthogonal parametrisation).
+user would write (layer_norm or batch_norm, smooth_l1; once with PyTorch's orthogonal parametrization).
 
     pytest benchmarks/bench_ortho_proj_loss.py --benchmark-only        a table per case, and records
     python -m benchmarks.bench_ortho_proj_loss [-k NAME]               the records alone, without pytest
@@ -81,15 +81,15 @@ def losses_together(projections, normalization):
 def composed_loss(projections, normalization):
     """What a user would write."""
 
-    def normalised(x):
+    def normalized(x):
         if normalization == "layer_norm":
             return F.layer_norm(x, x.shape[-1:])
         return F.batch_norm(x, None, None, training=True)
 
     def loss(student, teacher, weight):
         z = F.linear(student, weight)
-        z = normalised(z) if normalization == "batch_norm" else z
-        return F.smooth_l1_loss(z, normalised(teacher))
+        z = normalized(z) if normalization == "batch_norm" else z
+        return F.smooth_l1_loss(z, normalized(teacher))
 
     x = projections[0][0]
     with torch.autocast(x.device.type, x.dtype, enabled=x.dtype in (torch.bfloat16, torch.float16)):

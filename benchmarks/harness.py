@@ -283,14 +283,14 @@ def sample_undisturbed(samplers: dict, seconds: float, least: int, tries: int) -
 
     Only the others' share decides, never what was measured.
     """
-    found = []
+    attempts = []
     for _ in range(tries):
         others = OtherProcesses()
         samples = interleave(samplers, seconds, least)
-        found.append((others.share(), samples))
-        if found[-1][0] is None or found[-1][0] <= MOST_OTHERS_SHARE:
-            return found[-1]
-    return min(found, key=lambda pair: pair[0])
+        attempts.append((others.share(), samples))
+        if attempts[-1][0] is None or attempts[-1][0] <= MOST_OTHERS_SHARE:
+            return attempts[-1]
+    return min(attempts, key=lambda pair: pair[0])
 
 
 def _nbytes(tensors) -> int:

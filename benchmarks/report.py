@@ -21,9 +21,9 @@ OWED = "owed: no record from an NVIDIA GPU yet (`make gpu` there writes it)"
 
 
 def row_of(device: Records, benchmark: str, case: str, candidate: str, which: str = "both") -> dict | None:
-    for found in device.get(benchmark, {}).get("cases", []):
-        if found["case"] == case:
-            return next((r for r in found["rows"] if r["candidate"] == candidate and r.get("pass") == which), None)
+    for measured in device.get(benchmark, {}).get("cases", []):
+        if measured["case"] == case:
+            return next((r for r in measured["rows"] if r["candidate"] == candidate and r.get("pass") == which), None)
     return None
 
 
@@ -54,7 +54,7 @@ def share_of(benchmark: str, case: str, other: str, key: str) -> Callable[[Recor
 def added(case: str, candidate: str = "vkd_kernels") -> Callable[[Records], float | None]:
     """What the feature loss adds to a training step, as a share of the step without it."""
     times = ratio(STEP, case, candidate, "no feature loss")
-    return lambda device: None if (found := times(device)) is None else found - 1
+    return lambda device: None if (measured := times(device)) is None else measured - 1
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -275,8 +275,8 @@ def added_lines(device: Records) -> list[str]:
     lines = []
     for case in device[STEP]["cases"]:
         shares = {name: added(case["case"], name)(device) for name in ("vkd_kernels", "composition")}
-        found = ", ".join(f"{name} {share:+.1%}" for name, share in shares.items() if share is not None)
-        lines.append(f"Added by the feature loss, {case['case']}: {found or 'not in the record'}.")
+        additions = ", ".join(f"{name} {share:+.1%}" for name, share in shares.items() if share is not None)
+        lines.append(f"Added by the feature loss, {case['case']}: {additions or 'not in the record'}.")
     return [*lines, ""]
 
 
@@ -333,9 +333,11 @@ def _share_of_floor(axes, device: Records) -> bool:
         for case, rows in _timed(device.get(benchmark), lambda case: not case["plot"])
     ]
     for index, candidate in enumerate(("vkd_kernels", "torch.compile", "eager", "closed form, inv_ex")):
-        found = [(y, 100 * rows[candidate]["share_of_floor"]) for y, (_, rows) in enumerate(pairs) if candidate in rows]
-        if found:
-            y, share = zip(*found, strict=True)
+        points = [
+            (y, 100 * rows[candidate]["share_of_floor"]) for y, (_, rows) in enumerate(pairs) if candidate in rows
+        ]
+        if points:
+            y, share = zip(*points, strict=True)
             axes.barh([v + 0.2 * (index - 1) for v in y], share, height=0.2, label=candidate)
     axes.set_yticks(range(len(pairs)), [name for name, _ in pairs], fontsize=7)
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""A plain training loop with timm models: one loss added, its parameters in the optimiser without weight decay."""
+"""A plain training loop with timm models: one loss added, its parameters in the optimizer without weight decay."""
 
 import timm
 import torch

@@ -211,7 +211,7 @@ class FeatureDistiller(nn.Module):
         return {name for name, _ in self.named_parameters() if name in said}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: those that decay; then biases, 1-D ones and ``no_weight_decay()``."""
+        """Trained parameters for an optimizer: those that decay; then biases, 1-D ones and ``no_weight_decay()``."""
         spared = self.no_weight_decay()
         groups: tuple[list, list] = ([], [])
         for name, parameter in self.named_parameters():

@@ -98,8 +98,8 @@ class PairLosses(nn.ModuleDict):
             for group in shape.groups:
                 if len(group.names) < len(shape.names):
                     weights = torch.stack([projections[name] for name in group.names])
-                members = [(self.of(name), rows[name]) for name in group.names]
-                losses |= dict(zip(group.names, _losses_of_group(members, weights, process_group), strict=True))
+                entries = [(self.of(name), rows[name]) for name in group.names]
+                losses |= dict(zip(group.names, _losses_of_group(entries, weights, process_group), strict=True))
         return losses, projections
 
     def masked_row(self, name: str) -> ComparedRows:
@@ -122,25 +122,25 @@ class PairLosses(nn.ModuleDict):
 
 
 def _losses_of_group(
-    members: list[tuple[OrthoProjLoss, ComparedRows]],
+    entries: list[tuple[OrthoProjLoss, ComparedRows]],
     weights: torch.Tensor,  # (G, T, S)
     process_group: Any,
 ) -> Sequence[torch.Tensor]:
-    first = members[0][0]
-    students = _of_one_dtype([rows.student for _, rows in members])
-    teachers = _of_one_dtype([rows.teacher for _, rows in members])
+    first = entries[0][0]
+    students = _of_one_dtype([rows.student for _, rows in entries])
+    teachers = _of_one_dtype([rows.teacher for _, rows in entries])
     scale: float | torch.Tensor | None
     if isinstance(first.scale, torch.Tensor):
-        scale = torch.cat([loss.scale for loss, _ in members])  # type: ignore[misc]
+        scale = torch.cat([loss.scale for loss, _ in entries])  # type: ignore[misc]
     else:
         scale = None if first.scale == 1.0 else first.scale
     options: dict[str, Any] = {"spec": first.spec, "execution": first.execution(process_group)}
-    if len(members) == 1:
+    if len(entries) == 1:
         if isinstance(scale, torch.Tensor):
             scale = scale.reshape(())
-        (mask,) = [rows.mask for _, rows in members]
+        (mask,) = [rows.mask for _, rows in entries]
         return [api.projected_loss(students[0], teachers[0], weights[0], scale=scale, mask=mask, **options)]
-    masks = [rows.mask for _, rows in members]
+    masks = [rows.mask for _, rows in entries]
     return api.projected_losses(students, teachers, weights, scale=scale, masks=masks, **options).unbind(0)
 
 

@@ -57,7 +57,7 @@ class Distiller(nn.Module):
 
 
 def train(module, optimizer, batches, steps):
-    """Steps of the optimiser over the batches in turn; yields every loss."""
+    """Steps of the optimizer over the batches in turn; yields every loss."""
     for step in range(steps):
         loss = module(*batches[step % len(batches)])
         optimizer.zero_grad()
@@ -150,7 +150,7 @@ def test_degenerate_batches_do_no_harm(path, options, batch):
 def test_a_nan_batch_shows_and_harms_nobody_who_skips_it(path, options):
     """One in five batches has a NaN or an Inf: the loss tells, GradScaler skips, and those steps leave no trace.
 
-    (An infinite teacher that is not normalised has an infinite loss whose gradient, smooth L1's, is ±1 all the same.)
+    (An infinite teacher that is not normalized has an infinite loss whose gradient, smooth L1's, is ±1 all the same.)
     """
     clean = Distiller(**options)
     spoilt = copy.deepcopy(clean)

@@ -145,7 +145,7 @@ def test_autocast_with_gradscaler(path, options, dtype):
 
 @pytest.mark.parametrize("normalization", ["layer_norm", "none"])
 def test_gradient_accumulation(path, normalization):
-    """Four micro-batches make the gradient of one large batch (normalised by rows, not by batch statistics)."""
+    """Four micro-batches make the gradient of one large batch (normalized by rows, not by batch statistics)."""
     module = Distiller(normalization=normalization)
     x, y = batch()
     for part_x, part_y in zip(x.chunk(4), y.chunk(4), strict=True):
@@ -321,7 +321,7 @@ def test_deepcopy_is_independent(path):
 
 @pytest.mark.parametrize("orthogonal_map", ["cayley", "matrix_exp", "householder"])
 def test_save_and_load(tmp_path, orthogonal_map):
-    """A resumed run (model, optimiser, by weights_only) goes on bit for bit; a whole pickled module does too."""
+    """A resumed run (model, optimizer, by weights_only) goes on bit for bit; a whole pickled module does too."""
     module = Distiller(orthogonal_map=orthogonal_map)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
 
@@ -389,7 +389,7 @@ def test_export_the_student_alone(path):
 
 
 def test_export_a_student_with_an_orthogonal_layer():
-    """The map is folded away first, as any parametrisation."""
+    """The map is folded away first, as any parametrization."""
     layer = vk.orthogonal(nn.Linear(5, 9))
     expected = layer(batch()[0])
     nn.utils.parametrize.remove_parametrizations(layer, "weight")

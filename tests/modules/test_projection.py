@@ -1,4 +1,4 @@
-"""OrthogonalLinear and orthogonal(): invariants, assignment, parity with PyTorch's parametrisation, copies."""
+"""OrthogonalLinear and orthogonal(): invariants, assignment, parity with PyTorch's parametrization, copies."""
 
 import copy
 import io
@@ -135,7 +135,7 @@ def test_copies_pickles_and_state_dicts(orthogonal_map):
     assert orthogonality_error(layer.weight) < 1e-5
 
 
-def test_meta_device_then_materialised():
+def test_meta_device_then_materialized():
     with torch.device("meta"):
         layer = vk.OrthogonalLinear(4, 9, affine=True)
     layer = layer.to_empty(device="cpu")

@@ -286,12 +286,12 @@ def test_a_group_is_each_alone(path, normalization, loss):
     masks = [None, None, torch.arange(20) % 3 > 0]
     options = {"normalization": normalization, "loss": loss, "eps": 0.1}
     grouped = ortho_proj_losses(students, teachers, weights, masks=masks, **options)
-    each = [
+    alone = [
         ortho_proj_loss(x, y, p, mask=mask, **options)
         for x, y, p, mask in zip(students, teachers, weights, masks, strict=True)
     ]
-    torch.testing.assert_close(grouped, torch.stack(each))
-    torch.testing.assert_close(*(torch.autograd.grad(v, weights)[0] for v in (grouped.sum(), sum(each))))
+    torch.testing.assert_close(grouped, torch.stack(alone))
+    torch.testing.assert_close(*(torch.autograd.grad(v, weights)[0] for v in (grouped.sum(), sum(alone))))
 
 
 def test_autocast(path):

@@ -37,7 +37,7 @@ FORMS = [one_row_chunks, chunked.semi_orthogonal_loss, fused]
 
 
 def tangent(gradient, weight):
-    """The part of dP that an orthogonal parametrisation lets through: dP - P sym(Pᵀ dP)."""
+    """The part of dP that an orthogonal parametrization lets through: dP - P sym(Pᵀ dP)."""
     inner = weight.mT @ gradient
     return gradient - weight @ (inner + inner.mT) / 2
 
@@ -115,7 +115,7 @@ def test_options(scale, normalization, weights, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_left_out_part_vanishes_through_the_parametrisation(form):
+def test_the_left_out_part_vanishes_through_the_parametrization(form):
     """dP differs from the plain form's, dW through the Cayley transform does not."""
     arguments = Arguments((37, 20, 45), torch.float32)
     w = torch.randn(45, 20, device=DEVICE, requires_grad=True)

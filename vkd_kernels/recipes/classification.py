@@ -396,9 +396,9 @@ class Classification(Task):
     def check(cls, config: Any) -> None:
         if config.data.name != "digits":
             open_images(config.data)
-        here = config.needs_teacher and trained_here(config)
+        trains_teacher = config.needs_teacher and trained_here(config)
         for option_, path in (("teacher.weights", config.teacher.weights), ("student.weights", config.student.weights)):
-            if path and not here and not Path(path).is_file():
+            if path and not trains_teacher and not Path(path).is_file():
                 raise OptionError(f"{option_}: there is no file {path}")
         cls.describe(config)
 

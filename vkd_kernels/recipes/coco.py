@@ -78,7 +78,7 @@ class CocoImages:
             if not a["iscrowd"]:
                 box = corners(a["bbox"], self.sizes[place[a["image_id"]]])
                 objects[place[a["image_id"]]].append((box, self.categories.index(a["category_id"])))
-        seen = {label for found in objects for _, label in found}
+        seen = {label for of_image in objects for _, label in of_image}
         empty = [self.names[id] for label, id in enumerate(self.categories) if label not in seen]
         if not seen:
             raise RunError(f"{where}: has no box")

@@ -142,8 +142,8 @@ def resolve(arguments: Any, file: Path | None = None) -> Experiment:
     if path := file or a.config:
         sources.append((str(path), *configs.read_yaml(path)))
     known = configs.flatten(task.Config())
-    for where, found, comments in sources:
-        for key, value in found.items():
+    for where, written, comments in sources:
+        for key, value in written.items():
             if key in Head.model_fields:
                 head[key] = value
             elif key not in ("arm", "seed") and key not in known:
@@ -197,21 +197,21 @@ def extended(folder: Path, typed: Experiment, arguments: Any) -> Experiment:
     if not path.exists():
         raise RunError(f"--resume: {folder} holds no run (there is no {path})")
     saved = resolve(argparse.Namespace(**{**vars(arguments), "arms": None, "seeds": None, "baseline": None}), path)
-    here, there = configs.flatten(typed.config), configs.flatten(saved.config)
-    if missing := ", ".join(here.keys() - saved.known):
+    own, saved_values = configs.flatten(typed.config), configs.flatten(saved.config)
+    if missing := ", ".join(own.keys() - saved.known):
         raise RunError(f"--resume: {path} lacks {missing}: another version wrote it; leave --resume out")
     if saved.head.first_seed != int(arguments.first_seed or saved.head.first_seed):
         raise RunError(f"--resume: --first-seed is {saved.head.first_seed} in {folder}")
     if begun := [word for word in configs.read_yaml(path)[0].get("versions", "").split(", ") if word not in versions()]:
         print(f"warning: {folder} was begun with {', '.join(begun)}, this is {versions()}", file=sys.stderr)
     differences = [
-        f"{key} is {configs.show(there[key])} there and {configs.show(here[key])} here"
+        f"{key} is {configs.show(saved_values[key])} there and {configs.show(own[key])} here"
         for key in typed.known
-        if there[key] != here[key] and not key.startswith("run.")
+        if saved_values[key] != own[key] and not key.startswith("run.")
     ]
     if differences:
         raise RunError(f"--resume: {folder} has another configuration: {'; '.join(sorted(differences))}")
-    free = {key: here[key] for key in typed.known if key.startswith("run.")}
+    free = {key: own[key] for key in typed.known if key.startswith("run.")}
     new = typed.arms if arguments.arms else {}
     arms = {**saved.arms, **new}
     seeds = max(saved.head.seeds, typed.head.seeds if arguments.seeds else 0)
@@ -373,9 +373,9 @@ def run(experiment: Experiment, folder: Path, *, processes: int, quiet: bool) ->
             runs.save_json(folder / "machine.json", report.machine())
             tell(None)
             tell = lambda message: None  # noqa: E731
-            here = ranks or not processes or engine.device_of(config.run, config.optim) != "cpu"
+            in_this_process = ranks or not processes or engine.device_of(config.run, config.optim) != "cpu"
             todo = make_jobs(experiment, folder, fabric)
-            jobs.perform(todo, processes=0 if here else processes, quiet=quiet, insist=ranks)
+            jobs.perform(todo, processes=0 if in_this_process else processes, quiet=quiet, insist=ranks)
             return finish(folder, experiment)
     except RunError as error:
         tell(str(error))

@@ -78,7 +78,7 @@ def keys(kind: type[Section], prefix: str = "", sources: Mapping[str, str] | Non
             Key(
                 field.description or "",
                 (sources or {}).get(name, extra["source"]),
-                limits + [" | ".join(map(show, found)) for found in [list(_choices(field.annotation))] if found],
+                limits + [" | ".join(map(show, choices)) for choices in [list(_choices(field.annotation))] if choices],
             ),
         )
 

@@ -74,7 +74,7 @@ class Images:
         labels = torch.as_tensor(self.opened[0].targets)
         order = torch.randperm(len(labels), generator=generator(self.seed, SPLIT))
         rows = [order[labels[order] == label] for label in range(self.classes)]
-        return torch.cat([found[: max(1, round(self.d.labels * len(found)))] for found in rows])
+        return torch.cat([of_class[: max(1, round(self.d.labels * len(of_class)))] for of_class in rows])
 
     def batches(
         self, learner: str, start: int, batch_size: int, rank: int, ranks: int

@@ -42,9 +42,9 @@ class Pictures:
         self.shape = shape(classes)
         order = torch.randperm(len(self.labels), generator=generator(seed, SPLIT, 1))
         rows = [order[self.labels[order] == label] for label in range(classes)]
-        if empty := [label for label, found in enumerate(rows) if not len(found)]:
+        if empty := [label for label, of_class in enumerate(rows) if not len(of_class)]:
             raise RunError(f"{data.root}: no image of class number {empty[0]} can be read")
-        self.seen = torch.cat([found[: max(1, round(data.fraction * len(found)))] for found in rows])
+        self.seen = torch.cat([of_class[: max(1, round(data.fraction * len(of_class)))] for of_class in rows])
 
 
 def in_memory(dataset: Any, data: Any) -> tuple[Tensor, Tensor]:

@@ -112,23 +112,23 @@ def ortho_proj_losses(
 ) -> torch.Tensor:  # (G,)
     """Several losses of equal S and T at once: entry i is ``ortho_proj_loss(students[i], teachers[i], weights[i])``.
 
-    For features of several layers or levels, which may differ in their rows. On a GPU levels of few rows share their
-    launches. Across ranks all levels share their collectives (``backend="torch"``, the definition, has its own).
+    For features of several layers or resolutions, which may differ in their rows. On a GPU losses of few rows share
+    their launches. Across ranks all share their collectives (``backend="torch"``, the definition, has its own).
 
     Args:
         students: G tensors ``(..., S)`` of one dtype.
         teachers: G tensors ``(..., T)`` of one dtype, with the rows of ``students``.
         weights: ``(G, T, S)``, as ``cayley`` gives it for a batch.
-        scale: one for all, one per level, or one per level and teacher channel.
-        bias: one value per level and teacher channel.
-        masks: for each level a mask of its rows or ``None``; ``None``: there are none.
+        scale: one for all, one per loss, or one per loss and teacher channel.
+        bias: one value per loss and teacher channel.
+        masks: for each loss a mask of its rows or ``None``; ``None``: there are none.
         normalization, loss, beta, eps, reduction, process_group, backend: see ``ortho_proj_loss``.
 
     Returns:
         ``(G,)`` float32 (float64 for float64 inputs).
 
     Raises:
-        As ``ortho_proj_loss``, naming the level: ``students[2] must have the shape ...``.
+        As ``ortho_proj_loss``, naming the loss: ``students[2] must have the shape ...``.
 
     Example:
         >>> import torch, vkd_kernels as vk
