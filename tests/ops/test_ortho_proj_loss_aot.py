@@ -23,7 +23,7 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 NOTES = {"C7519"}  # ptxas puts in an arrive where a loop has vanished (S = 1): nothing is serialized
 # Its A operand lies in registers, where ptxas before 13.3 has a bug (Triton issue 9433) that waiting avoids.
 SERIALIZED = {"scatter_gradients": {"C7515"}}
-SPILLED_BYTES = {"sm_80": 64, "sm_90": 8, "sm_100": 16}  # a scalar may lie on the stack; a tile too large is hundreds
+SPILLED_BYTES = {"sm_80": 64, "sm_90": 8, "sm_100": 32}  # a scalar may lie on the stack; a tile too large is hundreds
 TF32 = ("tokens fp32", "pooled fp32", "semi-orthogonal fp32, raw")  # these once more with TF32
 SWITCHED = {  # what a benchmark can switch on: (name in tiles.py, value)
     "tokens bf16, row-stationary": ("ROW_STATIONARY_UP_TO", 192),
@@ -158,8 +158,9 @@ def _of_amd(compiled: Any) -> dict[str, Any]:
         "registers": numbers["vgpr_count"],
         "spilled": max(numbers["vgpr_spill_count"], numbers["private_segment_fixed_size"]),
         "warnings": [],
-        "mma": len(re.findall("v_mfma", assembly)),
-        "fma": len(re.findall("v_(?:pk_)?fma", assembly)),
+        # AMD's matrix units multiply float32 in full precision, too (…x2_f32): IEEE, as fused multiply-adds are.
+        "mma": len(re.findall(r"v_mfma_f32_\w*(?:bf16|xf32|(?<![0-9a-z])f16)", assembly)),
+        "fma": len(re.findall(r"v_(?:pk_)?fma|v_mfma_f32_\d+x\d+x\d+_?f32", assembly)),
         "descriptors": False,
     }
 
