@@ -1,4 +1,4 @@
-"""The `vkd` command: trains the paper's tasks, measures and exports what came out, and says what is installed."""
+"""The `vkd` command: trains the paper's tasks, measures what came out, and says what is installed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ COMMANDS = {
     "distill": ("vkd_kernels.recipes.compare", "train students of a teacher and compare ways to distill"),
     "ablate": ("vkd_kernels.recipes.compare", "every projection with every normalization"),
     "evaluate": ("vkd_kernels.recipes.stored", "measure the students of a run again"),
-    "export": ("vkd_kernels.recipes.stored", "write a student alone, without its projection"),
-    "inspect": ("vkd_kernels.recipes.inspect", "the metrics that a run logged, as a figure and a table"),
     "cache": ("vkd_kernels.store.command", "store a teacher's features of a folder of images"),
 }
-CONFIGURED = ("distill", "ablate", "evaluate", "export")  # these take `section.key=value`
+CONFIGURED = ("distill", "ablate", "evaluate")  # these take `section.key=value`
 EXTRAS = ("detection", "generation")  # tasks with requirements of their own
 
 

@@ -134,11 +134,8 @@ class Toy(Task):
     def evaluate(self, student: nn.Module) -> dict[str, float]:
         return {"error": F.mse_loss(student(self.test).float(), self.test_y).item()}
 
-    def pictures(self, student: nn.Module, folder: Path, step: int) -> None:
+    def pictures(self, student: nn.Module, folder: Path) -> None:
         runs.write_text(folder / "outputs.txt", str(student(self.test[:3]).tolist()))
-
-    def example(self) -> tuple[Tensor]:
-        return (self.test[:2],)
 
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:

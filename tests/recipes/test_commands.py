@@ -197,23 +197,6 @@ def test_evaluate_imports_only_what_the_command_line_names(finished, capsys, mon
     assert f"say --task {TOY} if that module may be imported" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "torch-export"])
-def test_export_writes_the_student_alone(finished, tmp_path, capsys, kind):
-    run = finished / "vkd" / "seed-00"
-    path = tmp_path / f"student{'.safetensors' if kind == 'safetensors' else '.pt2'}"
-    assert vkd("export", run, *("--task", TOY, "--format", kind, "--output", path)) == 0
-    assert "differ from the student's by at most" in capsys.readouterr().out
-    student = toy_task.Net(5).eval()
-    student.load_state_dict(runs.load_weights(run / "student.safetensors"))
-    if kind == "torch-export":
-        x = torch.randn(2, 6)
-        torch.testing.assert_close(torch.export.load(str(path)).module()(x), student(x))
-    else:
-        assert runs.load_weights(path).keys() == student.state_dict().keys()
-    assert vkd("export", finished, "--task", TOY) == 2
-    assert "choose one" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_terminal_without_unicode_gets_its_table(tmp_path, monkeypatch, encoding):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)

@@ -215,25 +215,6 @@ def test_augmented_boxes_stay_on_their_objects():
     assert len(sizes) > 3
 
 
-def test_unreadable_images_are_replaced_or_left_out(written, tmp_path, capsys):
-    small = {"data__labeled": 0, "optim__batch_size": 6, "distill__weight": 0, "data__in_memory": False}
-    training = job(configured(**small, **written), tmp_path)
-    plain = coco.CocoImages.__getitem__
-
-    def broken(self, index):
-        if index in (3, 7):
-            raise OSError("damaged")
-        return plain(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coco.CocoImages, "__getitem__", broken)
-        seen = {int(i) for _, batch in zip(range(5), training.batches(0), strict=False) for i in batch["index"]}
-        assert seen == {*range(30)} - {3, 7}
-        measured = [index for index, *_ in training.detect(training.make_student().eval(), range(6))]
-    assert measured == [0, 1, 2, 4, 5]
-    assert "cannot read 000004.png (damaged): another one takes its place" in capsys.readouterr().err
-
-
 # ---- detectors and losses --------------------------------------------------------------------------------------------
 
 

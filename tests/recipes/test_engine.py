@@ -14,7 +14,7 @@ from torch import nn
 import vkd_kernels
 from tests.recipes.toy import ARMS, TOY, VKD, StopAt, distill, outcome, start, train, vkd, wait_for
 from vkd_kernels.recipes import config as configs
-from vkd_kernels.recipes import engine, inspect, runs, task
+from vkd_kernels.recipes import engine, runs, task
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
 
@@ -37,7 +37,7 @@ def test_a_run_leaves_its_files(finished):
         assert float(values["distill.weight"]) == float(arm in ("linear", "vkd"))
         assert (folder / "figures" / "outputs.txt").exists()
     assert not list(finished.rglob("checkpoint.pt")) and not list(finished.rglob(f"*{runs.PARTIAL}"))
-    lines = inspect.records(finished / "vkd" / "seed-00" / "metrics.jsonl")
+    lines = [*map(json.loads, (finished / "vkd" / "seed-00" / "metrics.jsonl").read_text().splitlines())]
     losses = [line for line in lines if "train/total" in line]
     assert [line["step"] for line in losses] == [7, 14, 21, 28, 30] and losses[0]["images"] == 56
     assert all(line["train/total"] == pytest.approx(line["train/task"] + line["train/features"]) for line in losses)

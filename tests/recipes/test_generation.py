@@ -21,7 +21,7 @@ from vkd_kernels.recipes.runs import RunError
 ROOT = Path(__file__).parents[2]
 TINY = ["teacher.steps=4", "teacher.widths=4,4,8", "student.widths=8,8,4", "discriminator.widths=4,4,8"]
 TINY += ["metric.samples=60", "metric.batch_size=30", "optim.batch_size=8", "optim.steps=6", "data.pool=300"]
-TINY += ["run.tensorboard=false", "run.eval_every=3", "run.save_every=2", "run.picture_every=3"]
+TINY += ["run.tensorboard=false", "run.eval_every=3", "run.save_every=2"]
 
 
 def configured(*words, **values):
@@ -53,7 +53,7 @@ def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys, precision):
     assert metrics["runs"][1]["diagnostics"]["max |PᵀP - I|"] < 1e-5
     assert {"accuracy", "judge_accuracy", "distance_of_the_training_images"} <= metrics["teachers"][0].keys()
     run = folder / "vkd" / "seed-00"
-    assert sorted(p.name for p in (run / "figures").iterdir()) == ["samples-000003.png", "samples-000006.png"]
+    assert [p.name for p in (run / "figures").iterdir()] == ["samples.png"]
     assert not any("discriminator" in name for name in runs.load_weights(run / "student.safetensors"))
     capsys.readouterr()
     assert cli.main(["evaluate", str(run)]) == 0
@@ -266,21 +266,17 @@ def test_split_is_the_seeds_and_the_gan_sees_its_share_of_every_class():
     assert (share - 0.1).abs().max() < 0.01 and len({*a.seen.tolist()}) == len(a.seen)
 
 
-def test_folder_of_images_of_which_some_cannot_be_read(tmp_path, capsys):
+def test_folder_of_images(tmp_path):
     for split in ("train", "val"):
         for seed in range(6):
             path = tmp_path / split / f"class-{seed % 2}" / f"{seed}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 30), (seed * 40, 0, 0)).save(path)
-    (tmp_path / "train/class-0/broken.png").symlink_to(tmp_path / "nowhere.png")
     config = configured(data__name="folder", data__root=str(tmp_path), data__size=16, data__fraction=1)
     data = pictures.Pictures(config.data, 0, config.shape)
     assert data.pool.shape == (6, 3, 16, 16) and data.pool.dtype == torch.uint8 and data.shape == Shape(3, 16, 2)
-    assert "broken.png" in capsys.readouterr().err
-    for path in (tmp_path / "train/class-0").iterdir():
-        path.unlink()
     (tmp_path / "train/class-0/broken.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(RunError, match="no image of class number 0 can be read"):
+    with pytest.raises(RunError, match=r"cannot read .*broken\.png"):
         pictures.Pictures(config.data, 0, config.shape)
 
 

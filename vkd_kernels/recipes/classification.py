@@ -362,9 +362,6 @@ class Classification(Task):
             raise runs.RunError(f"data.root: no held-out image of {self.config.data.root} can be read")
         return {"accuracy": 100 * right / count} | ({"accuracy_top5": 100 * among / count} if first > 1 else {})
 
-    def example(self) -> tuple[Tensor]:
-        return (torch.zeros(2, self.data.channels, self.data.size, self.data.size),)
-
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:
         """Opens a data set only to learn its number of classes, or to see whether it is there."""

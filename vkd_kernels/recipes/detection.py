@@ -29,7 +29,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from . import coco, engine, runs, scenes
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .detectors import Detections, Detector, load_weights, make_detector
-from .loading import Epochs, Key, Views, read
+from .loading import Key, Views, epochs, read
 from .runs import RunError
 from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task
 
@@ -263,10 +263,10 @@ class Detection(Task):
 
     @cached_property
     def training_views(self) -> Views:
-        return Views(self.data[0], coco.training_transform(self.config.augment), size=self.images, replace=True)
+        return Views(self.data[0], coco.training_transform(self.config.augment))
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        keys = Epochs(
+        keys = epochs(
             self.images,
             self.optim.batch_size,
             seed=self.seed,
@@ -338,7 +338,7 @@ class Detection(Task):
     def detect(self, student: Any, indices: Any) -> Iterator[tuple[int, Tensor, tuple[int, int], Detections]]:
         """(index, image (C, H, W), its height and width, detections in its pixels)."""
         val = self.data[1]
-        views = Views(val, coco.evaluation_transform(self.config.augment), size=len(val), replace=False)
+        views = Views(val, coco.evaluation_transform(self.config.augment))
         at_once = READ_AT_ONCE if max(map(max, val.sizes)) <= SMALL else 1
         for batch in self.read(views, map(Key, indices), at_once):
             detected = student.detections(student.predict(batch["images"], batch["inside"]), batch["inside"])
@@ -374,7 +374,7 @@ class Detection(Task):
             raise RunError(f"{val.where}: no image with an object can be read, so there is no average precision")
         return metrics
 
-    def pictures(self, student: nn.Module, folder: Path, step: int) -> None:
+    def pictures(self, student: nn.Module, folder: Path) -> None:
         """For every image its ground truth and, to the right of it, what was detected: one PNG."""
         val, panels = self.data[1], list[Tensor]()
         names = [val.names[id] for id in val.categories]
@@ -393,11 +393,6 @@ class Detection(Task):
             file = io.BytesIO()
             v2.functional.to_pil_image(make_grid(panels, nrow=4, padding=6, pad_value=255)).save(file, format="PNG")
             runs.write_atomically(folder / "detections.png", lambda out: out.write(file.getvalue()))
-
-    def example(self) -> tuple[Tensor, Tensor]:
-        channels = self.config.data.channels
-        side = scenes.CANVAS if channels == 1 else 256
-        return torch.zeros(1, channels, side, side), torch.ones(1, side, side, dtype=torch.bool)
 
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:

@@ -165,9 +165,9 @@ class Loop:
                 self.log_losses()
             if last or due(self.step, options.eval_every):
                 self.validate()
-            if self.fabric.is_global_zero and (last or due(self.step, options.picture_every)):
+            if last and self.fabric.is_global_zero:
                 with self.evaluating() as student:
-                    task.pictures(student, self.context.folder / "figures", self.step)
+                    task.pictures(student, self.context.folder / "figures")
             if self.step % options.save_every == 0 and not last:
                 self.save()
         return self.finish()

@@ -139,7 +139,7 @@ class Config(Section):
         batch_size=32,
         ema=0.99,
     )
-    run: Run = section(Run, accelerator="cpu", eval_every=250, picture_every=500, save_every=500)
+    run: Run = section(Run, accelerator="cpu", eval_every=250, save_every=500)
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
@@ -401,7 +401,7 @@ class Generation(Task):
         parts = zip(latents[self.mine].split(m.batch_size), labels[self.mine].split(m.batch_size), strict=True)
         return {"frechet": self.distance(student(*self.fabric.to_device(part)) for part in parts)}
 
-    def pictures(self, student: nn.Module, folder: Path, step: int) -> None:
+    def pictures(self, student: nn.Module, folder: Path) -> None:
         """A grid of samples of fixed latents, one class per column where the generator knows classes."""
         from torchvision.utils import make_grid
 
@@ -413,10 +413,7 @@ class Generation(Task):
         samples = samples.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
         grid, file = v2.functional.to_pil_image(make_grid(samples, nrow=COLUMNS, pad_value=128)), io.BytesIO()
         grid.save(file, format="PNG")
-        runs.write_atomically(folder / f"samples-{step:06d}.png", lambda out: out.write(file.getvalue()))
-
-    def example(self) -> tuple[Tensor, ...]:
-        return torch.zeros(2, self.config.student.latent), torch.zeros(2, dtype=torch.long)
+        runs.write_atomically(folder / "samples.png", lambda out: out.write(file.getvalue()))
 
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, VisionDataset
 
 from .config import OptionError
-from .loading import Epochs, Key, Views, read
+from .loading import Key, Views, epochs, read
 from .runs import RunError
 from .task import generator, mixed_seed
 
@@ -85,7 +85,7 @@ class Images:
         if few:
             keys: Any = self.few(learner, start, batch_size, mine)
         else:
-            keys = Epochs(self.images, batch_size, seed=self.seed, start=start, mine=mine, key=self.key)
+            keys = epochs(self.images, batch_size, seed=self.seed, start=start, mine=mine, key=self.key)
         mix = None
         if self.mixing:
             if batch_size % (2 * ranks):
@@ -94,7 +94,7 @@ class Images:
             mix = Mixup(
                 a.mixup, a.cutmix, switch_prob=a.mix_switch, label_smoothing=self.smoothing, num_classes=self.classes
             )
-        views = Views(self.opened[0], self.training_transform(), size=self.images, replace=True)
+        views = Views(self.opened[0], self.training_transform())
         for step, (images, labels, keys_) in enumerate(
             read(views, keys, collate, workers=self.config.run.workers), start
         ):
@@ -133,13 +133,13 @@ class Images:
 
     def every_view(self) -> Iterator[Tensor]:
         keys = [self.fixed(index, view) for view in range(self.views) for index in range(self.images)]
-        views = Views(self.opened[0], self.training_transform(), size=self.images, replace=True)
+        views = Views(self.opened[0], self.training_transform())
         for images, _, _ in read(views, keys, collate, workers=self.config.run.workers, at_once=64):
             yield images
 
     def held_out(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
         test, workers = self.opened[1], self.config.run.workers
-        views = Views(test, self.transform(self.evaluation_transform()), size=len(test), replace=False)
+        views = Views(test, self.transform(self.evaluation_transform()))
         for images, labels, _ in read(
             views, map(Key, range(rank, len(test), ranks)), collate, workers=workers, at_once=64
         ):

@@ -51,7 +51,7 @@ def in_memory(dataset: Any, data: Any) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) uint8 and labels (N,) of all that can be read, cropped to squares in the middle and resized."""
     to_size = v2.Compose([v2.Resize(data.size), v2.CenterCrop(data.size), v2.PILToTensor()])
     mode = "RGB" if data.channels == 3 else "L"
-    views = Views(dataset, partial(images.transformed, to_size, mode), size=len(dataset), replace=False)
+    views = Views(dataset, partial(images.transformed, to_size, mode))
     parts = [*read(views, map(Key, range(len(dataset))), images.collate, workers=0, at_once=AT_ONCE)]
     if not parts:
         raise RunError(f"{data.root}: no image can be read")
@@ -71,7 +71,7 @@ class ClassifierTraining(Task):
             batch_size=t.batch_size,
             precision=config.optim.precision,
         )
-        run = config.run.model_copy(update={"eval_every": 0, "picture_every": 0, "tensorboard": False})
+        run = config.run.model_copy(update={"eval_every": 0, "tensorboard": False})
         super().__init__(config.model_copy(update={"run": run}), context)
         self.optim = optim
         self.data, d = data, data

@@ -1,9 +1,8 @@
-"""`vkd evaluate RUN` measures the stored students of a run again; `vkd export RUN` writes one alone."""
+"""`vkd evaluate RUN` measures the stored students of a run again."""
 
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,12 @@ from . import engine, report, runs, tasks
 from .runs import RunError
 from .task import Context, Task
 
-SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s RUN [section.key=value ...] [options]"
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, of one training or of many")
     parser.add_argument("--task", metavar="MODULE:CLASS", help="the task, where the run is of one of your own")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the numbers as JSON; the exported student")
-    if parser.prog.endswith("export"):
-        parser.add_argument("--format", choices=tuple(SUFFIXES), default="safetensors", help="(default: %(default)s)")
-
-
-def command(arguments: argparse.Namespace) -> int:
-    return (export if arguments.command_name == "export" else evaluate)(arguments)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the numbers as JSON")
 
 
 def students(folder: Path) -> list[Path]:
@@ -63,7 +54,7 @@ def rebuild(folder: Path, arguments: Any) -> tuple[Task, dict[str, Any]]:
     return training, head
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def command(arguments: argparse.Namespace) -> int:
     measured, rows = [], list[list[str]]()
     for folder in students(arguments.run):
         training, head = rebuild(folder, arguments)
@@ -79,34 +70,4 @@ def evaluate(arguments: argparse.Namespace) -> int:
     print(report.align(rows))
     if arguments.output:
         runs.save_json(arguments.output, {"students": measured})
-    return 0
-
-
-def export(arguments: argparse.Namespace) -> int:
-    """What was written is loaded again and compared."""
-    folders = students(arguments.run)
-    if len(folders) > 1:
-        raise RunError(
-            f"{arguments.run} holds {len(folders)} students; choose one:\n  " + "\n  ".join(map(str, folders))
-        )
-    path = arguments.output or folders[0] / f"export{SUFFIXES[arguments.format]}"
-    training, _ = rebuild(folders[0], arguments)
-    student, inputs = training.student.cpu(), training.example()
-    with torch.no_grad():
-        expected = student(*inputs)
-        if arguments.format == "safetensors":
-            runs.save_safetensors(path, student.state_dict())
-            again: Any = training.make_student().eval()  # other initial weights
-            runs.load_state(again, runs.load_weights(path), str(path))
-        else:
-            buffer = io.BytesIO()
-            torch.export.save(torch.export.export(student, inputs, strict=False), buffer)
-            runs.write_atomically(path, lambda file: file.write(buffer.getvalue()))
-            again = torch.export.load(str(path)).module()
-        outputs = again(*inputs)
-    pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in (expected, outputs)), strict=True)
-    difference = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
-    print(f"written to {path}; loaded again, its outputs differ from the student's by at most {difference:.2g}")
-    if not difference <= 1e-4:
-        raise RunError(f"{path} does not give the student's outputs")
     return 0

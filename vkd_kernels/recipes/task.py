@@ -84,7 +84,6 @@ class Run(Section):
     workers: int = option(0, "processes that load data, per rank", ge=0, le=1024)
     log_every: int = option(50, "steps between two lines of metrics", ge=1)
     eval_every: int = option(0, "steps between two evaluations; 0: only at the end", ge=0)
-    picture_every: int = option(0, "steps between two sets of pictures; 0: only at the end", ge=0)
     save_every: int = option(500, "steps between two checkpoints", ge=1)
     tensorboard: bool = option(True, "write TensorBoard's files too")
 
@@ -265,12 +264,8 @@ class Task:
         errors = [vk.diagnostics.orthogonality_error(loss.projection.weight.detach()).max() for loss in losses]
         return {"max |PᵀP - I|": float(torch.stack(errors).max())} if errors else {}
 
-    def pictures(self, student: nn.Module, folder: Path, step: int) -> None:
-        """Draw what the student does now; only the first rank calls it."""
-
-    def example(self) -> tuple[Any, ...]:
-        """Arguments of the student for one image or more, for `vkd export`."""
-        raise NotImplementedError
+    def pictures(self, student: nn.Module, folder: Path) -> None:
+        """Draw what the student does at the end; only the first rank calls it."""
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
