@@ -71,4 +71,5 @@ def _processes_end():
 
 
 def pytest_unconfigure():
+    processes.end_ranks(seconds=30)
     processes.end_children()

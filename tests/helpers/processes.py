@@ -12,12 +12,13 @@ import signal
 import subprocess
 import time
 import traceback
+import uuid
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 RANKS_TIMEOUT = 600.0  # seconds
 MARK = "VKD_KERNELS_TESTED_BY"
@@ -26,42 +27,92 @@ _started = []
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
+_ranks = []  # [(process, connection)] of two processes that wait for work, once they have been needed
 
-def _rank(rank, worker, store, errors, limit, arguments):
+
+def _serve(rank, connection):
+    """One rank's process: takes (worker, store, limit, arguments), answers None or the text of the error."""
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=limit / 2), world_size=2, rank=rank)
-        worker(rank, *arguments)
-    except Exception:
-        errors.put(f"rank {rank}: {traceback.format_exc()[-3000:]}")
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    folder = os.getcwd()
+    while True:
+        try:
+            worker, store, limit, arguments = connection.recv()
+        except EOFError:  # the tests have ended
+            return
+        torch.manual_seed(0)
+        said = None
+        try:
+            dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=limit / 2), world_size=2, rank=rank)
+            worker(rank, *arguments)
+        except Exception:
+            said = f"rank {rank}: {traceback.format_exc()[-3000:]}"
+        finally:
+            os.chdir(folder)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(said)
+
+
+def _start_ranks():
+    context = multiprocessing.get_context("spawn")
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, theirs))
+        process.start()
+        theirs.close()  # so that the end of the process ends the connection
+        _ranks.append((process, ours))
+
+
+def end_ranks(seconds=0):
+    """Ends the ranks' processes: those that have not ended by themselves after that time are killed."""
+    for _, connection in _ranks:
+        connection.close()
+    for process, _ in _ranks:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    _ranks.clear()
 
 
 def run_ranks(worker, folder, *arguments, seconds=RANKS_TIMEOUT):
     """worker(rank, *arguments) in two processes, ranks of the default group (gloo; no port: its store is a file).
 
     An error in one rank ends both, and is raised here, the first one first. So does the time limit; a collective whose
-    partner never comes fails after half of it. The ranks end with this process.
+    partner never comes fails after half of it. After a success the processes wait for the next call, because importing
+    PyTorch takes longer than most workers; they end with this process.
     """
-    errors = mp.get_context("spawn").SimpleQueue()
-    store = folder / "store"
-    context = mp.spawn(_rank, args=(worker, store, errors, seconds, arguments), nprocs=2, join=False)
+    if not _ranks:
+        _start_ranks()
     deadline = time.monotonic() + seconds
+    store = folder / f"store-{uuid.uuid4()}"
+    waiting, errors = {connection: rank for rank, (_, connection) in enumerate(_ranks)}, []
     try:
-        while not context.join(timeout=1, grace_period=10):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"ranks of {worker.__name__} were still running after {seconds:g} s")
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        said = []
-        while not errors.empty():
-            said.append(errors.get())
-        raise AssertionError("\n".join(said) or str(error)) from None
-    finally:
-        for process in context.processes:
-            process.kill()
+        for connection in waiting:
+            connection.send((worker, store, seconds, arguments))
+        while waiting:
+            ready = wait(list(waiting), timeout=10 if errors else max(deadline - time.monotonic(), 0))
+            if not ready:
+                break
+            for connection in ready:
+                errors += _answer(waiting.pop(connection), connection)
+        if errors:
+            raise AssertionError("\n".join(errors))
+        if waiting:
+            raise TimeoutError(f"ranks of {worker.__name__} were still running after {seconds:g} s")
+    except BaseException:
+        end_ranks()
+        raise
+
+
+def _answer(rank, connection):
+    """[what the rank says of its error], or [] after a success."""
+    try:
+        said = connection.recv()
+    except EOFError:
+        process, _ = _ranks[rank]
+        process.join()
+        said = f"rank {rank} ended with the exit code {process.exitcode}"
+    return [] if said is None else [said]
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
