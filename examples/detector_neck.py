@@ -50,10 +50,10 @@ def scenes(count):
 
 if __name__ == "__main__":
     if "--random" in sys.argv:
-        options = {"weights": None, "weights_backbone": None, "min_size": 128, "max_size": 128}
+        options = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 64}
     else:
         options = {"weights": "DEFAULT"}
     student, teacher = fasterrcnn_mobilenet_v3_large_fpn(**options), fasterrcnn_resnet50_fpn(**options)
-    losses = train(distiller_of(student, teacher), scenes(10))
+    losses = train(distiller_of(student, teacher), scenes(4))
     print(f"feature loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     torch.save(student.state_dict(), "detector.pt")

@@ -61,7 +61,7 @@ if __name__ == "__main__":  # random weights and images; give weights="DEFAULT" 
     data = torch.utils.data.TensorDataset(torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
     loader = torch.utils.data.DataLoader(data, batch_size=8)
     trainer = lightning.Trainer(
-        max_epochs=5, accumulate_grad_batches=2, default_root_dir="build/lightning", logger=False, log_every_n_steps=1
+        max_epochs=2, accumulate_grad_batches=2, default_root_dir="build/lightning", logger=False, log_every_n_steps=1
     )
     module = Distillation(student, teacher, student_dim=576, teacher_dim=1280)
     trainer.fit(module, loader, loader)  # ckpt_path="last" goes on where a run was stopped

@@ -1,19 +1,26 @@
-"""A program for torchrun: the first step of a training stack on this rank's share of eight sentences or images.
+"""A program for torchrun: examples as they are, and the first step of training stacks, one after the other.
 
-    torchrun --nproc-per-node=2 -m tests.helpers.torchrun_stacks trainer FOLDER
+    torchrun --nproc-per-node=2 -m tests.helpers.torchrun_stacks FOLDER ddp_loop accelerate_loop trainer lightning
 
-Rank 0 writes what the step changed, {name: difference}, into FOLDER/step.pt; test_integrations_torchrun.py compares it
-with one process. Every stack takes plain gradient descent with a learning rate of 1.
+A stack takes a step of plain gradient descent with a learning rate of 1 on this rank's share of eight sentences or
+images. Rank 0 writes what the step changed, {name: difference}, into FOLDER/trainer.pt, and what an example printed
+into FOLDER/ddp_loop.txt; test_integrations_torchrun.py reads them. One launch for all: importing the libraries takes
+longer than training.
 """
 
+import contextlib
 import os
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tests.helpers.stacks import bert, example, sentences
+from tests.helpers.stacks import EXAMPLES, bert, example, sentences
 
 LENGTHS = [2, 12, 3, 7, 12, 1, 5, 9]
 Step = dict[str, torch.Tensor]
@@ -99,9 +106,37 @@ def lightning(folder: Path, batch_size: int, micro_batches: int) -> Step:
 
 STACKS = {"trainer": trainer, "accelerate": accelerate, "lightning": lightning}
 
+
+def ddp_loop() -> None:
+    """Twice, the second run from the checkpoint of the first. Under torchrun a group can't be set up a second time."""
+    with mock.patch.object(dist, "destroy_process_group"):
+        example("ddp_loop").main()
+        with mock.patch.object(dist, "init_process_group"):
+            example("ddp_loop").main()
+
+
+def accelerate_loop() -> None:
+    example("huggingface_trainer")  # which the loop imports
+    runpy.run_path(str(EXAMPLES / "accelerate_loop.py"), run_name="__main__")
+
+
+LOOPS: dict[str, Callable[[], None]] = {"ddp_loop": ddp_loop, "accelerate_loop": accelerate_loop}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    is_first = os.environ["RANK"] == "0"
+    os.chdir(folder)
+    for name in names:
+        if name in LOOPS:
+            with open(f"{name}.txt" if is_first else os.devnull, "w") as file, contextlib.redirect_stdout(file):
+                LOOPS[name]()
+        else:
+            step = STACKS[name](folder, batch_size=2, micro_batches=2)
+            if is_first:
+                torch.save(step, f"{name}.pt")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    stack, folder = sys.argv[1:]
-    step = STACKS[stack](Path(folder), batch_size=2, micro_batches=2)
-    if os.environ["RANK"] == "0":
-        torch.save(step, Path(folder) / "step.pt")
+    main(Path(sys.argv[1]), sys.argv[2:])
