@@ -102,11 +102,11 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("shape", [(S, T), (T, S), (S, S)], ids=["tall", "wide", "square"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_orthonormal_at_any_learning_rate(optimizer, shape):
-    """Hundreds of steps each, thousands in all: weights grow up to 1e10, the projection stays a projection."""
+    """Hundreds of steps, thousands in all: weights grow up to 1e10, the projection stays a projection."""
     s, t = shape
     module = vk.OrthoProjLoss(s, t)
     batches = [(torch.randn(12, s), torch.randn(12, t)) for _ in range(4)]
-    for step, loss in enumerate(train(module, optimizer(module.parameters()), batches, 400)):
+    for step, loss in enumerate(train(module, optimizer(module.parameters()), batches, 200)):
         assert loss.isfinite()
         if step % 10 == 0:
             p = module.projection.weight
@@ -136,13 +136,13 @@ def test_degenerate_batches_do_no_harm(path, options, batch):
     """Steps on nothing else, then steps on good batches: finite throughout, and what follows still learns."""
     module = Distiller(**options)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.05)
-    for loss in train(module, optimizer, [batch() for _ in range(3)], 25):
+    for loss in train(module, optimizer, [batch() for _ in range(3)], 10):
         assert loss.isfinite()
     assert all(p.isfinite().all() for p in module.parameters())
     assert orthogonality_error(module.loss.projection.weight) <= 1e-5
     x = torch.randn(32, 8)
     good = [(x, x @ torch.randn(8, T))]
-    losses = list(train(module, torch.optim.AdamW(module.parameters(), lr=2e-2), good, 50))
+    losses = list(train(module, torch.optim.AdamW(module.parameters(), lr=2e-2), good, 25))
     assert losses[-1] < 0.95 * losses[0]
 
 
@@ -197,8 +197,8 @@ def resident_bytes():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc to tell the memory in use")
-def test_memory_does_not_grow_over_ten_thousand_steps(monkeypatch):
-    """Both paths, every option, and errors on the way: 10 000 steps after the first thousand add nothing.
+def test_memory_does_not_grow_over_thousands_of_steps(monkeypatch):
+    """Both paths, every option, and errors on the way: 3000 steps after the first hundreds add nothing.
 
     In five parts, of which the one that grew least is judged: a leak grows in each, an allocator's whim in one.
     """
@@ -219,11 +219,11 @@ def test_memory_does_not_grow_over_ten_thousand_steps(monkeypatch):
         return resident_bytes(), sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
     monkeypatch.setattr(dispatch, "CHUNKED_FROM", dispatch.CHUNKED_FROM)  # put back at the end
-    run(1000)
-    seen = [run(100), *(run(2000) for _ in range(5))]
+    run(500)
+    seen = [run(100), *(run(600) for _ in range(5))]
     (growth, tensors) = (min(b - a for a, b in itertools.pairwise(column)) for column in zip(*seen, strict=True))
     assert tensors <= 0
-    assert growth < 1 << 20, f"{growth / 2000:.0f} bytes a step"
+    assert growth < 1 << 20, f"{growth / 600:.0f} bytes a step"
 
 
 def test_threads_give_the_bits_of_one_thread(path):
