@@ -36,6 +36,7 @@ NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="leave out what is slow: `make test-quick`")
+    parser.addoption("--thorough", action="store_true", help="every combination: `make test-thorough`")
 
 
 def is_slow_file(path):
@@ -51,8 +52,9 @@ def pytest_collection_modifyitems(items, config):
     for item in items:
         if is_slow_file(item.path) or "compile" in item.name:  # of torch.compile: seconds each
             item.add_marker(pytest.mark.slow)
-    if config.getoption("--quick"):
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    left_out = {"slow": config.getoption("--quick"), "thorough": not config.getoption("--thorough")}
+    for mark in (mark for mark, is_left_out in left_out.items() if is_left_out):
+        items[:] = [item for item in items if not item.get_closest_marker(mark)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # not a keyword: the folder may be called so

@@ -29,7 +29,7 @@ SWITCHED = {  # what a benchmark can switch on: (name in tiles.py, value)
     "tokens bf16, row-stationary": ("ROW_STATIONARY_UP_TO", 192),
     "tokens bf16, 768, wide": ("WIDE_FROM", 384),
 }
-ON_AMD = (  # each kernel in every dtype and with every option
+IN_SHORT = (  # each kernel in every dtype and with every option; sm_90 compiles every form in any case
     "tokens bf16",
     "tokens fp16, everything",
     "tokens fp32, everything",
@@ -41,6 +41,7 @@ ON_AMD = (  # each kernel in every dtype and with every option
     "statistics bf16",
     "statistics fp32, weighted",
 )
+WIDEST = ("tokens bf16, 768", "tokens fp32, TF32", "pooled bf16, everything", "semi-orthogonal fp32, raw")
 PRODUCTS = {"loss_tile", "gradient_tiles", "teacher_products", "scatter_tiles", "scatter_gradients"} | {
     "cosine_rows",
     "row_stationary",
@@ -165,7 +166,12 @@ def _of_amd(compiled: Any) -> dict[str, Any]:
     }
 
 
-JOBS = [(form, chip) for form in names() for chip in CHIPS if chip.startswith("sm") or form in ON_AMD]
+JOBS = [(form, chip) for form in names() for chip in CHIPS if chip.startswith("sm") or form in IN_SHORT]
+
+
+def is_thorough(form: str, chip: str) -> bool:
+    """Whether `make test` leaves this one to `make test-thorough`."""
+    return chip != "sm_90" and form not in (WIDEST if chip == "gfx950" else IN_SHORT + WIDEST)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +189,10 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], dict[str, 
             os.environ["TRITON_INTERPRET"] = before
 
 
-@pytest.mark.parametrize("form, chip", JOBS)
+@pytest.mark.parametrize(
+    "form, chip",
+    [pytest.param(*job, marks=[pytest.mark.thorough] if is_thorough(*job) else []) for job in JOBS],
+)
 def test_compiles_for_the_chip(compiled: Any, form: str, chip: str) -> None:
     """Within its shared memory, without spills, without serialized wgmma (ptxas warns of it), on tensor cores."""
     kernels = compiled[form, chip]
