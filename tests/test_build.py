@@ -303,7 +303,7 @@ def test_every_public_name_works_in_a_clean_environment(tmp_path, wheels, backen
     if backend == "torch":
         output = run(python.with_name("vkd"), "info", cwd=tmp_path).stdout
         assert "VKD_KERNELS_BUILD=0 at installation" in output
-        command = [python.with_name("vkd"), "evaluate", "."]
+        command = [python.with_name("vkd"), "distill"]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 2, result.stderr
         assert re.match(r"vkd: error: \w+ is missing: pip install 'vkd_kernels\[recipes\]'", result.stderr)

@@ -1,4 +1,4 @@
-"""The `vkd` command: trains the paper's tasks, measures what came out, and says what is installed."""
+"""The `vkd` command: trains the paper's tasks, stores a teacher's features, and says what is installed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ import vkd_kernels
 # Command -> (its module, what it does). Imported when it is called: most of them need the extra [recipes].
 COMMANDS = {
     "distill": ("vkd_kernels.recipes.compare", "train students of a teacher and compare ways to distill"),
-    "ablate": ("vkd_kernels.recipes.compare", "every projection with every normalization"),
-    "evaluate": ("vkd_kernels.recipes.stored", "measure the students of a run again"),
     "cache": ("vkd_kernels.store.command", "store a teacher's features of a folder of images"),
 }
-CONFIGURED = ("distill", "ablate", "evaluate")  # these take `section.key=value`
 EXTRAS = ("detection", "generation")  # tasks with requirements of their own
 
 
@@ -31,22 +28,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vkd_kernels {vkd_kernels.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
-        helps_itself = name in ("distill", "ablate")  # with a task's name, --help shows its configuration
-        command = commands.add_parser(name, help=about, add_help=not helps_itself)
+        command = commands.add_parser(name, help=about, add_help=name != "distill")  # it shows a task's configuration
         if words[:1] == [name]:
-            if helps_itself and not [word for word in words[1:] if word not in ("-h", "--help")]:
+            if name == "distill" and not {*words[1:]} - {"-h", "--help"}:
                 words = [*words, "classification"]
             try:
                 recipe: Any = importlib.import_module(module)
             except ModuleNotFoundError as error:
                 return missing(error, "recipes")
             recipe.add_arguments(command)
-            command.set_defaults(command=recipe.command, parser=command, command_name=name)
+            command.set_defaults(command=recipe.command, parser=command)
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
     info.add_argument("--json", action="store_true", help="for programs")
     info.set_defaults(command=show_info)
 
-    values = [word for word in words if words[0] in CONFIGURED and re.match(r"[A-Za-z_][\w.]*=", word)]
+    values = [word for word in words if words[0] == "distill" and re.match(r"[A-Za-z_][\w.]*=", word)]
     arguments = parser.parse_args([word for word in words if word not in values])
     arguments.values = values  # a.b=c, wherever it stood
     try:

@@ -141,5 +141,4 @@ class Toy(Task):
     def describe(cls, config: Any) -> dict[str, Any]:
         size = sum(p.numel() for p in Net(config.student.width).parameters())
         widths = [config.student.width, config.teacher.width]
-        steps = config.optim.total_steps(config.data.rows)
-        return {"student": f"{size} parameters", "features": widths, "steps": steps}
+        return {"student": f"{size} parameters", "features": widths, "steps": config.optim.steps}

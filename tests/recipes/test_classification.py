@@ -27,7 +27,7 @@ RECIPES = {"vkd-deit-ti-imagenet": "vkd_deit_tiny", "vkd-deit-s-imagenet": "vkd_
 # ---- the bundled run -------------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys):
+def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
     folder = tmp_path / "run"
     words = ["distill", "classification", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
     assert cli.main(words) == 0
@@ -38,10 +38,6 @@ def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys):
     assert not list(folder.rglob("answers-*")), "what the teacher said is made again when needed"
     tensors = runs.load_weights(folder / "vkd" / "seed-00" / "student.safetensors")
     assert "head.weight" in tensors and not any("projection" in name for name in tensors)
-    capsys.readouterr()
-    assert cli.main(["evaluate", str(folder / "vkd")]) == 0
-    measured, recorded = capsys.readouterr().out.splitlines()[-1].split()[-2:]
-    assert measured == recorded
 
 
 def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(tmp_path):

@@ -25,7 +25,7 @@ def test_info(capsys):
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib, "import_module", raising(ModuleNotFoundError(name="timm")))
-    assert cli.main(["evaluate", "."]) == 2
+    assert cli.main(["distill"]) == 2
     assert capsys.readouterr().err == "vkd: error: timm is missing: pip install 'vkd_kernels[recipes]'\n"
 
 

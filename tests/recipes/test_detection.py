@@ -75,7 +75,7 @@ def test_own_data_give_the_bundled_batches(written, tmp_path):
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys):
+def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
     folder = tmp_path / "run"
     words = ["distill", "detection", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
     assert cli.main(words) == 0
@@ -89,11 +89,6 @@ def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys):
     assert metrics["runs"][3]["diagnostics"]["max |PᵀP - I|"] < 1e-5
     assert (folder / "vkd/seed-00/figures/detections.png").exists()
     assert not any("feature" in name for name in runs.load_weights(folder / "vkd/seed-00/student.safetensors"))
-    capsys.readouterr()
-    assert cli.main(["evaluate", str(folder / "vkd")]) == 0
-    cells = capsys.readouterr().out.splitlines()[-1].split()[-6:]
-    assert cells[::2] == cells[1::2]
-    assert cli.main(["export", str(folder / "vkd"), "--format", "torch-export"]) == 0
 
 
 def test_a_stopped_student_continues_with_the_same_bits(tmp_path):

@@ -1,10 +1,8 @@
 """`vkd distill` on a task of seconds: files, the same bits after any interruption, ranks, pieces of the loop."""
 
-import csv
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +10,21 @@ import toy_task
 from torch import nn
 
 import vkd_kernels
-from tests.recipes.toy import ARMS, TOY, VKD, StopAt, distill, outcome, start, train, vkd, wait_for
+from tests.recipes.toy import ARMS, TOY, VKD, StopAt, distill, outcome, start, train, wait_for
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes import engine, runs, task
-from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
+
+STUDENT = "vkd/seed-00/student.safetensors"
+
+
+def lines_of(folder):
+    return [*map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+def step_of(checkpoint):
+    return runs.load_tensors(checkpoint)["step"]
+
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
@@ -27,8 +35,6 @@ def test_a_run_leaves_its_files(finished):
     assert [(r["seed"], r["arm"]) for r in metrics["runs"]] == [(s, a) for s in (0, 1) for a in ARMS]
     assert [r["steps"] for r in metrics["runs"]] == [30, 45, 30, 30] * 2
     assert metrics["runs"][3]["curve"][-1] == [30, metrics["runs"][3]["error"]]
-    with open(finished / "results.csv", newline="") as file:
-        assert [float(row["error"]) for row in csv.DictReader(file)] == [r["error"] for r in metrics["runs"]]
     assert (finished / "figure.png").read_bytes().startswith(b"\x89PNG")
     for arm in ARMS:
         folder = finished / arm / "seed-01"
@@ -37,22 +43,16 @@ def test_a_run_leaves_its_files(finished):
         assert float(values["distill.weight"]) == float(arm in ("linear", "vkd"))
         assert (folder / "figures" / "outputs.txt").exists()
     assert not list(finished.rglob("checkpoint.pt")) and not list(finished.rglob(f"*{runs.PARTIAL}"))
-    lines = [*map(json.loads, (finished / "vkd" / "seed-00" / "metrics.jsonl").read_text().splitlines())]
+    lines = lines_of(finished / "vkd" / "seed-00")
     losses = [line for line in lines if "train/total" in line]
-    assert [line["step"] for line in losses] == [7, 14, 21, 28, 30] and losses[0]["images"] == 56
+    assert [line["step"] for line in losses] == [7, 14, 21, 28, 30]
     assert all(line["train/total"] == pytest.approx(line["train/task"] + line["train/features"]) for line in losses)
     assert losses[-1]["lr"] == pytest.approx(1e-2 * toy_task.Config().optim.rate(29, 30))
     assert all(line["diagnostics/max |PᵀP - I|"] < 1e-5 for line in lines if "eval/error" in line)
-    student = toy_task.Net(5)  # stored alone, without the projection
-    student.load_state_dict(runs.load_weights(finished / "vkd" / "seed-00" / "student.safetensors"))
-
-
-def test_table_and_words(finished):
+    toy_task.Net(5).load_state_dict(runs.load_weights(finished / STUDENT))  # alone, without the projection
     text = (finished / "table.txt").read_text()
-    for part in ("test error", "minus student alone", "better in", "p Holm", "max |PᵀP - I|", "CPU s", "(baseline)"):
-        assert part in text.split("\n\n")[0]
-    assert "lower is better. 2 seeds" in text and "V_kD is on average" in text and "significant at 0.05" in text
-    assert "Teachers: 3.142" in text and "student alone, equal time: " in text
+    for part in ("test error", "minus alone", "better in", "p Holm", "max |PᵀP - I|", "CPU s", "(baseline)", "2 seeds"):
+        assert part in text
 
 
 def test_tensorboard(tmp_path):
@@ -75,8 +75,8 @@ def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tm
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert f"vkd distill {TOY} --resume --output {folder}" in errors and "Traceback" not in errors
-    saved = [runs.load_tensors(path)["counters"]["step"] for path in folder.rglob("checkpoint.pt")]
-    assert any(0 < step < 45 for step in saved), "the interruption missed every loop: nothing is tested"
+    assert "/10 [" in errors and "stopping: saving checkpoints" in errors  # a bar over the trainings
+    assert any(0 < step_of(path) < 45 for path in folder.rglob("checkpoint.pt")), "the interruption missed every loop"
     assert distill(folder, "--resume", "run.slow=0") == 0
     assert outcome(folder) == outcome(finished)
 
@@ -85,9 +85,10 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(finished, tmp_pat
     folder = tmp_path / "run"
     process = start(VKD, *("--arms", *ARMS, "--output", folder, "--jobs", 0, "run.slow=0.05", "run.save_every=3"))
     checkpoint = folder / "alone" / "seed-00" / "checkpoint.pt"
-    wait_for(process, lambda: checkpoint.exists() and runs.load_tensors(checkpoint)["counters"]["step"] >= 6)
+    wait_for(process, lambda: checkpoint.exists() and step_of(checkpoint) >= 6)
     process.kill()
-    process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=100)
+    assert "alone 0:" in errors and "/30 [" in errors  # a bar over the steps
     (checkpoint.parent / f".checkpoint.pt.1{runs.PARTIAL}").write_bytes(b"half")  # what it may have been writing
     (checkpoint.parent / "metrics.jsonl").write_text('{"step": 7}\ngarbage\n{"step": 8, "tra')  # and a damaged disk
     assert distill(folder, "--resume", "run.slow=0") == 0
@@ -100,10 +101,9 @@ def test_a_stop_before_any_step_continues_to_the_same_bits(tmp_path, finished, s
     with pytest.raises(engine.Interrupted) as stop:
         train(tmp_path, StopAt(step))
     assert stop.value.exit_code == 128 + signal.SIGTERM
-    assert runs.load_tensors(tmp_path / "vkd" / "seed-00" / "checkpoint.pt")["counters"]["step"] == step
+    assert step_of(tmp_path / "vkd" / "seed-00" / "checkpoint.pt") == step
     train(tmp_path)
-    name = "vkd/seed-00/student.safetensors"
-    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert (tmp_path / STUDENT).read_bytes() == (finished / STUDENT).read_bytes()
 
 
 def test_sigterm_saves_and_exits_with_143(tmp_path, monkeypatch, capsys):
@@ -117,7 +117,7 @@ def test_sigterm_saves_and_exits_with_143(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy_task.Toy, "step", step)
     assert distill(tmp_path / "run", "--arms", "vkd") == 143
     assert "--resume" in capsys.readouterr().err
-    assert runs.load_tensors(tmp_path / "run/vkd/seed-00/checkpoint.pt")["counters"]["step"] == 13
+    assert step_of(tmp_path / "run/vkd/seed-00/checkpoint.pt") == 13
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -127,50 +127,12 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert distill(folder, "--resume", "optim.steps=31", "optim.lr=1", "run.log_every=5") == 2
     message = capsys.readouterr().err
     assert "optim.lr is 0.01 there and 1 here; optim.steps is 30 there and 31 here" in message and "run." not in message
+    assert distill(folder, "--resume", "--first-seed", 1) == 2
     assert distill(folder, "--resume", "--seeds", 2, *("--arms", "linear", "vkd", "run.eval_every=10")) == 0
     assert outcome(folder) == outcome(finished)
-    table = (folder / "table.txt").read_text()
-    assert distill(folder, "--resume", "--seeds", 1, "--arms", "vkd") == 0  # a finished run's tables don't shrink
-    assert (folder / "table.txt").read_text().split("\n\n")[0] == table.split("\n\n")[0]
+    assert distill(folder, "--resume", "--seeds", 1, "--arms", "vkd", "--baseline", "linear") == 0  # nothing is dropped
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 8
-
-
-def test_a_folder_with_a_run_is_not_overwritten(finished, capsys):
-    before = (finished / "metrics.json").read_bytes()
-    assert distill(finished) == 2
-    assert "add --resume" in capsys.readouterr().err
-    assert (finished / "metrics.json").read_bytes() == before
-
-
-def test_a_folder_of_other_files_is_not_touched(tmp_path, monkeypatch, capsys):
-    for name in ("thesis.partial-draft.tex", "downloads/film.mkv.partial-7f3a"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("precious")
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    for output, message in (("", "--output: is empty"), (".", "neither empty nor a run"), (tmp_path, "neither empty")):
-        assert distill(output, "--arms", "alone", "--seeds", 1) == 2
-        assert message in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
-    (tmp_path / "empty").mkdir()
-    assert distill(tmp_path / "empty", "--arms", "alone", "--seeds", 1) == 0
-
-
-def test_resume_begins_a_run_where_there_is_none_unless_a_folder_was_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ("--jobs", 0, "--quiet", "--arms", "alone", "--seeds", 1, "optim.steps=2")
-    for resume, folder in (("--resume", ""), ("--resume", ""), ("", "-2")):
-        assert vkd("distill", TOY, *filter(None, [resume]), *words) == 0
-        assert f"in runs/toy_task.Toy{folder}\n" in capsys.readouterr().out
-    assert vkd("distill", TOY, "--resume", "--output", "elsewhere") == 2
-    assert "elsewhere holds no run" in capsys.readouterr().err and not Path("elsewhere").exists()
-
-
-@pytest.mark.parametrize("content", ["", "{", "a: 1", "task: detection", f"task: {TOY}\noptim: {{steps: 3}}"])
-def test_resume_refuses_a_damaged_or_foreign_folder(tmp_path, capsys, content):
-    (tmp_path / "config.yaml").write_text(content)
-    assert distill(tmp_path, "--resume") == 2
-    assert str(tmp_path) in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert "minus linear" in (folder / "table.txt").read_text()
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -179,7 +141,7 @@ def test_resume_refuses_a_damaged_or_foreign_folder(tmp_path, capsys, content):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_are_stopped_resumed_and_give_what_one_process_gives(tmp_path):
     words = ["--arms", "vkd", "--seeds", 1, "student.dropout=0", "distill.normalization=batch_norm"]
-    words += ["optim.accumulate=2", "optim.clip_norm=0.5", "optim.steps=40"]
+    words += ["optim.clip_norm=0.5", "optim.steps=40"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *VKD)
     two, one = tmp_path / "two", tmp_path / "one"
     process = start(launcher, *words, "--output", two, "run.slow=0.1")
@@ -187,29 +149,21 @@ def test_two_ranks_are_stopped_resumed_and_give_what_one_process_gives(tmp_path)
     process.terminate()
     _, errors = process.communicate(timeout=200)
     assert errors.count(f"--resume --output {two}") == 1, errors  # once, although both ranks stopped
-    step = runs.load_tensors(two / "vkd/seed-00/checkpoint.pt")["counters"]["step"]
+    step = step_of(two / "vkd/seed-00/checkpoint.pt")
     assert 0 <= step < 40 and step % engine.STOP_EVERY == 0
     process = start(launcher, "--resume", "--output", two, "run.slow=0")
     printed, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert printed.count("resuming in") == 1
+    assert printed.count("resuming in") == 1 and r"max |P\u1d40P - I|" in printed  # on a terminal without Unicode
     assert distill(one, *words) == 0
     (ours, _, _), (expected, _, _) = outcome(two), outcome(one)
     assert ours[0]["error"] == pytest.approx(expected[0]["error"], rel=1e-4)
-    theirs, weights = (runs.load_weights(f / "vkd/seed-00/student.safetensors") for f in (two, one))
+    theirs, weights = (runs.load_weights(f / STUDENT) for f in (two, one))
     for name, value in weights.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
 
 
 # ---- pieces of the loop ----------------------------------------------------------------------------------------------
-
-
-def test_accumulated_parts_give_what_the_whole_batch_gives(tmp_path):
-    whole = train(tmp_path / "a", student__dropout=0.0)
-    parts = train(tmp_path / "b", student__dropout=0.0, optim__accumulate=4)
-    assert parts["error"] == pytest.approx(whole["error"], rel=1e-4)
-    with pytest.raises(OptionError, match=r"optim\.batch_size: 8 images are not equal parts"):
-        train(tmp_path / "c", optim__accumulate=3)
 
 
 def test_mixed_precision_keeps_batches_and_the_projection_exact(tmp_path):
@@ -225,8 +179,6 @@ def test_mixed_precision_keeps_batches_and_the_projection_exact(tmp_path):
     fabric.setup_module(Spy(3, 3))(torch.ones(2, 3))
     assert seen == [(torch.float32, torch.bfloat16)]
     assert train(tmp_path, optim__precision="bf16-mixed")["diagnostics"]["max |PᵀP - I|"] < 1e-5
-    with pytest.raises(OptionError, match="16-mixed needs a GPU"):
-        train(tmp_path / "16", optim__precision="16-mixed")
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_spares_the_checkpoint(tmp_path, monkeypatch):
@@ -237,10 +189,10 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_spares_the_checkpoint(t
         return {name: loss * float("nan" if len(calls) > 12 else 1) for name, loss in plain(self, batch).items()}
 
     monkeypatch.setattr(toy_task.Distiller, "forward", forward)
-    with pytest.raises(RunError, match="not finite around step 14"):
+    with pytest.raises(RunError, match="a loss of step 14 is not finite"):
         train(tmp_path)
     saved = runs.load_tensors(tmp_path / "vkd/seed-00/checkpoint.pt")
-    assert saved["counters"]["step"] == 9 and all(value.isfinite().all() for value in saved["model"].values())
+    assert saved["step"] == 9 and all(value.isfinite().all() for value in saved["model"].values())
 
 
 @pytest.mark.parametrize("step", [30, 9])
@@ -258,10 +210,8 @@ def test_weights_that_the_last_step_before_saving_breaks_are_not_saved(tmp_path,
     with pytest.raises(RunError, match=f"step {step} left student.head.bias with values that are not finite"):
         train(tmp_path, optim__ema=0.0, run__eval_every=0)
     folder = tmp_path / "vkd/seed-00"
-    assert not (folder / "result.json").exists()
+    assert not (folder / "result.json").exists() and not (folder / "student.safetensors").exists()
     assert (folder / "checkpoint.pt").exists() == (step == 30)
-    if step == 30:
-        assert all(value.isfinite().all() for value in runs.load_weights(folder / "student.safetensors").values())
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
@@ -273,7 +223,6 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
         assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
         assert optim.rate(steps, steps) == pytest.approx(0.01 if steps > rise else 1.0)
     assert task.Optim(schedule="constant", steps=9, warmup=2).rate(8, 9) == 1.0
-    assert task.Optim(epochs=2.5, batch_size=10).total_steps(109) == 25
 
 
 def test_weight_decay_spares_the_projection_biases_and_what_modules_say():
@@ -289,12 +238,3 @@ def test_weight_decay_spares_the_projection_biases_and_what_modules_say():
     groups = task.parameter_groups(nn.ModuleDict({"student": Student(), "loss": loss}), 0.3)
     decayed = [tuple(p.shape) for group in groups if group["weight_decay"] for p in group["params"]]
     assert decayed == [(4, 3)]
-
-
-def test_split_cuts_tensors_and_lists_and_keeps_the_form():
-    batch = {"x": torch.arange(4), "y": ([1, 2, 3, 4], torch.arange(8).view(4, 2)), "name": "n"}
-    first, second = task.split(batch, 2)
-    assert first["x"].tolist() == [0, 1] and second["y"][0] == [3, 4] and second["y"][1].tolist() == [[4, 5], [6, 7]]
-    assert first["name"] == second["name"] == "n"
-    with pytest.raises(OptionError, match=r"optim\.accumulate: 3 parts of a batch of 4"):
-        task.split(batch, 3)

@@ -44,7 +44,7 @@ def job(config, folder, teacher=None, monitor=None):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys, precision):
+def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, precision):
     folder = tmp_path / "run"
     words = ["distill", "generation", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
     assert cli.main([*words, f"optim.precision={precision}", "--arms", "alone,vkd"]) == 0
@@ -55,10 +55,6 @@ def test_the_bundled_run_and_what_is_stored_of_it(tmp_path, capsys, precision):
     run = folder / "vkd" / "seed-00"
     assert [p.name for p in (run / "figures").iterdir()] == ["samples.png"]
     assert not any("discriminator" in name for name in runs.load_weights(run / "student.safetensors"))
-    capsys.readouterr()
-    assert cli.main(["evaluate", str(run)]) == 0
-    measured, recorded = capsys.readouterr().out.splitlines()[-1].split()[-2:]
-    assert float(measured) == pytest.approx(float(recorded), rel=1e-4)
 
 
 def test_stopped_and_continued_gives_the_same_bits(tmp_path):
@@ -339,7 +335,7 @@ def test_loop_of_the_documentation():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.clip_norm=1"], "optim.clip_norm, optim.accumulate: a GAN's steps know neither"),
+        (["optim.clip_norm=1"], "optim.clip_norm: a GAN's steps know none"),
         (["augment.policy=color"], "augment.policy: unknown 'color'"),
         (["metric.features=inception"], "metric.features: inception needs images of three channels"),
         (["student.widths=4,4"], "student.widths: "),

@@ -231,7 +231,7 @@ class Classification(Task):
         "vkd": Arm("V_kD as published (scale 1)", {"distill.projection": "orthogonal", "distill.scale": 1.0}),
         "vkd-match": Arm('V_kD, scale="match"', {"distill.projection": "orthogonal", "distill.scale": "match"}),
     }
-    compared, baseline, focus = tuple(arms), "logits", ("vkd", "vkd-match")
+    compared, baseline = tuple(arms), "logits"
     recipes = CONFIGS / "classification"
 
     @cached_property
@@ -328,10 +328,6 @@ class Classification(Task):
     def images(self) -> int:
         return self.data.images
 
-    @property
-    def images_per_step(self) -> int:
-        return round(self.optim.batch_size * (1 if self.config.needs_teacher else self.config.labeled_share))
-
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         learner, distill = "distilled" if self.config.needs_teacher else "alone", self.config.distill
         f = self.fabric
@@ -407,17 +403,13 @@ class TeacherTraining(Classification):
         super().__init__(config, context)
         t = config.teacher
         changes = {"lr": t.lr, "min_lr": 0.0, "steps": t.steps, "epochs": 0.0, "batch_size": t.batch_size}
-        self.optim = config.optim.model_copy(update={**changes, "accumulate": 1, "ema": 0.0})
+        self.optim = config.optim.model_copy(update={**changes, "ema": 0.0})
 
     def make_student(self) -> nn.Module:
         return models.make_teacher(self.config.teacher, models.shape_of(self.data))
 
     def make_model(self, student: nn.Module) -> nn.Module:
         return DistilledStudent(student, self.config.distill, 0, labeled_share=1.0)
-
-    @property
-    def images_per_step(self) -> int:
-        return self.optim.batch_size
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         f = self.fabric

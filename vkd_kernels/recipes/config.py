@@ -16,7 +16,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -24,6 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from .runs import RunError
 
 C = TypeVar("C", bound="Section")
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class OptionError(RunError, ValueError):
@@ -52,52 +53,40 @@ def _items(value: Any) -> Any:
 
 Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_items)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_items)]
+Shares = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_items)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_items)]
 Channels = Annotated[Literal[1, 3], BeforeValidator(lambda x: int(x) if x in ("1", "3") else x)]
 
-# ---- keys ------------------------------------------------------------------------------------------------------------
+# ---- values by key ---------------------------------------------------------------------------------------------------
 
 
-class Key(NamedTuple):
-    help: str
-    source: str
-    limits: list[str]
-
-
-def keys(kind: type[Section], prefix: str = "", sources: Mapping[str, str] | None = None) -> Iterator[tuple[str, Key]]:
-    """("section.field", what is known of it) for every value of a configuration, in order."""
-    for name, field in kind.model_fields.items():
-        extra: Any = field.json_schema_extra
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from keys(field.annotation, f"{prefix}{name}.", extra["sources"])
-            continue
-        signs = {"ge": ">= ", "gt": "> ", "le": "<= ", "lt": "< "}
-        limits = [s + show(getattr(m, at)) for m in field.metadata for at, s in signs.items() if hasattr(m, at)]
-        yield (
-            prefix + name,
-            Key(
-                field.description or "",
-                (sources or {}).get(name, extra["source"]),
-                limits + [" | ".join(map(show, choices)) for choices in [list(_choices(field.annotation))] if choices],
-            ),
-        )
-
-
-def _choices(annotation: Any) -> Iterator[Any]:
-    """The values of every Literal in it."""
-    for part in get_args(annotation):
-        yield from _choices(part)
-        if str(get_origin(annotation)) == "typing.Literal":
-            yield part
-
-
-def flatten(config: Section, prefix: str = "") -> dict[str, Any]:
-    """{"section.field": value}, in order."""
-    flat: dict[str, Any] = {}
-    for name in type(config).model_fields:
+def fields(
+    config: Section, prefix: str = "", sources: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Any, Any, str]]:
+    """("section.name", its field, its value, the source of its default) of every value, in order."""
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
-    return flat
+        extra: Any = field.json_schema_extra
+        if isinstance(value, Section):
+            yield from fields(value, f"{prefix}{name}.", extra["sources"])
+        else:
+            yield prefix + name, field, value, (sources or {}).get(name, extra["source"])
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """{"section.name": value}, in order."""
+    return {name: value for name, _, value, _ in fields(config)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return nested
 
 
 def replace(config: C, values: Mapping[str, Any]) -> C:
@@ -106,9 +95,8 @@ def replace(config: C, values: Mapping[str, Any]) -> C:
     for name in values:
         if name not in known:
             raise OptionError(f"unknown key {name!r}{nearest(name, known)}")
-    nested = nest(known | dict(values))
     try:
-        return type(config).model_validate(nested)
+        return type(config).model_validate(nest(known | dict(values)))
     except ValidationError as error:
         raise OptionError("; ".join(dict.fromkeys(_said(e, known) for e in error.errors()))) from error
 
@@ -123,17 +111,6 @@ def _said(error: Any, known: Iterable[str]) -> str:
     return f"{name}: {message}, got {str(error['input'])[:80]!r}"
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        place = nested
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
-    return nested
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` for a name that is nearly a known one, or the known ones where they are few."""
     known = list(known)
@@ -142,56 +119,44 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}" if len(known) <= 12 else ""
 
 
-# ---- YAML ------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses what a configuration has no use for: aliases (which can be endless) and a key that is there twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1} has an alias")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value]
-        if twice := [str(name) for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {twice[0]} is there twice")
-        return super().construct_mapping(node, deep)
+# ---- YAML and help ---------------------------------------------------------------------------------------------------
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """({"section.field": text}, {"section.field": the comment behind it}). That comment is the value's source."""
+    """({"section.name": text}, {"section.name": the comment behind it}). That comment is the value's source.
+
+    Values are text, as they would be typed on the command line: what one means is its option's matter, not YAML's.
+    """
     flat: dict[str, Any] = {}
     comments: dict[str, str] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(f"line {node.start_mark.line + 1} must hold `section: {{key: value}}`")
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if isinstance(value, yaml.MappingNode):
+                walk(value, f"{name}.")
+                continue
+            if name in flat:
+                raise ValueError(f"line {key.start_mark.line + 1}: {name} is there twice")
+            flat[name] = [v.value for v in value.value] if isinstance(value, yaml.SequenceNode) else value.value
+            end = value.end_mark
+            behind = lines[end.line][end.column :].strip() if end.line < len(lines) else ""
+            if behind.startswith("#"):
+                comments[name] = behind.lstrip("# ")
+
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, _Loader)
-        if values is not None and not isinstance(values, dict):
-            raise yaml.YAMLError(f"it must hold `section: {{key: value}}`, got {values!s:.80}")
-        if values:
-            _leaves(values, yaml.compose(text, _Loader), text.splitlines(), "", flat, comments)
+        lines = text.splitlines()
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None:
+            walk(root, "")
     except OSError as error:
         raise OptionError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OptionError(f"{path} is not a configuration in YAML: {' '.join(str(error).split())[:300]}") from error
     return flat, comments
-
-
-def _leaves(values: Any, node: Any, lines: list[str], prefix: str, flat: dict, comments: dict) -> None:
-    for (name, value), (_, at) in zip(values.items(), node.value, strict=True):
-        if isinstance(value, dict) and value:
-            _leaves(value, at, lines, f"{prefix}{name}.", flat, comments)
-            continue
-        flat[f"{prefix}{name}"] = [_typed(v) for v in value] if isinstance(value, list) else _typed(value)
-        behind = lines[at.end_mark.line][at.end_mark.column :].strip() if at.end_mark.line < len(lines) else ""
-        if behind.startswith("#"):
-            comments[f"{prefix}{name}"] = behind.lstrip("# ")
-
-
-def _typed(value: Any) -> Any:
-    """As it would be typed on the command line: what it means is the option's matter, not YAML's."""
-    return show(value) if isinstance(value, (bool, int, float)) else str(value)
 
 
 def dump(value: Any) -> str:
@@ -204,9 +169,6 @@ def to_yaml(config: Section, head: Mapping[str, Any]) -> str:
     return dump(nest({name: list(v) if isinstance(v, tuple) else v for name, v in flat.items()}))
 
 
-# ---- help ------------------------------------------------------------------------------------------------------------
-
-
 def show(value: Any) -> str:
     """A value as it is typed on the command line."""
     if isinstance(value, bool):
@@ -216,16 +178,16 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def help_text(config: Section, origins: Mapping[str, str], width: int = 100) -> str:
+def help_text(config: Section, origins: Mapping[str, str]) -> str:
     """Every value: its key, what it is now, what it means, its limits, and where it comes from."""
-    lines, values, group = [], flatten(config), ""
-    for name, key in keys(type(config)):
-        if (head := name.rsplit(".", 1)[0]) != group:
-            group = head
-            lines += ["", f"  {group}:"]
-        about = "; ".join([key.help, *key.limits]) + f" [{origins.get(name) or key.source}]"
-        head = f"    {name}={show(values[name])}"
-        lines += [head] if len(head) > 37 else []
-        first = " " * 40 if len(head) > 37 else head.ljust(40)
-        lines += textwrap.wrap(about, width, initial_indent=first, subsequent_indent=" " * 40)
+    lines = []
+    for name, field, value, source in fields(config):
+        limits = [
+            f"{sign} {show(getattr(m, at))}" for m in field.metadata for at, sign in SIGNS.items() if hasattr(m, at)
+        ]
+        literals = [a for a in (field.annotation, *get_args(field.annotation)) if get_origin(a) is Literal]
+        limits += [" | ".join(map(str, get_args(literal))) for literal in literals]
+        about = "; ".join([field.description, *limits]) + f" [{origins.get(name, source)}]"
+        head = f"{name}={show(value)}".ljust(38)
+        lines.append(textwrap.fill(f"{head}  {about}", 110, initial_indent=" " * 4, subsequent_indent=" " * 12))
     return "\n".join(lines)

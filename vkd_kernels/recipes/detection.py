@@ -446,7 +446,7 @@ class TeacherTraining(Detection):
     def __init__(self, config: Any, context: Context) -> None:
         t = config.teacher
         changes = {"lr": t.lr, "min_lr": 0.0, "steps": t.steps, "epochs": 0.0, "batch_size": t.batch_size}
-        optim = config.optim.model_copy(update={**changes, "accumulate": 1, "ema": 0.0})
+        optim = config.optim.model_copy(update={**changes, "ema": 0.0})
         alone = config.distill.model_copy(update={"weight": 0.0})
         run = config.run.model_copy(update={"eval_every": 0})
         super().__init__(config.model_copy(update={"optim": optim, "distill": alone, "run": run}), context)

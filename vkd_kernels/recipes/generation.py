@@ -143,8 +143,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
-        if self.optim.clip_norm or self.optim.accumulate > 1:
-            raise OptionError("optim.clip_norm, optim.accumulate: a GAN's steps know neither; leave them at 0 and 1")
+        if self.optim.clip_norm:
+            raise OptionError("optim.clip_norm: a GAN's steps know none; leave it at 0")
         if unknown := {*self.augment.policy} - {"translation", "cutout"}:
             raise OptionError(f"augment.policy: unknown {min(unknown)!r}; there are translation and cutout")
         if self.metric.features == "inception" and self.shape(1).channels != 3:
@@ -208,7 +208,7 @@ class DistilledGAN(nn.Module):
 class Generation(Task):
     title = "Image generation from little data: a GAN whose discriminator is taught by a frozen teacher (V_kD)."
     Config = Config
-    metric = Metric("frechet", "Fréchet distance", higher_is_better=False, digits=2, unit="")
+    metric = Metric("frechet", "Fréchet distance", higher_is_better=False, digits=2)
     unused_parameters = True  # a step trains one of the two networks
     arms = {
         "alone": Arm("GAN alone", {"distill.weight": 0.0}),
@@ -303,8 +303,6 @@ class Generation(Task):
             path = next((place for place in places if place.exists()), own)
             network = gan.Classifier(self.config.teacher.widths, self.data.shape)
             runs.load_state(network, runs.load_weights(path), str(path))
-            if path != own and self.context.name and self.fabric.is_global_zero:
-                runs.save_safetensors(own, network.state_dict())  # for `vkd evaluate`, of this folder alone
         judge: Any = FrechetInceptionDistance(Features(network.requires_grad_(False).eval()), reset_real_features=False)
         judge = judge.to(self.fabric.device)
         for part in self.data.held_out[self.mine].split(self.config.metric.batch_size):
@@ -341,7 +339,7 @@ class Generation(Task):
         o, m = self.optim, cast(Any, self.model)
         critics = [m.discriminator, *([m.feature_loss] if m.feature_loss is not None else [])]
         options: dict[str, Any] = {"betas": tuple(o.betas), "weight_decay": o.weight_decay}
-        options["fused"] = o.precision != "16-mixed"
+        options["fused"] = True
         parameters = [p for part in critics for p in part.parameters()]
         return {
             "generator": torch.optim.Adam(m.generator.parameters(), lr=o.lr, **options),

@@ -21,6 +21,9 @@ class RunError(Exception):
     """Something the user can put right; the message says how."""
 
 
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A full disk, a folder without permission: an error that says so."""
@@ -46,10 +49,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        if os.name == "posix":  # the new name itself must reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,35 +62,36 @@ def save_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {type(value).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"cannot read {path} ({error}): delete this file to have that part done again") from error
-    return value
-
-
 def save_tensors(path: Path, value: Any) -> None:
     buffer = io.BytesIO()  # torch.save into a file hides why the file could not be written
     torch.save(value, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {type(value).__name__}, not a dict")
-    except Exception as error:  # torch.load raises another type for every kind of damage
-        raise RunError(f"cannot read {path} ({error}): delete this file to have that part done again") from error
-    return value
-
-
 def save_safetensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     write_atomically(path, lambda file: file.write(save(plain, {"format": "pt"})))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    return _load(path, lambda: json.loads(path.read_text()))
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    return _load(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _load(path: Path, read: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        value = read()
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {type(value).__name__}, not a dictionary")
+    except Exception as error:  # torch.load raises another type for every kind of damage
+        raise RunError(f"cannot read {path} ({error}): delete this file to have that part done again") from error
+    return value
 
 
 def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
@@ -109,8 +112,6 @@ def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
 
 def load_state(part: Any, state: Any, what: str) -> None:
     """`part.load_state_dict(state)`, or an error that says what does not fit."""
-    if state is None:
-        raise RunError(f"{what} is missing: made by another version or another configuration")
     try:
         part.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,18 +124,13 @@ def own_folder(folder: Path) -> Iterator[None]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if path.name != ".lock"]
-    if others and not (folder / "config.yaml").is_file():
-        raise RunError(f"--output: {folder} is neither empty nor a run of this program (it holds {min(others)})")
-    lock = FileLock(folder / ".lock", timeout=0)
-    with writing(folder):
+        if others and not (folder / "config.yaml").is_file():
+            raise RunError(f"--output: {folder} is neither empty nor a run of this program (it holds {min(others)})")
         try:
-            lock.acquire()
+            lock = FileLock(folder / ".lock", timeout=0).acquire()
         except Timeout as error:
             raise RunError(f"{folder} is in use by another process") from error
-    try:
-        for place in (folder, *folder.glob("*/seed-*"), *folder.glob("teacher/seed-*/judge")):
-            for partial in place.glob(f".*{PARTIAL}"):  # what a killed process was writing
-                partial.unlink()
+    with lock:
+        for partial in folder.rglob(f".*{PARTIAL}"):  # what a killed process was writing
+            partial.unlink()
         yield
-    finally:
-        lock.release()

@@ -1,11 +1,5 @@
 """What a task is, and what all tasks share: options of training, running and distilling, arms, metrics, seeds.
 
-    class MyTask(Task):                 vkd distill my_package.my_module:MyTask
-        make_student()                  what is evaluated and stored: no projection in it
-        make_model(student)             student and losses in one module: model(batch) -> {"total": scalar, ...}
-        batches(start)                  this rank's share of one step after another
-        evaluate(student)               {"accuracy": 97.1}
-
 Whatever is drawn depends on (seed, step, rank) alone, so that an interrupted training continues bit for bit.
 """
 
@@ -26,7 +20,7 @@ from torch import Tensor, nn
 
 import vkd_kernels as vk
 
-from .config import Floats, OptionError, Section, option, replace
+from .config import OptionError, Section, Shares, flatten, option, replace
 
 RELEASED = "released code"
 
@@ -36,7 +30,7 @@ class Optim(Section):
 
     lr: float = option(5e-4, "peak learning rate", source=RELEASED, gt=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine", ge=0)
-    betas: Floats = option((0.9, 0.999), "AdamW's betas", source="PyTorch", min_length=2, max_length=2)
+    betas: Shares = option((0.9, 0.999), "AdamW's betas", source="PyTorch", min_length=2, max_length=2)
     weight_decay: float = option(
         0.05, "weight decay, except of 1-D parameters, tokens and the projection", source=RELEASED, ge=0
     )
@@ -45,26 +39,15 @@ class Optim(Section):
     steps: int = option(0, "optimizer steps; 0: as many as optim.epochs are", ge=0, le=10**9)
     epochs: float = option(0.0, "passes over the training data; 0: optim.steps says it", ge=0, le=10**6)
     batch_size: int = option(64, "images per optimizer step, of all ranks together", ge=1, le=10**6)
-    accumulate: int = option(1, "parts of a batch whose gradients are accumulated", ge=1)
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
     ema: float = option(0.0, "decay of the moving average of the student; 0: none", ge=0, lt=1)
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
-        "32-true", "of activations; the projection is always exact"
-    )
+    precision: Literal["32-true", "bf16-mixed"] = option("32-true", "of activations; the projection is always exact")
 
     @model_validator(mode="after")
     def _checked(self) -> Optim:
-        if any(not 0 <= beta < 1 for beta in self.betas):
-            raise OptionError(f"optim.betas: must be at least 0 and below 1, got {self.betas}")
         if (self.steps > 0) == (self.epochs > 0):
             raise OptionError(f"optim.steps={self.steps} and optim.epochs={self.epochs:g}: exactly one must be above 0")
-        if self.min_lr > self.lr:
-            raise OptionError(f"optim.min_lr: must be at most optim.lr={self.lr:g}, got {self.min_lr:g}")
         return self
-
-    def total_steps(self, images: int) -> int:
-        """Optimizer steps in all, with so many training images in an epoch (an incomplete last batch is left out)."""
-        return self.steps or max(1, round(self.epochs * (images // self.batch_size)))
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, as a share of the peak: rises in a line, then falls in half a cosine."""
@@ -139,19 +122,16 @@ class Metric:
     label: str
     higher_is_better: bool = True
     digits: int = 1
-    unit: str = "points"  # of a difference
 
 
 class Monitor:
-    """What a training knows of the process that started it. This one: nobody asks it to stop, and nobody listens."""
+    """What a training knows of the process that started it. This one: nobody asks it to stop."""
 
     signal: int = signal.SIGINT  # which one asked it to stop
+    quiet: bool = True  # no progress bar
 
     def should_stop(self) -> bool:
         return False
-
-    def report(self, name: str, images: int, expected: int | None = None) -> None:
-        """So many images more; `expected`: of so many in all."""
 
 
 @dataclass
@@ -173,23 +153,21 @@ class Context:
 
 
 class Task:
-    """One training of one seed in one arm; the class says which arms there are. Subclasses are in the tasks' files."""
+    """One training of one seed in one arm; the class says which arms there are. `vkd distill my_module:MyTask` runs a
+    subclass of one's own; `make_student`, `make_model`, `images`, `batches` and `evaluate` are what it must have."""
 
     title: ClassVar[str] = ""
     Config: ClassVar[type[Section]]  # with sections optim, run, distill, and whatever else it needs
     arms: ClassVar[Mapping[str, Arm]]
     compared: ClassVar[tuple[str, ...]]  # the arms that the bundled recipe trains
     baseline: ClassVar[str]
-    focus: ClassVar[tuple[str, ...]] = ("vkd",)  # the arms whose differences to the others are said in words
     seeds: ClassVar[int] = 3
     metric: ClassVar[Metric]
     recipes: ClassVar[Path | None] = None  # folder of named recipes, NAME.yaml
-    has_teacher: ClassVar[bool] = True  # is there a train_teacher()?
     unused_parameters: ClassVar[bool] = False  # do some parameters get no gradient in some backward passes?
 
     student: nn.Module
     model: nn.Module
-    label: str = ""
 
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context, self.fabric, self.seed = config, context, context.fabric, context.seed
@@ -204,6 +182,9 @@ class Task:
     @classmethod
     def check(cls, config: Any) -> None:
         """An error about whatever can be known to be wrong before anything is trained."""
+        for key, value in flatten(config).items():
+            if key.endswith(".weights") and value and not Path(value).is_file():
+                raise OptionError(f"{key}: there is no file {value}")
         cls.describe(config)
 
     def train_teacher(self) -> dict[str, Any]:
@@ -211,11 +192,12 @@ class Task:
         return {}
 
     def make_student(self) -> nn.Module:
+        """What is evaluated and stored: no projection in it."""
         raise NotImplementedError
 
     def make_model(self, student: nn.Module) -> nn.Module:
-        """`model(batch) -> {"total": scalar, ...}`: means over this rank's equal share of the batch, or global means
-        (`process_group`). A frozen teacher is no submodule of it. Under torchrun it is what is wrapped."""
+        """Student and losses in one module, which torchrun's ranks wrap: `model(batch) -> {"total": scalar, ...}`,
+        means over this rank's share of the batch, or global ones (`process_group`). A frozen teacher stays out."""
         raise NotImplementedError
 
     @property
@@ -225,17 +207,13 @@ class Task:
 
     @property
     def steps(self) -> int:
-        return self.optim.steps or self.optim.total_steps(self.images)
-
-    @property
-    def images_per_step(self) -> int:
-        return self.optim.batch_size
+        """Optimizer steps in all (an incomplete last batch of an epoch is left out)."""
+        o = self.optim
+        return o.steps or max(1, round(o.epochs * (self.images // o.batch_size)))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        o = self.optim
-        fused = o.precision != "16-mixed"  # a fused optimizer unscales by itself, which excludes clipping
-        groups = parameter_groups(self.model, o.weight_decay)
-        return {"optimizer": torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), fused=fused)}
+        o, groups = self.optim, parameter_groups(self.model, self.optim.weight_decay)
+        return {"optimizer": torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), fused=True)}
 
     def batches(self, start: int) -> Iterator[Any]:
         """This rank's share of the batches start, start + 1, ...: each depends on (seed, step, rank, ranks) alone."""
@@ -243,19 +221,13 @@ class Task:
 
     def step(self, loop: Any, batch: Any) -> dict[str, Tensor]:
         """One optimizer step; returns the losses to be logged. Tasks with several optimizers write their own."""
-        logged: dict[str, Tensor] = {}
-        parts = split(batch, self.optim.accumulate)
-        for number, part in enumerate(parts, start=1):
-            with self.fabric.no_backward_sync(loop.model, enabled=number < len(parts)):
-                losses = loop.model(part)
-                self.fabric.backward(losses["total"] / len(parts))
-            for name, loss in losses.items():
-                logged[name] = logged.get(name, 0) + loss.detach() / len(parts)
+        losses = loop.model(batch)
+        self.fabric.backward(losses["total"])
         loop.apply("optimizer")
-        return logged
+        return losses
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:
-        """Metrics on held-out data; every rank calls it and returns the same."""
+        """Metrics on held-out data, {"accuracy": 97.1}; every rank calls it and returns the same."""
         raise NotImplementedError
 
     def diagnostics(self) -> dict[str, float]:
@@ -276,34 +248,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     arms with a linear one differ in that alone."""
     from timm.optim import param_groups_weight_decay
 
-    spared = [
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
-        if callable(getattr(module, "no_weight_decay", None))
-        for name in module.no_weight_decay()  # type: ignore[operator]
-    ]
+    spared = []
     for prefix, module in model.named_modules():
+        names = [*module.no_weight_decay()] if hasattr(module, "no_weight_decay") else []  # type: ignore[operator]
         if isinstance(module, vk.OrthoProjLoss):
-            spared += [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+            names = [name for name, _ in module.named_parameters()]
+        spared += [f"{prefix}.{name}".lstrip(".") for name in names]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
-
-
-def split(batch: Any, parts: int) -> list[Any]:
-    """A batch in equal parts: tensors and lists are cut along their first dimension, dicts and tuples keep their form,
-    and anything else goes into every part."""
-    if parts == 1:
-        return [batch]
-    if isinstance(batch, dict):
-        cut = {name: split(value, parts) for name, value in batch.items()}
-        return [{name: values[i] for name, values in cut.items()} for i in range(parts)]
-    if isinstance(batch, tuple):
-        return list(zip(*(split(value, parts) for value in batch), strict=True))
-    if not isinstance(batch, (Tensor, list)):
-        return [batch] * parts
-    if len(batch) % parts:
-        raise OptionError(f"optim.accumulate: {parts} parts of a batch of {len(batch)} on this rank")
-    size = len(batch) // parts
-    return [batch[i * size : (i + 1) * size] for i in range(parts)]
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -318,9 +269,6 @@ def generator(*numbers: int) -> torch.Generator:
 
 def seed_all(*numbers: int) -> None:
     seed = mixed_seed(*numbers)
-    if torch.cuda.is_available():
-        torch.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)  # the same, without a traceback for every device
+    torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)

@@ -26,8 +26,8 @@ def load(name: str) -> type[Task]:
         from .generation import Generation
 
         return Generation
-    module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute:
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
         raise OptionError(
             f"TASK: unknown {name!r}{nearest(name, NAMES)}; a task of your own is named package.module:Class"
         )
