@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import vkd_kernels as vk
 from tests.helpers import processes
 from vkd_kernels import cli
 
+Image = pytest.importorskip("PIL.Image")
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 transformers = pytest.importorskip("transformers")
