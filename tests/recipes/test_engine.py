@@ -70,12 +70,12 @@ def test_tensorboard(tmp_path):
 def test_ctrl_c_in_worker_processes_then_resume_gives_the_same_bits(finished, tmp_path):
     folder = tmp_path / "run"
     process = start(VKD, *("--arms", *ARMS, "--output", folder, "--jobs", 2, "run.slow=0.1"))
-    wait_for(process, lambda: any(path.stat().st_size for path in folder.glob("*/*/metrics.jsonl")))
+    wait_for(process, lambda: any(folder.rglob("checkpoint.pt")))
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert f"vkd distill {TOY} --resume --output {folder}" in errors and "Traceback" not in errors
-    assert "/10 [" in errors and "stopping: saving checkpoints" in errors  # a bar over the trainings
+    assert "/10 [" in errors  # a bar over the trainings
     assert any(0 < step_of(path) < 45 for path in folder.rglob("checkpoint.pt")), "the interruption missed every loop"
     assert distill(folder, "--resume", "run.slow=0") == 0
     assert outcome(folder) == outcome(finished)

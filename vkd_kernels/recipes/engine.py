@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -81,6 +83,11 @@ def make_fabric(run: Run, optim: Optim, *, alone: bool = True, unused_parameters
     return fabric
 
 
+def progress(**options: Any) -> tqdm:
+    """A bar that fills no log file."""
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 15, **options)
+
+
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -126,12 +133,12 @@ class Loop:
             self.load()
         self.open_log()
         steps, batches = task.steps, iter(task.batches(self.step))
-        bar = tqdm(total=steps, initial=self.step, desc=self.context.name, unit="step", disable=monitor.quiet)
+        bar = progress(total=steps, initial=self.step, desc=self.context.name, unit="step", disable=monitor.quiet)
         self.model.train()
         while self.step < steps:
             if self.should_stop():
                 self.save()
-                raise Interrupted(monitor.signal)
+                raise Interrupted(monitor.signal or signal.SIGTERM)  # another rank was asked
             wall, cpu = time.perf_counter(), time.process_time()
             batch = next(batches)
             seed_all(self.context.seed, self.step, rank)  # dropout and the like

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,14 +123,15 @@ class Metric:
     digits: int = 1
 
 
+@dataclass
 class Monitor:
-    """What a training knows of the process that started it. This one: nobody asks it to stop."""
+    """What a training knows of the process that started it."""
 
-    signal: int = signal.SIGINT  # which one asked it to stop
     quiet: bool = True  # no progress bar
+    signal: int = 0  # which one asked for an end
 
     def should_stop(self) -> bool:
-        return False
+        return bool(self.signal)
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Context:
 
 class Task:
     """One training of one seed in one arm; the class says which arms there are. `vkd distill my_module:MyTask` runs a
-    subclass of one's own; `make_student`, `make_model`, `images`, `batches` and `evaluate` are what it must have."""
+    subclass of one's own; `make_student`, `make_model`, `batches` and `evaluate` are what it must have."""
 
     title: ClassVar[str] = ""
     Config: ClassVar[type[Section]]  # with sections optim, run, distill, and whatever else it needs
