@@ -130,7 +130,8 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert distill(folder, "--resume", "--first-seed", 1) == 2
     assert distill(folder, "--resume", "--seeds", 2, *("--arms", "linear", "vkd", "run.eval_every=10")) == 0
     assert outcome(folder) == outcome(finished)
-    assert distill(folder, "--resume", "--seeds", 1, "--arms", "vkd", "--baseline", "linear") == 0  # nothing is dropped
+    words = ("--resume", "--seeds", 1, "--arms", "vkd", "--baseline", "linear")
+    assert distill(folder, *words) == 0  # nothing is dropped
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 8
     assert "minus linear" in (folder / "table.txt").read_text()
 
