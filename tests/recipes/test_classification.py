@@ -1,10 +1,8 @@
 """Classification: the bundled run, real images, the paper's students and recipes, losses, stored answers."""
 
-import itertools
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from vkd_kernels.recipes.runs import RunError
 
 ROOT = Path(__file__).parents[2]
 TINY = ["optim.steps=12", "teacher.steps=6", "digits.views=2", "teacher.widths=8,16", "student.width=16"]
-TINY += ["student.depth=1", "run.save_every=5", "run.eval_every=6", "run.tensorboard=false", "digits.pool=200"]
+TINY += ["student.depth=1", "run.save_every=5", "run.eval_every=6", "run.tensorboard=false"]
 RECIPES = {"vkd-deit-ti-imagenet": "vkd_deit_tiny", "vkd-deit-s-imagenet": "vkd_deit_small"}
 
 
@@ -40,33 +38,6 @@ def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
     assert "head.weight" in tensors and not any("projection" in name for name in tensors)
 
 
-def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(tmp_path):
-    """Within the teacher's training, then within a student's that reads stored answers."""
-    config = configs.replace(classification.Config(), dict(word.split("=") for word in TINY))
-
-    class StopAt(task.Monitor):
-        def __init__(self, step):
-            self.left = step
-
-        def should_stop(self):
-            self.left -= 1
-            return self.left < 0
-
-    def both(folder, *stops):
-        for stop in (*stops, 10**6):
-            monitor, fabric = StopAt(stop), engine.make_fabric(config.run, config.optim)
-            try:
-                teacher = task.Context(fabric, folder / "teacher", 0, folder / "teacher", monitor)
-                Classification(config, teacher).train_teacher()
-                student = task.Context(fabric, folder / "student", 0, folder / "teacher", monitor)
-                engine.train(Classification(config, student))
-            except engine.Interrupted:
-                continue
-        return [(folder / f"{name}/{name}.safetensors").read_bytes() for name in ("teacher", "student")]
-
-    assert both(tmp_path / "a", 4, 9) == both(tmp_path / "b")
-
-
 def test_split_keeps_test_images_out_of_the_pool():
     data = digits.Digits(classification.Config(), 3)
     assert len(data.pool) == 1000 and len(data.test) == 797 and data.labeled == 100
@@ -75,16 +46,9 @@ def test_split_keeps_test_images_out_of_the_pool():
     assert len(everything) == len(data.pool.flatten(1).unique(dim=0)) + len(data.test.flatten(1).unique(dim=0))
 
 
-def test_random_affine():
-    limits = SimpleNamespace(rotation=0, scaling=0, shift=0, shear=0)
-    pictures = torch.randn(5, 1, 8, 8)
-    still = digits.random_affine(pictures, torch.Generator().manual_seed(0), limits)
-    torch.testing.assert_close(still, pictures, rtol=0, atol=1e-5)
-
-
 def test_digits_batches_depend_on_seed_step_and_ranks_alone():
     data = digits.Digits(configured(digits__views=3), 0)
-    views = torch.cat(list(data.every_view()))
+    views = data.every_view()
     for learner in ("distilled", "alone", "teacher"):
         whole = take(data, learner, 0, 3)
         assert same(take(data, learner, 2, 1), whole[2:]) and not same(whole[:1], whole[1:2])
@@ -134,7 +98,6 @@ def test_distillation_token_is_the_mean_of_the_patches_and_evaluation_averages_t
 @pytest.mark.parametrize(
     ("name", "positions", "width"),
     [
-        ("resnet18", 49, 512),
         ("regnety_160.deit_in1k", 49, 3024),
         ("deit_tiny_distilled_patch16_224", 196, 192),
         ("vit_small_patch14_reg4_dinov2", 256, 384),
@@ -149,7 +112,7 @@ def test_features_of_timms_models(name, positions, width):
 
 
 def test_unknown_models_name_the_nearest():
-    with pytest.raises(OptionError, match=r"student\.name: unknown 'vkd_deit_tny'; nearest: vkd_deit_tiny"):
+    with pytest.raises(OptionError, match=r"student\.name: cannot make 'vkd_deit_tny' .* 'vkd_deit_tiny'"):
         models.make_student(configured(student__name="vkd_deit_tny").student, TINY_SHAPE)
 
 
@@ -204,11 +167,11 @@ def test_losses_are_the_formulas(projection):
     assert all(any(p is q for q in spared) for p in model.feature_loss.parameters())
 
 
-def test_parts_of_a_batch_and_ranks_average_to_the_whole():
-    """Also where one part has all the labels."""
+def test_ranks_average_to_the_whole():
+    """Also where one rank has all the labels."""
     model = DistilledStudent(Heads(), classification.Config().distill, 10, labeled_share=0.5)
     batch = batch_of(labeled=4)
-    parts = [model(part) for part in task.split(batch, 2)]
+    parts = [model({name: value[half] for name, value in batch.items()}) for half in (slice(4), slice(4, 8))]
     for name, value in model(batch).items():
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value)
 
@@ -225,13 +188,10 @@ def test_a_student_alone_trains_both_of_its_heads():
 def test_tokens_are_compared_position_by_position():
     distill = configured(distill__features="tokens").distill
     model = DistilledStudent(Heads(), distill, 10, labeled_share=1.0)
-    equal, finer = batch_of(positions=4, places=(4,)), batch_of(positions=16, places=(4,))
-    tokens = model.student.embed(equal["images"])
-    torch.testing.assert_close(model(equal)["features"], model.feature_loss(tokens, equal["features"]))
-    grid = model.student.embed(finer["images"]).transpose(1, 2).unflatten(2, (4, 4))
-    coarse = F.interpolate(grid, (2, 2), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model(finer)["features"], model.feature_loss(coarse, finer["features"]))
-    with pytest.raises(OptionError, match=r"distill\.features: .*square grids only, got 12 and 4"):
+    batch = batch_of(positions=4, places=(4,))
+    tokens = model.student.embed(batch["images"])
+    torch.testing.assert_close(model(batch)["features"], model.feature_loss(tokens, batch["features"]))
+    with pytest.raises(OptionError, match=r"distill\.features: .* got 12 of the student and 4 of the teacher"):
         classification.same_positions(torch.zeros(1, 12, 4), torch.zeros(1, 4, 10))
 
 
@@ -248,38 +208,25 @@ def test_stored_answers_are_those_of_the_teacher(folder):
     values = {"augment__views": 2, "augment__mixup": 0, "augment__cutmix": 0, "optim__batch_size": 8}
     values |= saved_teacher(folder / "teacher")
     for kind in ("pooled", "tokens"):
-        stored, live = (
-            job(of_folder(folder, distill__features=kind, teacher__cache=cache, **values), folder / "run")
-            for cache in ("auto", "none")
-        )
-        for a, b in zip(*(itertools.islice(x.batches(3), 2) for x in (stored, live)), strict=True):
-            assert a["features"].shape == ((8, 368) if kind == "pooled" else (8, 1, 368))
-            for name in ("images", "logits", "features"):
-                torch.testing.assert_close(a[name], b[name])
-    again = job(of_folder(folder, distill__features="tokens", **values), folder / "run")
-    for broken in (folder / "run").glob("answers-*.npy"):
-        broken.write_bytes(b"cut")
-    with pytest.raises(RunError, match="delete this file"):
-        next(again.batches(0))
-    with pytest.raises(OptionError, match=r"teacher\.cache: .*other images than are shown: augment\.views=0"):
-        _ = job(of_folder(folder, teacher__cache=str(folder), **saved_teacher(folder / "x")), folder / "run").cache
+        training = job(of_folder(folder, distill__features=kind, **values), folder / "run")
+        batch = next(training.batches(3))
+        assert batch["features"].shape == ((8, 368) if kind == "pooled" else (8, 1, 368))
+        for name, answer in training.ask(batch["images"]).items():
+            torch.testing.assert_close(batch[name], answer)
+    with pytest.raises(OptionError, match=r"augment\.mixup, augment\.cutmix: 0 with fixed augment\.views"):
+        of_folder(folder, augment__views=2)
 
 
-def test_a_teacher_of_other_classes(folder):
+def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
     values = saved_teacher(folder / "teacher", classes=7)
     with pytest.raises(RunError, match=r"teacher\.weights: .*another architecture.*head\.fc"):
-        models.make_teacher(configured(**values).teacher, models.Shape(2, 32, 3), values["teacher__weights"])
-    with pytest.raises(OptionError, match=r"teacher\.classes: logits of 7 classes teach only with"):
-        configured(teacher__classes=7, **values)
-    config = of_folder(folder, teacher__classes=7, distill__logit_weight=0, optim__batch_size=8, **values)
+        job(of_folder(folder, optim__batch_size=8, **values), folder / "run").train_teacher()
+    config = of_folder(folder, distill__logit_weight=0, optim__batch_size=8, **values)
     batch = next(job(config, folder / "run").batches(0))
     assert "logits" not in batch and batch["features"].shape == (8, 368)
-
-
-def test_a_teacher_of_other_classes_is_not_trained_here(folder):
-    """Someone wants ImageNet's classes and forgets teacher.pretrained=true: an error before the training, not in it."""
-    with pytest.raises(OptionError, match=r"teacher\.classes: 1000, but .* teacher\.pretrained=true"):
-        of_folder(folder, teacher__name="resnet18", teacher__classes=1000, distill__logit_weight=0)
+    config = configured(teacher__name="resnet18", teacher__pretrained=True).teacher
+    with pytest.raises(OptionError, match=r"teacher\.pretrained: resnet18 has 1000 classes, not 2; with distill"):
+        models.make_teacher(config, models.Shape(2, 32, 3))
 
 
 def test_students_alone_need_no_teacher(folder):
@@ -294,8 +241,8 @@ def test_students_alone_need_no_teacher(folder):
 
 PAPER = {  # docs/classification.md
     **{"teacher.name": "regnety_160.deit_in1k", "data.size": 224, "data.crop": 0.875, "data.classes": 1000},
-    **{"augment.enabled": True, "augment.crop_min": 0.08, "augment.flip": 0.5, "augment.three_augment": True},
-    **{"augment.color_jitter": 0.3, "augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.mix_switch": 0.5},
+    **{"augment.crop_min": 0.08, "augment.flip": 0.5, "augment.three_augment": True},
+    **{"augment.color_jitter": 0.3, "augment.mixup": 0.8, "augment.cutmix": 1.0},
     **{"distill.features": "pooled", "distill.projection": "orthogonal", "distill.normalization": "layer_norm"},
     **{"distill.scale": 1.0, "distill.weight": 1.0, "distill.beta": 1.0, "distill.logit_weight": 1.0},
     **{"distill.temperature": 1.0, "distill.label_smoothing": 0.1, "student.drop_path": 0.0, "optim.lr": 5e-4},
@@ -309,21 +256,21 @@ PAPER = {  # docs/classification.md
 def test_recipe_has_the_papers_values(name, student):
     values = configs.flatten(recipe(name))
     assert {key: values[key] for key in PAPER} == PAPER and values["student.name"] == student
-    with pytest.raises(OptionError, match=r"teacher\.weights: give a file .*, or teacher\.pretrained=true"):
+    with pytest.raises(OptionError, match=r"teacher\.weights: give a file, or teacher\.pretrained=true"):
         classification.trained_here(recipe(name))
 
 
 def test_dry_run_of_a_recipe_needs_no_data(capsys):
     assert cli.main(["distill", "classification", "--recipe", "vkd-deit-ti-imagenet", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for text in ("6633104", "83590140", "[49, 3024]", "[196, 192]", "[3024, 192]", "300 epochs"):
+    for text in ("parameters: 6633104, features: 192", "parameters: 83590140, features: 3024", "epochs: 300"):
         assert text in printed
 
 
 class RandomImages:
     """Two images of a thousand classes at full size."""
 
-    classes, size, channels, images, views, fresh = 1000, 224, 3, 2, 0, "new every time"
+    classes, size, channels, images, views = 1000, 224, 3, 2, 0
 
     def batches(self, learner, start, batch_size, rank, ranks):
         while True:
@@ -342,7 +289,7 @@ def regnet():
 def test_one_step_of_a_paper_recipe_at_full_size(name, student, regnet, tmp_path):
     values = {"optim__batch_size": 2, "optim__steps": 1, "optim__epochs": 0, "run__tensorboard": False}
     training = job(recipe(name, teacher__weights="-", **values), tmp_path)
-    training.data, training.teacher = RandomImages(), regnet.eval()
+    training.data, training.teacher = RandomImages(), classification.Teaching(regnet.eval(), "pooled")
     before = {}
     plain = training.make_model
 
@@ -354,19 +301,7 @@ def test_one_step_of_a_paper_recipe_at_full_size(name, student, regnet, tmp_path
     training.make_model = make_model
     result = engine.train(training)
     assert not [key for key, value in training.model.named_parameters() if torch.equal(value, before[key])]
-    assert result["diagnostics"]["max |PᵀP - I|"] < 1e-5 and {"accuracy", "accuracy_top5"} <= result.keys()
-
-
-def test_export_of_a_paper_student_needs_neither_data_nor_teacher(tmp_path, monkeypatch):
-    monkeypatch.setitem(models.STUDENTS["vkd_deit_tiny"], "depth", 1)  # tracing takes its time
-    config = recipe("vkd-deit-ti-imagenet", data__size=32, data__classes=5)
-    student = models.make_student(config.student, TINY_SHAPE).eval()
-    runs.save_safetensors(tmp_path / "student.safetensors", student.state_dict())
-    (tmp_path / "config.yaml").write_text(configs.to_yaml(config, {"task": "classification", "arm": "vkd", "seed": 0}))
-    assert cli.main(["export", str(tmp_path), "--format", "torch-export"]) == 0
-    pictures = torch.randn(2, 3, 32, 32)
-    exported = torch.export.load(tmp_path / "export.pt2").module()
-    torch.testing.assert_close(exported(pictures), student(pictures))
+    assert result["diagnostics"]["max |PᵀP - I|"] < 1e-5 and "accuracy" in result
 
 
 def test_the_documented_loop_runs():
@@ -379,15 +314,14 @@ def test_the_documented_loop_runs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digits.pool=1797"], "digits.pool: must be less than or equal to 1700"),
-        (["digits.labels_per_class=100"], "digits.labels_per_class: 100 leave nothing unlabeled"),
-        (["digits.labeled_share=0.3"], "digits.labeled_share: 19.2 of 64 images are no whole number"),
+        (["digits.labels_per_class=100"], "digits.labels_per_class: must be less than or equal to 50"),
         (["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
-        (["data.name=folder", "data.root=nowhere"], "data.root: there is no folder nowhere"),
+        (["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
         (["student.heads=5"], "student.heads: 5 does not divide"),
         (["data.mean=0.5"], "data.mean, data.std: one per channel, 3"),
         (["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),
-        (["--recipe", "vkd-deit-ti-imagenet"], "data.root: there is no folder train"),
+        (["--recipe", "vkd-deit-ti-imagenet"], "data.root= data.name=folder: "),
+        (["student.weights=nowhere.pth"], "student.weights: there is no file nowhere.pth"),
     ],
 )
 def test_bad_values_name_their_option_before_anything_is_trained(arguments, message, tmp_path, capsys):

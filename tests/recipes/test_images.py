@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.recipes.pictures import image_data, of_folder, picture, recipe, same, take
+from tests.recipes.pictures import image_data, picture, recipe, same, take
 from vkd_kernels.recipes import images
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
@@ -26,17 +26,12 @@ def test_image_batches_depend_on_seed_and_step_alone(folder):
 
 
 def test_fixed_views_are_the_images_of_the_batches(folder):
-    for views, values in [
-        (3, {"augment__views": 3, "augment__mixup": 0, "augment__cutmix": 0}),
-        (1, {"augment__enabled": False}),
-    ]:
-        data = image_data(folder, **values)
-        everything = torch.cat(list(data.every_view()))
-        assert data.fresh == "" and len(everything) == 12 * views
-        batches = take(data, "distilled", 0, 4)
-        assert all(torch.equal(everything[rows], x) for x, _, rows in batches)
-        assert len({int(row) // 12 for _, _, rows in batches for row in rows}) == views
-    assert image_data(folder).fresh == "augment.views=0 and augment.mixup and augment.cutmix"
+    data = image_data(folder, augment__views=3, augment__mixup=0, augment__cutmix=0)
+    everything = data.every_view()
+    assert len(everything) == 12 * 3
+    batches = take(data, "distilled", 0, 4)
+    assert all(torch.equal(everything[int(row)], x) for xs, _, rows in batches for x, row in zip(xs, rows, strict=True))
+    assert len({int(row) // 12 for _, _, rows in batches for row in rows}) == 3
 
 
 def test_a_share_of_the_labels(folder):
@@ -48,7 +43,7 @@ def test_a_share_of_the_labels(folder):
     assert torch.equal(alone, x[:4]) and torch.equal(labels, targets[:4])
     assert torch.isin(rows[:4] % 12, data.labeled).all() and not torch.isin(rows[4:] % 12, data.labeled).any()
     assert take(data, "teacher", 0, 1)[0][1].sum() == pytest.approx(8)
-    with pytest.raises(OptionError, match=r"augment\.mixup.*0 where data\.labels are below 1"):
+    with pytest.raises(OptionError, match=r"augment\.mixup.*0 with .* data\.labels below 1"):
         image_data(folder, data__labels=0.5)
 
 
@@ -63,38 +58,25 @@ def test_evaluation_sees_the_center(folder):
 
 
 def test_an_image_that_cannot_be_read_is_named(folder):
-    """A damaged file, a link to nowhere, and a text."""
+    """A damaged file, and a text."""
     first, *_ = sorted((folder / "train" / "class-0").iterdir())
     first.write_bytes(first.read_bytes()[:200])
-    data = image_data(folder, augment__enabled=False)
     with pytest.raises(RunError, match=f"cannot read {first}"):
-        list(data.every_view())
-    first.unlink()
-    first.symlink_to(folder / "nowhere.png")
-    assert data.fingerprint()
-    with pytest.raises(RunError, match=f"cannot read {first}"):
-        list(data.every_view())
+        _ = image_data(folder, augment__views=1, augment__mixup=0, augment__cutmix=0).every_view()[0]
     (folder / "val" / "class-1" / "1.png").write_text("no image")
     with pytest.raises(RunError, match=r"cannot read .*1\.png"):
-        list(data.held_out(0, 1))
+        list(image_data(folder).held_out(0, 1))
 
 
 def test_what_is_wrong_with_folders_is_named(folder):
-    with pytest.raises(OptionError, match=r"optim\.batch_size: 6 images are not pairs on 2 ranks"):
-        next(image_data(folder).batches("alone", 0, 6, 0, 2))
     with pytest.raises(OptionError, match=r"optim\.batch_size: 13, but there are only 12 training images"):
         next(image_data(folder, augment__mixup=0, augment__cutmix=0).batches("alone", 0, 13, 0, 1))
-    with pytest.raises(OptionError, match=r"data\.root: there is no folder .*nowhere"):
-        of_folder(folder / "nowhere")
-    with pytest.raises(OptionError, match=r"data\.root: there is no folder train"):
-        _ = image_data("").images
+    with pytest.raises(RunError, match=r"data\.root=.*nowhere data\.name=folder: .*No such file"):
+        _ = image_data(folder / "nowhere").images
     with pytest.raises(RunError, match=r"data\.classes is 3, but .* has 2 classes"):
         _ = image_data(folder, data__classes=3).images
-    (folder / "train" / "empty").mkdir()
-    with pytest.raises(RunError, match="empty"):
-        _ = image_data(folder).images
-    picture(folder / "train" / "empty" / "0.png", 0)
-    with pytest.raises(RunError, match="classes that are only in one of the two folders: empty"):
+    picture(folder / "train" / "other" / "0.png", 0)
+    with pytest.raises(RunError, match="only in one of train and val: other"):
         _ = image_data(folder).images
 
 
@@ -106,12 +88,11 @@ def test_torchvision_by_name(tmp_path):
         (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
     data = images.Images(recipe("fashion-mnist", data__root=str(tmp_path)), 0)
-    assert data.classes == 10 and data.images == 5 and next(data.every_view()).shape == (10, 1, 28, 28)
+    assert data.classes == 10 and data.images == 5 and len(data.every_view()) == 10
     ((pictures, labels),) = data.held_out(0, 1)
     assert pictures.shape == (3, 1, 28, 28) and labels.tolist() == [0, 1, 2]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=r"data\.root=.*empty data\.name=MNIST: .*data\.download=true fetches it"):
         _ = image_data(tmp_path / "empty", data__name="MNIST").images
-    for name in ("CIFAR1000", "ImageFolder"):
-        with pytest.raises(OptionError, match=rf"data\.name: '{name}' is not digits, folder, or a data set"):
-            _ = image_data(tmp_path, data__name=name).images
+    with pytest.raises(OptionError, match=r"data\.name: there is no 'CIFAR1000' .*; did you mean 'CIFAR100'"):
+        _ = image_data(tmp_path, data__name="CIFAR1000").images

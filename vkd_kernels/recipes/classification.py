@@ -13,35 +13,31 @@ teacher. The same program takes any data set of torchvision or folder of images 
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from . import engine, models, runs
+import vkd_kernels as vk
+
+from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .digits import Digits
 from .images import Images, open_images
-from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task
+from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
 
 RELEASED = "released code"
-CONFIGS = Path(__file__).parent / "configs"
 
 
 class Data(Section):
     name: str = option("digits", "digits (bundled), folder, or the name of a data set of torchvision: CIFAR100, ...")
     root: str = option("", "where the images are; of a folder: root/train/<class>/*, root/val/<class>/*")
     download: bool = option(False, "let torchvision fetch what is missing")
-    train_split: str = option("", "folder or split to train on; default: train")
-    test_split: str = option("", "folder or split to evaluate on; default: val in a folder, test in torchvision")
     classes: int = option(0, "number of classes; 0: what the data say", ge=0)
     labels: float = option(1.0, "share of the training images whose labels a student may see", gt=0, le=1)
     labeled_share: float = option(0.5, "labeled images of a batch, as a share, where not all are", gt=0, le=1)
@@ -55,35 +51,25 @@ class Data(Section):
 class Augment(Section):
     """Of real images; the digits have their own."""
 
-    enabled: bool = option(True, "false: train on what evaluation sees, and mix nothing")
     views: int = option(0, "fixed views of every image, whose answers are stored; 0: new ones each step", ge=0)
     pad: int = option(0, "small images: shifts by up to so many pixels instead of all but the flip", ge=0)
     crop_min: float = option(0.08, "smallest area of a random crop", source=RELEASED, gt=0, le=1)
     flip: float = option(0.5, "probability of a horizontal flip", source=RELEASED, ge=0, le=1)
     three_augment: bool = option(True, "one of grayscale, solarize, Gaussian blur", source="DeiT III")
     color_jitter: float = option(0.3, "change of brightness, contrast, saturation", source=RELEASED, ge=0)
-    mixup: float = option(0.8, "alpha of mixup; 0: none", source=RELEASED, ge=0)
+    mixup: float = option(0.8, "alpha of mixup; 0: none. Where both are on, half of the batches", source=RELEASED, ge=0)
     cutmix: float = option(1.0, "alpha of CutMix; 0: none", source=RELEASED, ge=0)
-    mix_switch: float = option(0.5, "probability of CutMix where both are on", source=RELEASED, ge=0, le=1)
 
 
 class DigitsConfig(Section):
-    pool: int = option(1000, "training images of the 1797; the others are the test set", ge=100, le=1700)
-    labels_per_class: int = option(10, "labeled training images per digit, for the students", ge=1)
-    labeled_share: float = option(0.5, "labeled images of a batch, as a share", gt=0, le=1)
+    labels_per_class: int = option(10, "labeled training images per digit, for the students", ge=1, le=50)
     views: int = option(16, "fixed augmented views of every image", ge=1)
-    rotation: float = option(15.0, "largest rotation of a view, in degrees", ge=0)
-    scaling: float = option(0.15, "largest change of size of a view", ge=0)
-    shift: float = option(0.2, "largest shift of a view, in half widths", ge=0)
-    shear: float = option(0.15, "largest shear of a view", ge=0)
 
 
 class Teacher(Section):
     name: str = option("small_cnn", "small_cnn (bundled), or any model of timm")
     weights: str = option("", "its weights, a .safetensors or .pth file; default: it is trained here")
     pretrained: bool = option(False, "let timm fetch its weights")
-    classes: int = option(0, "classes of its head; 0: the data's. Others only without logit distillation", ge=0)
-    cache: str = option("auto", "folder for its answers to fixed views; auto: in the run folder; none: never")
     widths: Ints = option((24, 48, 96, 192), "channels of small_cnn's convolutions", min_length=1)
     pools: Ints = option((2,), "after which of them small_cnn halves its maps")
     steps: int = option(300, "training steps, where it is trained here", ge=0)
@@ -121,40 +107,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
-        data, pool = self.data, self.digits.pool
-        if self.digits.labels_per_class * 10 >= pool:
-            raise OptionError(
-                f"digits.labels_per_class: {self.digits.labels_per_class} leave nothing unlabeled of a pool of "
-                f"{pool} images"
-            )
-        labeled = self.optim.batch_size * self.labeled_share
-        if labeled < 1 or labeled != round(labeled):
-            raise OptionError(
-                f"{'digits' if data.name == 'digits' else 'data'}.labeled_share: {labeled:g} of "
-                f"{self.optim.batch_size} images are no whole number"
-            )
-        if self.teacher.classes and self.distill.logit_weight:
-            raise OptionError(
-                f"teacher.classes: logits of {self.teacher.classes} classes teach only with distill.logit_weight=0"
-            )
-        t = self.teacher
-        if self.needs_teacher and t.classes not in (0, data.classes) and t.steps and not (t.weights or t.pretrained):
-            raise OptionError(
-                f"teacher.classes: {t.classes}, but a teacher that is trained here learns the data's classes: leave "
-                "teacher.classes out, or give teacher.weights or teacher.pretrained=true"
-            )
+        data, augment = self.data, self.augment
         if not len(data.mean) == len(data.std) == data.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {data.channels}; got {data.mean} and {data.std}")
-        if data.name != "digits" and not Path(data.root).is_dir() and not data.download and data.root:
-            raise OptionError(f"data.root: there is no folder {data.root}")
+        if (augment.mixup or augment.cutmix) and (augment.views or data.labels < 1):
+            raise OptionError("augment.mixup, augment.cutmix: 0 with fixed augment.views, or data.labels below 1")
         return self
 
     @property
     def labeled_share(self) -> float:
         """Of a batch."""
-        if self.data.name == "digits":
-            return self.digits.labeled_share
-        return self.data.labeled_share if self.data.labels < 1 else 1.0
+        few = self.data.name == "digits" or self.data.labels < 1
+        return round(self.data.labeled_share * self.optim.batch_size) / self.optim.batch_size if few else 1.0
 
     @property
     def needs_teacher(self) -> bool:
@@ -198,25 +162,28 @@ class DistilledStudent(nn.Module):
         return F.cross_entropy(logits.float(), targets) / self.labeled_share
 
 
+class Teaching(nn.Module):
+    """A teacher's answers to images: logits (N, classes) and features, (N, T) or (N, positions, T)."""
+
+    def __init__(self, model: models.Model, features: str) -> None:
+        super().__init__()
+        self.model, self.pooled = model, features == "pooled"
+        self.logits, self.features = nn.Identity(), nn.Identity()  # the names by which a FeatureStore knows them
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        tokens, logits, _ = models.run(self.model, images)
+        features = tokens.mean(dim=1) if self.pooled else tokens
+        return {"logits": self.logits(logits), "features": self.features(features)}
+
+
 def same_positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Student's (N, P, S) against the teacher's (N, T): the mean; against (N, P', T): the finer grid resampled."""
+    """Student's (N, P, S) against the teacher's (N, T): the mean; against (N, P, T): every position."""
     if teacher.dim() == 2:
         return student.mean(dim=1), teacher
-    count = min(student.shape[1], teacher.shape[1])
-    return resampled(student, count), resampled(teacher, count)
-
-
-def resampled(tokens: Tensor, count: int) -> Tensor:  # (N, P, C) -> (N, count, C)
-    before, after = math.isqrt(tokens.shape[1]), math.isqrt(count)
-    if tokens.shape[1] == count:
-        return tokens
-    if (before**2, after**2) != (tokens.shape[1], count):
-        raise OptionError(
-            f"distill.features: tokens can be compared on square grids only, got {tokens.shape[1]} and {count} "
-            "positions; use distill.features=pooled"
-        )
-    grid = tokens.float().transpose(1, 2).unflatten(2, (before, before))
-    return F.interpolate(grid, (after, after), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    if student.shape[1] != teacher.shape[1]:
+        counts = f"{student.shape[1]} of the student and {teacher.shape[1]} of the teacher"
+        raise OptionError(f"distill.features: tokens need as many positions on both sides, got {counts}")
+    return student, teacher
 
 
 class Classification(Task):
@@ -227,12 +194,12 @@ class Classification(Task):
         "alone": Arm("student alone", {"distill.logit_weight": 0.0, "distill.weight": 0.0}),
         "logits": Arm("logit distillation", {"distill.weight": 0.0}),
         "logits-longer": Arm("logit distillation, equal time", {"distill.weight": 0.0}, longer=1.15),
-        "linear": Arm("logits + linear projection", {"distill.projection": "linear"}),
+        "linear": Arm("linear projection", {"distill.projection": "linear"}),
         "vkd": Arm("V_kD as published (scale 1)", {"distill.projection": "orthogonal", "distill.scale": 1.0}),
         "vkd-match": Arm('V_kD, scale="match"', {"distill.projection": "orthogonal", "distill.scale": "match"}),
     }
     compared, baseline = tuple(arms), "logits"
-    recipes = CONFIGS / "classification"
+    recipes = Path(__file__).parent / "configs" / "classification"
 
     @cached_property
     def data(self) -> Digits | Images:
@@ -242,86 +209,67 @@ class Classification(Task):
 
     def train_teacher(self) -> dict[str, Any]:
         """Train the seed's teacher or read its weights, measure it, and store its answers to fixed views."""
-        if not self.config.needs_teacher:
-            return {}
         numbers: dict[str, Any] = {}
+        if not self.config.needs_teacher:
+            return numbers
         if trained_here(self.config):
             result = engine.train(TeacherTraining(self.config, self.context), weights="teacher.safetensors")
             numbers = {name: result[name] for name in ("accuracy", "seconds", "cpu_seconds")}
-        elif self.config.teacher.classes in (0, self.data.classes):
+        elif self.config.distill.logit_weight:
             with torch.no_grad(), self.fabric.autocast():
-                numbers = self.evaluate(self.teacher)
-        if self.cache:
+                numbers = self.evaluate(self.teacher.model)
+        if self.data.views:
             _ = self.answers
         return numbers
 
     @cached_property
-    def teacher(self) -> models.Model:
-        """Frozen, on this rank's device."""
-        weights = self.config.teacher.weights
-        if trained_here(self.config):
-            assert self.context.teacher is not None
-            weights = str(self.context.teacher / "teacher.safetensors")
-        model = models.make_teacher(self.config.teacher, models.shape_of(self.data), weights)
-        return self.fabric.to_device(model.requires_grad_(False).eval())
+    def teacher(self) -> Any:
+        """Frozen, on this rank's device: images -> {"logits", "features"}."""
+        c, here = self.config, trained_here(self.config)
+        weights = str(self.teacher_folder / "teacher.safetensors") if here else c.teacher.weights
+        logits = bool(here or c.distill.logit_weight)
+        model = models.make_teacher(c.teacher, models.Shape.of(self.data), weights, logits=logits)
+        return self.fabric.to_device(Teaching(model, self.config.distill.features).requires_grad_(False).eval())
+
+    @property
+    def teacher_folder(self) -> Path:
+        assert self.context.teacher is not None
+        return self.context.teacher
 
     @torch.no_grad()
-    def ask(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's logits (N, classes) and features, (N, T) or (N, positions, T)."""
+    def ask(self, images: Tensor) -> dict[str, Tensor]:
         with self.fabric.autocast():
-            tokens, logits, _ = models.run(self.teacher, self.fabric.to_device(images))
-        return logits, tokens.mean(dim=1) if self.config.distill.features == "pooled" else tokens
+            return self.teacher(self.fabric.to_device(images))
 
     @cached_property
-    def cache(self) -> Path | None:
-        """Where answers to fixed views are stored."""
-        cache, fresh = self.config.teacher.cache, self.data.fresh
-        if cache not in ("auto", "none") and fresh:
-            raise OptionError(f"teacher.cache: {cache} would hold answers to other images than are shown: {fresh}")
-        if cache == "none" or fresh:
-            return None
-        return self.context.teacher if cache == "auto" else Path(cache)
-
-    @cached_property
-    def answers(self) -> numpy.ndarray:  # (views x images,), a record of logits and features each; read page by page
-        """To every fixed view. Their file is named after all that they depend on."""
-        assert self.cache is not None
-        t, folder = self.config.teacher, self.context.teacher
-        digest = hashlib.sha256(repr((t.name, t.classes, self.config.distill.features, self.optim.precision)).encode())
-        weights = Path(t.weights) if t.weights else folder / "teacher.safetensors" if folder else Path()
-        if weights.is_file():
-            digest.update(weights.read_bytes())
-        digest.update(self.data.fingerprint().encode())
-        path = self.cache / f"answers-{digest.hexdigest()[:16]}.npy"
-        if not path.exists() and self.fabric.is_global_zero:
-            runs.write_atomically(path, self.write_answers)
-        self.fabric.barrier()
-        try:
-            return numpy.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise runs.RunError(f"cannot read {path} ({error}): delete this file to have it made again") from error
-
-    def write_answers(self, file: Any) -> None:
-        for number, images in enumerate(self.data.every_view()):
-            logits, features = (x.float().cpu().numpy() for x in self.ask(images))
-            kind = numpy.dtype([("logits", "f4", logits.shape[1:]), ("features", "f4", features.shape[1:])])
-            if number == 0:
-                shape = (self.data.views * self.data.images,)
-                header = {"descr": numpy.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-                numpy.lib.format.write_array_header_1_0(file, header)
-            records = numpy.empty(len(images), kind)
-            records["logits"], records["features"] = logits, features
-            file.write(records.tobytes())
+    def answers(self) -> vk.FeatureStore:
+        """The teacher's to every fixed view, on disk; what is there already is not computed again."""
+        kind = self.config.distill.features
+        features = {"teacher": "features", "teacher_pool": "tokens" if kind == "tokens" else None}
+        with self.fabric.autocast():
+            return vk.FeatureStore.build(
+                self.teacher_folder / f"answers-{kind}",
+                self.teacher,
+                self.data.every_view(),
+                ["logits", features],
+                dtype=torch.float32,
+                num_workers=self.config.run.workers,
+                progress=False,
+            )
 
     # ---- the student -------------------------------------------------------------------------------------------------
 
     def make_student(self) -> nn.Module:
-        return models.make_student(self.config.student, models.shape_of(self.data))
+        return models.make_student(self.config.student, models.Shape.of(self.data))
+
+    @property
+    def learner(self) -> str:
+        return "distilled" if self.config.needs_teacher else "alone"
 
     def make_model(self, student: nn.Module) -> nn.Module:
-        c = self.config
-        width = models.teacher_width(c.teacher, models.shape_of(self.data)) if c.distill.weight else 0
-        share = c.labeled_share if c.needs_teacher else 1.0  # a student alone sees labeled images only
+        c, shape, distilled = self.config, models.Shape.of(self.data), self.learner == "distilled"
+        width = models.make_teacher(c.teacher, shape, empty=True).num_features if distilled and c.distill.weight else 0
+        share = c.labeled_share if distilled else 1.0  # a student alone sees labeled images only
         return DistilledStudent(student, c.distill, width, labeled_share=share, group=self.context.process_group)
 
     @property
@@ -329,94 +277,53 @@ class Classification(Task):
         return self.data.images
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        learner, distill = "distilled" if self.config.needs_teacher else "alone", self.config.distill
-        f = self.fabric
-        for images, targets, rows in self.data.batches(
-            learner, start, self.optim.batch_size, f.global_rank, f.world_size
-        ):
+        f, distill, size = self.fabric, self.config.distill, self.optim.batch_size
+        for images, targets, rows in self.data.batches(self.learner, start, size, f.global_rank, f.world_size):
             batch = {"images": images, "targets": targets}
-            if self.config.needs_teacher:
-                if self.cache and rows is not None:
-                    record = self.answers[rows.numpy()]
-                    logits, features = (torch.from_numpy(record[name].copy()) for name in ("logits", "features"))
-                else:
-                    logits, features = self.ask(images)
-                batch |= {"logits": logits} if distill.logit_weight else {}
-                batch |= {"features": features} if distill.weight else {}
+            if self.learner == "distilled":
+                answers = self.ask(images) if rows is None else self.answers[rows]
+                batch |= {"logits": answers["logits"]} if distill.logit_weight else {}
+                batch |= {"features": answers["features"]} if distill.weight else {}
             yield f.to_device(batch)
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:
-        """Accuracy on the held-out images of all ranks; for many classes also whether it is among the first five."""
-        first = 5 if self.data.classes > 10 else 1
-        counts = torch.zeros(3)  # right, among the first, all
+        """Accuracy on the held-out images of all ranks."""
+        counts = torch.zeros(2)
         for images, labels in self.data.held_out(self.fabric.global_rank, self.fabric.world_size):
-            top = student(self.fabric.to_device(images)).topk(first, dim=1).indices.cpu()
-            right = top == labels.unsqueeze(1)
-            counts += torch.stack([right[:, 0].sum(), right.sum(), torch.tensor(len(labels))])
-        right, among, count = self.fabric.all_reduce(self.fabric.to_device(counts), reduce_op="sum").tolist()
-        if not count:
-            raise runs.RunError(f"data.root: no held-out image of {self.config.data.root} can be read")
-        return {"accuracy": 100 * right / count} | ({"accuracy_top5": 100 * among / count} if first > 1 else {})
+            right = student(self.fabric.to_device(images)).argmax(dim=1).cpu() == labels
+            counts += torch.stack([right.sum(), torch.tensor(len(labels))])
+        right, count = self.fabric.all_reduce(self.fabric.to_device(counts), reduce_op="sum").tolist()
+        return {"accuracy": 100 * right / count}
 
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:
-        """Opens a data set only to learn its number of classes, or to see whether it is there."""
-        data = config.data
-        shape = models.Shape(data.classes, data.size, data.channels)
-        if data.name == "digits":
-            shape = models.Shape(10, 8, 1)
-        elif not data.classes or data.root:
-            shape = models.shape_of(Images(config, 0))
-        sides: dict[str, models.Model] = {"student": models.make_student(config.student, shape, empty=True)}
+        """Opens a data set only to learn its number of classes."""
+        shape = models.Shape(10, 8, 1) if config.data.name == "digits" else models.Shape.of(Images(config, 0))
+        networks = {"student": models.make_student(config.student, shape, empty=True)}
         if config.needs_teacher:
-            sides["teacher"] = models.make_teacher(config.teacher, shape, empty=True)
-        about: dict[str, Any] = {}
-        for side, model in sides.items():
-            tokens = models.run(model, torch.empty(2, shape.channels, shape.size, shape.size, device="meta")).tokens
-            about[side] = {
-                "model": getattr(config, side).name,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "images": [shape.channels, shape.size, shape.size],
-                "classes": model.num_classes,
-                "features (positions, channels)": list(tokens.shape[1:]),
-            }
-        if config.distill.weight:
-            about["projection (teacher, student)"] = [m.num_features for m in (sides["teacher"], sides["student"])]
-        o = config.optim
-        return about | {"steps": o.steps or f"{o.epochs:g} epochs", "images per step": o.batch_size}
+            logits = bool(config.distill.logit_weight)
+            networks["teacher"] = models.make_teacher(config.teacher, shape, logits=logits, empty=True)
+        return {"classes": shape.classes, **{side: models.described(network) for side, network in networks.items()}}
 
     @classmethod
     def check(cls, config: Any) -> None:
         if config.data.name != "digits":
             open_images(config.data)
-        trains_teacher = config.needs_teacher and trained_here(config)
-        for option_, path in (("teacher.weights", config.teacher.weights), ("student.weights", config.student.weights)):
-            if path and not trains_teacher and not Path(path).is_file():
-                raise OptionError(f"{option_}: there is no file {path}")
-        cls.describe(config)
+        if config.needs_teacher:
+            trained_here(config)
+        super().check(config)
 
 
 class TeacherTraining(Classification):
     """The same with the teacher in the student's place: it learns from the labels of all training images."""
 
+    learner = "teacher"
+
     def __init__(self, config: Any, context: Context) -> None:
-        super().__init__(config, context)
-        t = config.teacher
-        changes = {"lr": t.lr, "min_lr": 0.0, "steps": t.steps, "epochs": 0.0, "batch_size": t.batch_size}
-        self.optim = config.optim.model_copy(update={**changes, "ema": 0.0})
+        super().__init__(teacher_config(config), context)
 
     def make_student(self) -> nn.Module:
-        return models.make_teacher(self.config.teacher, models.shape_of(self.data))
-
-    def make_model(self, student: nn.Module) -> nn.Module:
-        return DistilledStudent(student, self.config.distill, 0, labeled_share=1.0)
-
-    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
-        f = self.fabric
-        for images, targets, _ in self.data.batches(
-            "teacher", start, self.optim.batch_size, f.global_rank, f.world_size
-        ):
-            yield f.to_device({"images": images, "targets": targets})
+        return models.make_teacher(self.config.teacher, models.Shape.of(self.data))
 
 
 def trained_here(config: Any) -> bool:
@@ -425,8 +332,5 @@ def trained_here(config: Any) -> bool:
     if t.weights or t.pretrained:
         return False
     if not t.steps:
-        raise OptionError(
-            "teacher.weights: give a file with the teacher's weights, or teacher.pretrained=true to have timm fetch "
-            "them, or teacher.steps=N to train it here"
-        )
+        raise OptionError("teacher.weights: give a file, or teacher.pretrained=true, or teacher.steps to train it here")
     return True

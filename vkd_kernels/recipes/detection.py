@@ -14,7 +14,6 @@ initial weights and on the same batches of the first 300 scenes: the teacher saw
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,20 +22,18 @@ from typing import Any, Literal
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, make_grid
 
 from . import coco, engine, runs, scenes
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
-from .detectors import Detections, Detector, load_weights, make_detector
+from .detectors import FCOS, Detector
 from .loading import Key, Views, epochs, read
+from .models import described
 from .runs import RunError
-from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task
+from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
 
 DETR, RELEASED, PAPER = "Deformable DETR", "released code", "the paper"
 TRIED = "tried on seeds 100-103"
-READ_AT_ONCE, SMALL = 50, 256  # images of an evaluation batch, if none has more pixels a side than that; else one
-SHOWN, SHOWN_SCORE, SHOWN_SIDE = 8, 0.5, 320  # of a picture
+BUNDLED_AT_ONCE = 50  # scenes of an evaluation batch; of images of one's own, which differ in size, one
 
 
 class Data(Section):
@@ -49,8 +46,6 @@ class Data(Section):
     channels: Channels = option(1, "of the images: 3 for color")
     mean: Floats = option((0.35,), "of the channels: what the teacher was trained with")
     std: Floats = option((0.2,), "of the channels")
-    bad_boxes: Literal["error", "drop"] = option("error", "boxes that are degenerate or outside: or leave them out")
-    in_memory: bool = option(True, "keep the decoded images: of small data sets")
 
 
 class Scenes(Section):
@@ -62,12 +57,8 @@ class Scenes(Section):
 
 class Augment(Section):
     flip: float = option(0.0, "probability of a horizontal flip", ge=0, le=1)
-    short_sides: Ints = option((), "shorter side in pixels, drawn from these; none: as it is")
-    longest: int = option(1333, "longer side in pixels, at most", source=DETR, ge=8)
-    crop: float = option(0.0, "probability of a random crop, before it is resized", ge=0, le=1)
-    crop_short_sides: Ints = option((400, 500, 600), "shorter side before the crop", source=DETR, min_length=1)
-    crop_sizes: Ints = option((384, 600), "least and largest side of a crop", source=DETR, min_length=2, max_length=2)
-    val_short_side: int = option(0, "shorter side in evaluation; 0: as it is", ge=0)
+    short_sides: Ints = option((), "shorter side, drawn from these; the largest in evaluation; none: as it is")
+    crop: float = option(0.0, "probability of a random crop of 384 to 600 pixels, before it is resized", ge=0, le=1)
 
 
 class DetectorConfig(Section):
@@ -75,19 +66,11 @@ class DetectorConfig(Section):
     weights: str = option("", "weights to begin with: student.safetensors of a run, or another state dict")
     widths: Ints = option((12, 24, 32), "fcos: channels before the map", source=TRIED)
     channels: int = option(32, "fcos: channels of the map and the heads", source=TRIED, ge=1)
-    backbone: str = option("swin-nano", "deformable-detr: swin-nano, -tiny, -small, -base, or of timm", source=PAPER)
-    backbone_weights: str = option("", "of the backbone: a file; a folder or hub name of transformers; timm: fetch")
-    queries: int = option(100, "deformable-detr: object queries", source=PAPER, ge=1)
-    dim: int = option(256, "deformable-detr: channels of maps and queries", source=PAPER, ge=64, multiple_of=32)
-    heads: int = option(8, "deformable-detr: attention heads", source=DETR, ge=1)
-    encoder_layers: int = option(6, "deformable-detr: layers of the encoder", source=DETR, ge=1)
-    decoder_layers: int = option(6, "deformable-detr: layers of the decoder", source=PAPER, ge=1)
-    dropout: float = option(0.1, "deformable-detr: dropout of its transformer", source=DETR, ge=0, lt=1)
+    backbone: str = option("swin-nano", "deformable-detr: swin-nano, -tiny, -small or -base", source="the paper")
+    backbone_weights: str = option("", "a folder or hub name of transformers' Swin with the backbone's weights")
 
 
 class Teacher(DetectorConfig):
-    classes: int = option(0, "classes of its weights; 0: the data's", ge=0)
-    cache: bool = option(True, "keep its features of every training image: without augmentation")
     steps: int = option(400, "training steps, where it is trained here; 0: its weights are given", ge=0)
     batch_size: int = option(16, "images per training step", ge=1)
     lr: float = option(4e-3, "peak learning rate", source=TRIED, gt=0)
@@ -109,19 +92,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
-        d, a = self.data, self.augment
+        d, paths = self.data, ("train", "train_annotations", "val", "val_annotations")
         if not len(d.mean) == len(d.std) == d.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {d.channels}; got {d.mean} and {d.std}")
-        paths = {n: getattr(d, n) for n in ("train", "train_annotations", "val", "val_annotations")}
-        missing = [name for name, value in paths.items() if not value]
+        missing = [name for name in paths if not getattr(d, name)]
         if missing and len(missing) < 4:
             raise OptionError(f"data.{missing[0]}: missing; own data need all of {', '.join(paths)}")
-        if self.teacher.cache and (a.flip or a.crop or len(a.short_sides) > 1):
-            raise OptionError("teacher.cache: features of an image can't be kept where augment changes it every time")
         if not d.train and d.labeled > self.scenes.train:
             raise OptionError(f"data.labeled: {d.labeled} of scenes.train={self.scenes.train}")
-        if a.crop_sizes[0] > a.crop_sizes[1]:
-            raise OptionError(f"augment.crop_sizes: must be least and largest, got {a.crop_sizes}")
         return self
 
 
@@ -209,10 +187,20 @@ class Detection(Task):
     @classmethod
     def detector(cls, config: Any, classes: int, channels: int, *, empty: bool = False) -> Detector:
         """Of the `student` or the `teacher` section; `empty`: to look at its size. A subclass may have others."""
-        return make_detector(config, classes, channels, empty=empty)
+        if config.name == "fcos":
+            with torch.device("meta" if empty else "cpu"):
+                return FCOS(config.widths, config.channels, classes, channels)
+        if channels != 3:
+            raise OptionError(f"data.channels: {config.name} takes images of 3 channels, got {channels}")
+        from .deformable import make_deformable  # needs transformers
 
-    def make_detector(self, config: Any) -> Detector:
-        return self.detector(config, getattr(config, "classes", 0) or self.classes, self.config.data.channels)
+        return make_deformable(config, classes, empty=empty)
+
+    def make_detector(self, side: str, config: Any) -> Detector:
+        detector = self.detector(config, self.classes, self.config.data.channels)
+        if config.weights:
+            runs.load_state(detector, runs.load_weights(Path(config.weights), f"{side}.weights"), f"{side}.weights")
+        return detector
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -225,21 +213,14 @@ class Detection(Task):
         """Training and evaluation images; the scenes of a seed where there are none of one's own."""
         d = self.config.data
         if d.train:
-            train = coco.open_coco(d.train, d.train_annotations, "data.train", d)
-            val = coco.open_coco(d.val, d.val_annotations, "data.val", d)
-        elif d.channels != 1:
-            raise OptionError("data.train: missing; without it the data are gray scenes (data.channels=1)")
+            train = coco.open_coco(d.train, d.train_annotations, d.channels)
+            val = coco.open_coco(d.val, d.val_annotations, d.channels)
         else:
-            parts = scenes.composed(self.seed, self.labeled or self.config.scenes.train, self.config.scenes.val)
-            names = (f"training scenes of seed {self.seed}", f"evaluation scenes of seed {self.seed}")
-            train, val = (scenes.in_memory(part, name) for part, name in zip(parts, names, strict=True))
-        if train.names != val.names:
-            different = sorted({*train.names.items()} ^ {*val.names.items()})
-            raise RunError(f"{train.where} and {val.where}: their categories differ, first in {different[0]}")
-        if d.classes not in (0, len(train.names)):
-            raise RunError(f"data.classes is {d.classes}, but {train.where} has {len(train.names)} categories")
-        if self.labeled > len(train):
-            raise OptionError(f"data.labeled: {self.labeled}, but there are only {len(train)} training images")
+            both = scenes.composed(self.seed, self.labeled or self.config.scenes.train, self.config.scenes.val)
+            train, val = (scenes.in_memory(part, f"scenes of seed {self.seed}") for part in both)
+        if train.names != val.names or d.classes not in (0, len(train.names)):
+            counts = f"{len(train.names)} in {train.where}, {len(val.names)} in {val.where}"
+            raise RunError(f"data.classes: the categories differ: {counts}, data.classes={d.classes}")
         return train, val
 
     @property
@@ -248,16 +229,11 @@ class Detection(Task):
 
     @property
     def images(self) -> int:
-        return self.labeled or len(self.data[0])
-
-    @cached_property
-    def pixels(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation."""
-        d = self.config.data
-        return torch.tensor(d.mean).view(-1, 1, 1), torch.tensor(d.std).view(-1, 1, 1)
+        return min(self.labeled or len(self.data[0]), len(self.data[0]))
 
     def read(self, views: Views, keys: Any, at_once: int = 0) -> Iterator[dict[str, Any]]:
-        collate = partial(coco.collate, mean=self.pixels[0], std=self.pixels[1])
+        mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (self.config.data.mean, self.config.data.std))
+        collate = partial(coco.collate, mean=mean, std=std)
         for batch in read(views, keys, collate, workers=self.config.run.workers, at_once=at_once):
             yield self.fabric.to_device(batch)
 
@@ -284,158 +260,85 @@ class Detection(Task):
         if not self.config.distill.weight:
             return {}
         if not trained_here(self.config):
-            self.make_teacher()
+            self.make_detector("teacher", self.config.teacher)
             return {}
         result = engine.train(TeacherTraining(self.config, self.context), weights="teacher.safetensors")
         return {name: result[name] for name in ("AP", "AP50", "AP75", "seconds", "cpu_seconds")}
 
-    def make_teacher(self) -> Detector:
-        """With its weights."""
-        t, teacher = self.config.teacher, self.make_detector(self.config.teacher)
-        if trained_here(self.config) and self.context.teacher is not None:
-            load_weights(teacher, self.context.teacher / "teacher.safetensors", "teacher")
-        elif t.weights:
-            load_weights(teacher, Path(t.weights), "teacher.weights")
-        return teacher
-
     @cached_property
     def teacher(self) -> Any:
         """Frozen, on this rank's device."""
-        return self.fabric.to_device(self.make_teacher().requires_grad_(False).eval())
+        config = self.config.teacher
+        if trained_here(self.config) and self.context.teacher:
+            config = config.model_copy(update={"weights": str(self.context.teacher / "teacher.safetensors")})
+        return self.fabric.to_device(self.make_detector("teacher", config).requires_grad_(False).eval())
 
     def teach(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The teacher's features of a batch, from memory where an image is always the same."""
-        if self.config.teacher.cache:
+        """The teacher's features of a batch, from memory where they are of scenes that are always the same."""
+        a = self.config.augment
+        if not (self.config.data.train or a.flip or a.crop or len(a.short_sides) > 1):
             return {name: stored[batch["index"]] for name, stored in self.stored.items()}
-        with torch.no_grad(), self.fabric.autocast():
+        return self.ask(batch)
+
+    @torch.no_grad()
+    def ask(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with self.fabric.autocast():
             return self.teacher.predict(batch["images"], batch["inside"]).features
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
-        if len(sizes := {*self.data[0].sizes}) > 1:
-            raise OptionError(f"teacher.cache: the images have {len(sizes)} sizes; teacher.cache=false")
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.teacher.dims}
-        for batch in self.read(self.training_views, map(Key, range(self.images)), at_once=READ_AT_ONCE):
-            with torch.no_grad(), self.fabric.autocast():
-                for name, features in self.teacher.predict(batch["images"], batch["inside"]).features.items():
-                    parts[name].append(features)
-        return {name: torch.cat(part) for name, part in parts.items()}
+        batches = self.read(self.training_views, map(Key, range(self.images)), BUNDLED_AT_ONCE)
+        answers = [self.ask(batch) for batch in batches]
+        return {name: torch.cat([answer[name] for answer in answers]) for name in self.teacher.dims}
 
     # ---- the student -------------------------------------------------------------------------------------------------
 
     def make_student(self) -> nn.Module:
-        student = self.make_detector(self.config.student)
-        if self.config.student.weights:
-            load_weights(student, Path(self.config.student.weights), "student.weights")
-        return student
+        return self.make_detector("student", self.config.student)
 
     def make_model(self, student: nn.Module) -> nn.Module:
         distill = self.config.distill
-        return DistilledDetector(
-            student, distill, self.teacher.dims if distill.weight else {}, self.context.process_group
-        )
+        dims = self.teacher.dims if distill.weight else {}
+        return DistilledDetector(student, distill, dims, self.context.process_group)
 
-    def detect(self, student: Any, indices: Any) -> Iterator[tuple[int, Tensor, tuple[int, int], Detections]]:
-        """(index, image (C, H, W), its height and width, detections in its pixels)."""
-        val = self.data[1]
+    def evaluate(self, student: Any) -> dict[str, float]:
+        """COCO's average precision in percent, over the images of all ranks."""
+        from torchmetrics.detection import MeanAveragePrecision
+
+        val, metric = self.data[1], self.fabric.to_device(MeanAveragePrecision())
         views = Views(val, coco.evaluation_transform(self.config.augment))
-        at_once = READ_AT_ONCE if max(map(max, val.sizes)) <= SMALL else 1
-        for batch in self.read(views, map(Key, indices), at_once):
+        mine = map(Key, range(len(val))[self.mine])
+        for batch in self.read(views, mine, 1 if self.config.data.train else BUNDLED_AT_ONCE):
             detected = student.detections(student.predict(batch["images"], batch["inside"]), batch["inside"])
-            parts = zip(batch["index"].tolist(), batch["images"], batch["inside"], detected, strict=True)
-            for index, image, inside, detections in parts:
-                height, width = int(inside.any(1).sum()), int(inside.any(0).sum())
-                yield (
-                    index,
-                    image[:, :height, :width].cpu(),
-                    (height, width),
-                    Detections(*(x.cpu() for x in detections)),
-                )
-
-    def evaluate(self, student: nn.Module) -> dict[str, float]:
-        val, ranks = self.data[1], self.fabric.world_size
-        seen, rows = list[int](), list[list[float]]()
-        for index, _, size, detections in self.detect(student, range(len(val))[self.mine]):
-            seen.append(index)
-            scale = torch.tensor([val.sizes[index][0] / size[1], val.sizes[index][1] / size[0]] * 2)
-            boxes = detections.boxes * scale  # in the original's pixels
-            boxes[:, 2:] -= boxes[:, :2]
-            parts = (boxes.tolist(), detections.scores.tolist(), detections.labels.tolist())
-            rows += [
-                [float(val.ids[index]), *box, score, float(val.categories[label])]
-                for box, score, label in zip(*parts, strict=True)
-            ]
-        if ranks > 1:
-            every: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(every, (seen, rows))
-            seen, rows = [i for part in every for i in part[0]], [row for part in every for row in part[1]]
-        metrics = coco.average_precision(val, seen, rows)
-        if metrics["AP"] != metrics["AP"]:
-            raise RunError(f"{val.where}: no image with an object can be read, so there is no average precision")
-        return metrics
-
-    def pictures(self, student: nn.Module, folder: Path) -> None:
-        """For every image its ground truth and, to the right of it, what was detected: one PNG."""
-        val, panels = self.data[1], list[Tensor]()
-        names = [val.names[id] for id in val.categories]
-        for index, image, size, detections in self.detect(student, range(min(SHOWN, len(val)))):
-            scale = torch.tensor([size[1] / val.sizes[index][0], size[0] / val.sizes[index][1]] * 2)
-            boxes, labels = torch.from_numpy(val.boxes[index]) * scale, val.labels[index].tolist()
-            pixels = ((image * self.pixels[1] + self.pixels[0]) * 255).round().clamp(0, 255).to(torch.uint8)
-            good = detections.scores > SHOWN_SCORE
-            scored = zip(detections.labels[good].tolist(), detections.scores[good].tolist(), strict=True)
-            panels.append(drawn(pixels, boxes, [names[label] for label in labels], "#30c030"))
-            texts = [f"{names[label]} {score:.2f}" for label, score in scored]
-            panels.append(drawn(pixels, detections.boxes[good], texts, "#f04040"))
-        if panels:
-            side = max(max(panel.shape[-2:]) for panel in panels)
-            panels = [v2.functional.pad(p, [0, 0, side - p.shape[-1], side - p.shape[-2]]) for p in panels]
-            file = io.BytesIO()
-            v2.functional.to_pil_image(make_grid(panels, nrow=4, padding=6, pad_value=255)).save(file, format="PNG")
-            runs.write_atomically(folder / "detections.png", lambda out: out.write(file.getvalue()))
+            metric.update(detected, objects(batch))
+        values = {name: 100 * float(value) for name, value in metric.compute().items() if name[:3] == "map"}
+        if values["map"] < 0:
+            raise RunError(f"{val.where}: without any object there is no average precision")
+        return {"AP": values["map"], "AP50": values["map_50"], "AP75": values["map_75"]}
 
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:
         """Reads annotations only to learn the number of classes."""
-        d, about = config.data, dict[str, Any]()
-        for name in ("train", "val"):
-            if getattr(d, name) and not (
-                Path(getattr(d, name)).is_dir() and Path(getattr(d, f"{name}_annotations")).is_file()
-            ):
-                raise OptionError(
-                    f"data.{name}: there is no folder {getattr(d, name)}, or no {getattr(d, f'{name}_annotations')}"
-                )
+        d = config.data
         classes = d.classes or scenes.CLASSES
         if d.train and not d.classes:
-            classes = len(coco.open_coco(d.train, d.train_annotations, "data.train", d).names)
-        dims: dict[str, dict[str, int]] = {}
-        for side in ("student", *(["teacher"] if config.distill.weight else [])):
-            detector = getattr(config, side)
-            model = cls.detector(detector, getattr(detector, "classes", 0) or classes, d.channels, empty=True)
-            dims[side] = model.dims
-            about[side] = {
-                "model": detector.name,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "classes": model.classes,
-                "features (channels)": model.dims,
-            }
+            classes = len(coco.open_coco(d.train, d.train_annotations, d.channels).names)
+        networks = {"student": cls.detector(config.student, classes, d.channels, empty=True)}
         if config.distill.weight:
-            about["projections (teacher, student)"] = {
-                name: [dims["teacher"][name], s] for name, s in dims["student"].items() if name in dims["teacher"]
-            }
-        o = config.optim
-        return about | {"steps": o.steps or f"{o.epochs:g} epochs", "images per step": o.batch_size}
+            networks["teacher"] = cls.detector(config.teacher, classes, d.channels, empty=True)
+        return {"classes": classes, **{side: described(network) for side, network in networks.items()}}
 
     @classmethod
     def check(cls, config: Any) -> None:
+        d = config.data
         if config.distill.weight:
             trained_here(config)
-        for side, detector in (("student", config.student), ("teacher", config.teacher)):
-            if detector.weights and not Path(detector.weights).is_file():
-                raise OptionError(f"{side}.weights: there is no file {detector.weights}")
-        if not config.data.train and config.data.channels != 1:
+        if not d.train and d.channels != 1:
             raise OptionError("data.train: missing; without it the data are gray scenes (data.channels=1)")
-        cls.describe(config)
+        for name in ("train", "train_annotations", "val", "val_annotations"):
+            if d.train and not Path(getattr(d, name)).exists():
+                raise OptionError(f"data.{name}: there is no {getattr(d, name)}")
+        super().check(config)
 
 
 class TeacherTraining(Detection):
@@ -444,26 +347,20 @@ class TeacherTraining(Detection):
     labeled = 0  # all
 
     def __init__(self, config: Any, context: Context) -> None:
-        t = config.teacher
-        changes = {"lr": t.lr, "min_lr": 0.0, "steps": t.steps, "epochs": 0.0, "batch_size": t.batch_size}
-        optim = config.optim.model_copy(update={**changes, "ema": 0.0})
-        alone = config.distill.model_copy(update={"weight": 0.0})
-        run = config.run.model_copy(update={"eval_every": 0})
-        super().__init__(config.model_copy(update={"optim": optim, "distill": alone, "run": run}), context)
+        super().__init__(teacher_config(config), context)
 
     def make_student(self) -> nn.Module:
-        return self.make_detector(self.config.teacher)
+        return self.make_detector("teacher", self.config.teacher)
 
 
-def drawn(image: Tensor, boxes: Tensor, texts: list[str], color: str) -> Tensor:
-    """An image (C, H, W) uint8 enlarged or reduced to be looked at, with boxes and their texts."""
-    import matplotlib
-
-    scale = SHOWN_SIDE / max(image.shape[-2:])
-    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-    image = v2.functional.resize(image.expand(3, -1, -1), size, interpolation=v2.InterpolationMode.NEAREST)
-    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    return draw_bounding_boxes(image, boxes * scale, texts, color, width=2, font=font, font_size=15) if texts else image
+def objects(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The ground truth of every image, as torchmetrics takes it: crowds are ignored, but for what lies in them."""
+    truth = []
+    for boxes, labels, crowds in zip(batch["boxes"], batch["labels"], batch["crowds"], strict=True):
+        real = (labels >= 0) | (crowds >= 0)
+        kinds = torch.maximum(labels, crowds)[real]
+        truth.append({"boxes": boxes[real], "labels": kinds, "iscrowd": (crowds[real] >= 0).long()})
+    return truth
 
 
 def trained_here(config: Any) -> bool:

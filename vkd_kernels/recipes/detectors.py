@@ -7,9 +7,7 @@ a center-ness branch and towers of four convolutions, with which the bundled sce
 
 from __future__ import annotations
 
-import contextlib
 import math
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,23 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
 
-from . import runs
 from .coco import at_map
-from .config import OptionError
-from .runs import RunError
 
 LOGIT = math.log(0.01 / 0.99)  # of any class at the start: nearly everything is background
 STRIDE = 4
 CENTER_RADIUS = 1.5  # strides around an object's center within which a location answers for it
 CANDIDATES, SCORE, OVERLAP, KEPT = 200, 0.03, 0.6, 100  # of an image: before, and what survives suppression
-
-
-class Detections(NamedTuple):
-    """Of one image, in its pixels."""
-
-    boxes: Tensor  # (K, 4) x0, y0, x1, y1
-    scores: Tensor  # (K,)
-    labels: Tensor  # (K,)
 
 
 class Prediction(NamedTuple):
@@ -54,20 +41,16 @@ class Detector(nn.Module):
 
     def __init__(self, classes: int, dims: dict[str, int]) -> None:
         super().__init__()
-        self.classes, self.dims = classes, dims
+        self.classes, self.dims, self.num_features = classes, dims, dims
 
     def predict(
         self, images: Tensor, inside: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None
     ) -> Prediction:
         raise NotImplementedError
 
-    def detections(self, prediction: Prediction, inside: Tensor) -> list[Detections]:
+    def detections(self, prediction: Prediction, inside: Tensor) -> list[dict[str, Tensor]]:
+        """Of every image: boxes (K, 4) x0, y0, x1, y1 in its pixels, scores (K,), labels (K,)."""
         raise NotImplementedError
-
-    def forward(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:  # what is exported
-        """(logits, boxes) of images (N, C, H, W), `inside` (N, H, W) of which they are no padding."""
-        prediction = self.predict(images, inside)
-        return prediction.logits, prediction.boxes
 
 
 def image_sizes(inside: Tensor) -> Tensor:
@@ -112,7 +95,7 @@ class FCOS(Detector):
         }
         return Prediction(logits, predicted, features, losses, torch.tensor(len(chosen), device=images.device))
 
-    def detections(self, prediction: Prediction, inside: Tensor) -> list[Detections]:
+    def detections(self, prediction: Prediction, inside: Tensor) -> list[dict[str, Tensor]]:
         detections = []
         valid = at_map(inside, *prediction.features["map"].shape[1:3]).flatten(1)
         sizes = image_sizes(inside)
@@ -120,11 +103,10 @@ class FCOS(Detector):
             scores = (logits.float().sigmoid() * real[:, None]).flatten()
             scores, order = scores.topk(min(CANDIDATES, len(scores)))
             order = order[scores > SCORE]
-            scores = scores[: len(order)]
-            labels = order % self.classes
+            scores, labels = scores[: len(order)], order % self.classes
             boxes = boxes[order // self.classes].float().clamp(min=0).minimum(size.repeat(2))
             kept = batched_nms(boxes, scores, labels, OVERLAP)[:KEPT]
-            detections.append(Detections(boxes[kept], scores[kept], labels[kept]))
+            detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
         return detections
 
 
@@ -152,27 +134,3 @@ def assigned(points: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:  # (L, 2)
     areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1)[:, None]
     areas, index = torch.where(near & (labels[:, None] >= 0), areas, torch.inf).min(dim=-1)
     return torch.where(areas.isfinite(), index, -1)
-
-
-# ---- by name ---------------------------------------------------------------------------------------------------------
-
-
-def make_detector(config: Any, classes: int, channels: int, *, empty: bool = False) -> Any:
-    """`name`: the bundled one, or a Deformable DETR of transformers; `empty`: to look at its size."""
-    if config.name == "fcos":
-        with torch.device("meta") if empty else contextlib.nullcontext():
-            return FCOS(config.widths, config.channels, classes, channels)
-    if channels != 3:
-        raise OptionError(f"data.channels: {config.name} takes images of 3 channels, got {channels}")
-    from .deformable import make_deformable  # needs transformers
-
-    return make_deformable(config, classes, empty=empty)
-
-
-def load_weights(detector: Detector, path: Path, option: str) -> None:
-    """A detector's own state dict; a clear error about other classes or another architecture."""
-    state = runs.load_weights(path, option)
-    heads = [name for name in state if name.endswith(("class_head.weight", "class_embed.0.weight"))]
-    if heads and len(state[heads[0]]) != detector.classes:
-        raise RunError(f"{option}: {path} has {len(state[heads[0]])} classes, and {detector.classes} are needed")
-    runs.load_state(detector, state, f"{option}: {path}")

@@ -6,7 +6,6 @@ image of the pool has a fixed number of augmented views, so that what the teache
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,8 @@ from torch import Tensor
 from .config import OptionError
 from .task import generator
 
-CLASSES, IMAGES = 10, 1797
+CLASSES, IMAGES, POOL = 10, 1797, 1000  # POOL: to train on; the others are the test set
+ROTATION, SCALING, SHIFT, SHEAR = 15.0, 0.15, 0.2, 0.15  # of a view, at most: degrees, share, half widths, share
 PIXEL_MEAN, PIXEL_STD = 0.3, 0.38
 VIEWS, TEACHER, STUDENT = range(3)  # what a draw is for, beside the seed and the step
 
@@ -33,29 +33,23 @@ def read_digits() -> tuple[Tensor, Tensor]:  # (1797, 1, 8, 8) from 0 to 1; (179
 class Digits:
     """One seed's split. The first `labeled` images of the pool are those whose labels a student may see."""
 
-    classes, size, channels, fresh = CLASSES, 8, 1, ""  # fresh: why stored answers would be to other images
+    classes, size, channels, images = CLASSES, 8, 1, POOL
 
     def __init__(self, config: Any, seed: int) -> None:
-        self.config, self.seed, self.smoothing = config.digits, seed, config.distill.label_smoothing
-        self.images, self.views, self.labeled_share = self.config.pool, self.config.views, self.config.labeled_share
+        self.seed, self.smoothing, self.labeled_share = seed, config.distill.label_smoothing, config.labeled_share
+        self.views = config.digits.views
         images, labels = read_digits()
         images = (images - PIXEL_MEAN) / PIXEL_STD
         order = torch.randperm(IMAGES, generator=generator(seed))
-        inside, outside = order[: self.images], order[self.images :]
-        chosen = torch.zeros(self.images, dtype=torch.bool)
+        inside, outside = order[:POOL], order[POOL:]
+        chosen = torch.zeros(POOL, dtype=torch.bool)
         for digit in range(CLASSES):
-            rows = (labels[inside] == digit).nonzero().flatten()
-            if len(rows) < self.config.labels_per_class:
-                raise OptionError(
-                    f"digits.labels_per_class: {self.config.labels_per_class}, but of digit {digit} there are only "
-                    f"{len(rows)} in a pool of {self.images} images (seed {seed})"
-                )
-            chosen[rows[: self.config.labels_per_class]] = True
+            chosen[(labels[inside] == digit).nonzero().flatten()[: config.digits.labels_per_class]] = True
         inside, self.labeled = torch.cat([inside[chosen], inside[~chosen]]), int(chosen.sum())
         self.pool, self.pool_labels = images[inside], labels[inside]
         self.test, self.test_labels = images[outside], labels[outside]
         draw = generator(seed, VIEWS)
-        self.pool_views = torch.cat([random_affine(self.pool, draw, self.config) for _ in range(self.views)])
+        self.pool_views = torch.cat([random_affine(self.pool, draw) for _ in range(self.views)])
 
     def batches(
         self, learner: str, start: int, batch_size: int, rank: int, ranks: int
@@ -67,13 +61,13 @@ class Digits:
         """
         size = round(batch_size * self.labeled_share) if learner == "alone" else batch_size
         if size % ranks:
-            raise OptionError(f"digits.labeled_share: {size} labeled images are not equal parts for {ranks} ranks")
+            raise OptionError(f"data.labeled_share: {size} labeled images are not equal parts for {ranks} ranks")
         mine = slice(rank, size, ranks)
         for step in itertools.count(start):
             if learner == "teacher":  # images of the whole pool, each in a new view
                 draw = generator(self.seed, step, TEACHER)
                 chosen = torch.randint(self.images, (batch_size,), generator=draw)
-                images = random_affine(self.pool[chosen], draw, self.config)
+                images = random_affine(self.pool[chosen], draw)
                 yield images[mine], self.targets(chosen)[mine], None
                 continue
             draw, labeled = generator(self.seed, step, STUDENT), round(batch_size * self.labeled_share)
@@ -88,29 +82,23 @@ class Digits:
     def targets(self, rows: Tensor) -> Tensor:  # (N,) -> (N, classes)
         return F.one_hot(self.pool_labels[rows], CLASSES) * (1 - self.smoothing) + self.smoothing / CLASSES
 
-    def every_view(self) -> Iterator[Tensor]:
-        yield from self.pool_views.split(250)  # as much as a cache holds
+    def every_view(self) -> Tensor:
+        return self.pool_views
 
     def held_out(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield self.test[rank::ranks], self.test_labels[rank::ranks]
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.pool_views.numpy().tobytes()).hexdigest()
 
-
-def random_affine(images: Tensor, draw: torch.Generator, limits: Any) -> Tensor:  # (N, 1, H, W)
-    """Rotate, scale, shear and shift every image by its own random amount; what enters at the border is background.
-
-    `limits`: rotation in degrees, scaling, shift in half widths, shear; every value is drawn uniformly within +- these.
-    """
+def random_affine(images: Tensor, draw: torch.Generator) -> Tensor:  # (N, 1, H, W)
+    """Rotate, scale, shear and shift every image by its own random amount; what enters at the border is background."""
 
     def drawn(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=draw) * 2 - 1) * limit
 
-    angle, size = torch.deg2rad(drawn(limits.rotation)), 1 + drawn(limits.scaling)
-    cos, sin, slant = angle.cos() * size, angle.sin() * size, drawn(limits.shear)
-    first_row = torch.stack([cos, slant * cos - sin, drawn(limits.shift)], dim=1)
-    second_row = torch.stack([sin, slant * sin + cos, drawn(limits.shift)], dim=1)
+    angle, size = torch.deg2rad(drawn(ROTATION)), 1 + drawn(SCALING)
+    cos, sin, slant = angle.cos() * size, angle.sin() * size, drawn(SHEAR)
+    first_row = torch.stack([cos, slant * cos - sin, drawn(SHIFT)], dim=1)
+    second_row = torch.stack([sin, slant * sin + cos, drawn(SHIFT)], dim=1)
     grid = F.affine_grid(torch.stack([first_row, second_row], dim=1), list(images.shape), align_corners=False)
     background = -PIXEL_MEAN / PIXEL_STD  # grid_sample pads with zeros: make zero mean background
     return F.grid_sample(images - background, grid, align_corners=False) + background

@@ -1,4 +1,4 @@
-"""The networks of the generation task, DiffAugment, and the distance between generated and real images.
+"""The networks of the generation task, and DiffAugment.
 
 A generator is called with latents and labels and gives images from -1 to 1. A discriminator gives its pooled features,
 which are what is distilled, and one logit per image: real where it is large.
@@ -17,18 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .models import Shape
+
 SLOPE = 0.2  # of the leaky ReLUs
 INITIAL_STD = 0.02  # BigGAN's N02
 GRID = 4  # side of BigGAN's first map
+SHIFT, CUT = 0.125, 0.5  # of DiffAugment, as shares of the side
 BACKGROUND = -1.0  # of pixels from -1 to 1: what DiffAugment moves in from outside, and what a cut leaves: black
-
-
-class Shape(NamedTuple):
-    """What a data set asks of a model."""
-
-    channels: int
-    size: int  # side of the images
-    classes: int
 
 
 class Verdict(NamedTuple):
@@ -54,7 +49,7 @@ class SmallGenerator(nn.Module):
     def __init__(self, latent: int, widths: tuple[int, ...], shape: Shape) -> None:
         super().__init__()
         first, second, third = widths
-        self.grid = shape.size // 4
+        self.grid, self.num_features = shape.size // 4, third
         self.project = nn.Linear(latent, first * self.grid**2)
         layers: list[nn.Module] = [nn.BatchNorm2d(first), nn.ReLU()]
         for before, after in ((first, second), (second, third)):
@@ -82,26 +77,6 @@ class SmallDiscriminator(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Verdict:  # (N, C, H, W), (N,)
         features = self.body(images).mean(dim=(2, 3))
         return Verdict(features, self.head(features).squeeze(1))
-
-
-class Classifier(nn.Module):
-    """The bundled teacher, and the network whose features measure the images: convolution, batch norm, ReLU, once per
-    width; halved after the first; mean over the positions; linear."""
-
-    def __init__(self, widths: tuple[int, ...], shape: Shape) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index, (before, width) in enumerate(zip((shape.channels, *widths[:-1]), widths, strict=True)):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if index == 0 else []
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], shape.classes)
-        self.num_features = widths[-1]
-
-    def features(self, images: Tensor) -> Tensor:  # (N, C, H, W) from -1 to 1 -> (N, F)
-        return self.body(images).mean(dim=(2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
 
 
 # ---- BigGAN ----------------------------------------------------------------------------------------------------------
@@ -163,6 +138,7 @@ class DownBlock(nn.Module):
 class BigGenerator(nn.Module):
     def __init__(self, latent: int, width: int, shape: Shape) -> None:
         super().__init__()
+        self.num_features = width
         self.project = normed(nn.Linear(latent, width * GRID**2))
         self.blocks = nn.ModuleList(UpBlock(width, shape.classes) for _ in range(int(math.log2(shape.size // GRID))))
         self.norm, self.out = nn.BatchNorm2d(width), convolution(width, shape.channels, 3)
@@ -194,30 +170,20 @@ class BigDiscriminator(nn.Module):
 # ---- DiffAugment -----------------------------------------------------------------------------------------------------
 
 
-def draw_amounts(
-    policy: tuple[str, ...], count: int, size: int, draw: torch.Generator, *, shift: float, cut: float
-) -> dict[str, Tensor]:
+def diff_augment(images: Tensor, policy: tuple[str, ...]) -> Tensor:  # (N, C, H, W) from -1 to 1
     """DiffAugment (Zhao et al. 2020): the same kind of changes for real and generated images, differentiable.
 
-    Amounts for `count` images: a whole number of pixels up to `shift` times the side each way, and a square of `cut`
-    times the side anywhere (also partly outside).
+    By a whole number of pixels up to an eighth of the side each way, and without a square of half the side anywhere,
+    also partly outside.
     """
-    amounts = {}
+    count, side, device = len(images), images.shape[-1], images.device
     if "translation" in policy:
-        reach = round(shift * size)
-        amounts["translation"] = torch.randint(-reach, reach + 1, (count, 2), generator=draw)
+        reach = round(SHIFT * side)
+        images = translate(images, torch.randint(-reach, reach + 1, (count, 2), device=device))
     if "cutout" in policy:
-        length = round(cut * size)
-        corner = torch.randint(size + 1 - length % 2, (count, 2), generator=draw) - length // 2
-        amounts["cutout"] = torch.cat([corner, torch.full((count, 1), length)], dim=1)
-    return amounts
-
-
-def augment(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:  # (N, C, H, W) from -1 to 1, each amount (N, ...)
-    if "translation" in amounts:
-        images = translate(images, amounts["translation"])
-    if "cutout" in amounts:
-        images = cut_out(images, amounts["cutout"])
+        length = round(CUT * side)
+        corner = torch.randint(side + 1 - length % 2, (count, 2), device=device) - length // 2
+        images = cut_out(images, corner, length)
     return images
 
 
@@ -231,22 +197,21 @@ def translate(images: Tensor, shift: Tensor) -> Tensor:  # (N, C, H, W), (N, 2) 
     return torch.where(inside[:, None], moved, BACKGROUND)
 
 
-def cut_out(images: Tensor, square: Tensor) -> Tensor:  # (N, C, H, W), (N, 3): first row, first column, side
+def cut_out(images: Tensor, corner: Tensor, length: int) -> Tensor:  # (N, C, H, W), (N, 2) first row and column
     sides = enumerate(images.shape[2:])
-    rows, columns = (torch.arange(side, device=images.device) - square[:, i : i + 1] for i, side in sides)
-    covered = [(place >= 0) & (place < square[:, 2:]) for place in (rows, columns)]
+    rows, columns = (torch.arange(side, device=images.device) - corner[:, i : i + 1] for i, side in sides)
+    covered = [(place >= 0) & (place < length) for place in (rows, columns)]
     return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], BACKGROUND)
 
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 
-def make_generator(config: Any, shape: Shape) -> nn.Module:
-    g = config.student
-    small = g.name == "small"
-    return SmallGenerator(g.latent, g.widths, shape) if small else BigGenerator(g.latent, g.width, shape)
+def make_generator(config: Any, shape: Shape) -> Any:
+    s, small = config.student, config.student.name == "small"
+    return SmallGenerator(s.latent, s.widths, shape) if small else BigGenerator(s.latent, s.width, shape)
 
 
 def make_discriminator(config: Any, shape: Shape) -> Any:
-    d, small = config.discriminator, config.student.name == "small"
-    return SmallDiscriminator(d.widths, shape) if small else BigDiscriminator(d.width, shape)
+    s, small = config.student, config.student.name == "small"
+    return SmallDiscriminator(s.critic_widths, shape) if small else BigDiscriminator(s.width, shape)

@@ -18,9 +18,8 @@ the Fréchet distance between its images and the held-out ones, in a classifier'
 
 from __future__ import annotations
 
-import io
+import importlib
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -31,34 +30,29 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.utils import save_image
 
 import vkd_kernels as vk
 
 from . import engine, gan, images, runs
 from .config import Channels, Ints, OptionError, Section, Words, option, section
-from .encoders import Features, inception, make_encoder
-from .gan import Shape, as_bytes, as_float, make_discriminator, make_generator
-from .pictures import AT_ONCE, ClassifierTraining, Pictures
+from .gan import as_bytes, as_float, make_discriminator, make_generator
+from .models import Shape, described
+from .pictures import AT_ONCE, ClassifierFeatures, ClassifierTraining, Pictures, make_classifier, make_encoder
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator
 
-TRIAL, PAPER, DIFFAUGMENT, BIGGAN = "tried on the digits", "the paper, section 4.3", "DiffAugment", "BigGAN at 32x32"
+TRIAL, BIGGAN = "tried on the digits", "BigGAN at 32x32"
 BATCH, _, SAMPLES, PICTURE = range(4)  # what a draw is for, beside the seed and the step
-JUDGE = "judge.safetensors"
-COLUMNS, ROWS, SHOWN_SIZE = 10, 8, 32  # of a picture of samples, and the least side of an image in it
+JUDGE, WHITENING = "judge.safetensors", "whitening.safetensors"
+SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a picture
 
 
 class Data(Section):
     name: str = option("digits", "digits (bundled), folder, or a data set of torchvision: CIFAR10, CIFAR100, ...")
     root: str = option("", "where the images are; of a folder: root/train/<class>/*, root/val/<class>/*")
     download: bool = option(False, "let torchvision fetch what is missing")
-    train_split: str = option("", "folder or split to train on; default: train")
-    test_split: str = option("", "folder or split that is held out; default: val in a folder, test in torchvision")
     classes: int = option(0, "number of classes; 0: what the data say", ge=0)
     fraction: float = option(0.1, "share of the training images that the GAN sees", source=TRIAL, gt=0, le=1)
-    pool: int = option(
-        1000, "training images of the 1797 digits; the others are held out", source=TRIAL, ge=100, le=1700
-    )
     size: int = option(32, "side of the images in pixels; digits have 8", ge=8)
     channels: Channels = option(3, "of the images; digits have 1")
 
@@ -67,16 +61,13 @@ class Augment(Section):
     """DiffAugment, of real and generated images alike."""
 
     policy: Words = option(("translation",), "what is done: translation, cutout", source=TRIAL)
-    translation: float = option(0.125, "largest shift, as a share of the side", source=DIFFAUGMENT, ge=0, lt=1)
-    cutout: float = option(0.5, "side of the square that is cut out, as a share", source=DIFFAUGMENT, ge=0, le=1)
 
 
 class Teacher(Section):
     name: str = option("classifier", "classifier (trained here), or an image encoder of timm, such as CLIP's")
-    weights: str = option("", "its weights: a .safetensors or .pth file; random: none (for tests)")
+    weights: str = option("", "its weights: a .safetensors or .pth file")
     pretrained: bool = option(False, "let timm fetch the weights")
     features: Literal["pooled", "head"] = option("pooled", "of timm's: or what its head gives (CLIP's embedding)")
-    size: int = option(0, "side that images are enlarged to (nearest); 0: what it was trained on", ge=0)
     widths: Ints = option((24, 48, 96), "channels of the classifier's convolutions", source=TRIAL, min_length=1)
     steps: int = option(300, "training steps of the classifier", ge=1)
     batch_size: int = option(64, "images per training step of the classifier", ge=2)
@@ -84,21 +75,16 @@ class Teacher(Section):
 
 
 class Student(Section):
-    """The generator."""
+    """Generator and discriminator."""
 
     name: Literal["small", "biggan"] = option("small", "generator and discriminator")
     latent: int = option(32, "numbers an image is made from", ge=1)
     widths: Ints = option((64, 48, 24), "channels of small", min_length=3, max_length=3)
-    width: int = option(256, "channels of biggan", source=BIGGAN, ge=8)
-
-
-class Discriminator(Section):
-    widths: Ints = option((16, 32, 48), "channels of small; the last is the feature's", source=TRIAL, min_length=1)
-    width: int = option(256, "channels of biggan", source=BIGGAN, ge=8)
+    critic_widths: Ints = option((16, 32, 48), "channels of small's discriminator", source=TRIAL, min_length=1)
+    width: int = option(256, "channels of biggan and its discriminator", source=BIGGAN, ge=8)
 
 
 class Distill(DistillConfig):
-    images: Literal["both", "real"] = option("both", "images that are distilled", source=TRIAL)
     statistics: Literal["pool", "gan"] = option("pool", "images that whitening's are of: or the GAN's", source=TRIAL)
     method: Literal["zca", "cholesky", "pca"] = option("zca", "of whitening", source=TRIAL)
     eps: float = option(0.0, "of the normalization; 0: 1e-5, for whiten 0.05", source=TRIAL, ge=0, lt=1)
@@ -109,7 +95,6 @@ class MetricConfig(Section):
     weights: str = option("", "file with torch-fidelity's weights of Inception")
     download: bool = option(False, "let torch-fidelity fetch them")
     samples: int = option(2000, "images to generate for it", source=TRIAL, ge=2)
-    batch_size: int = option(200, "of them at once", ge=1)
 
 
 class GanOptim(Optim):
@@ -125,7 +110,6 @@ class Config(Section):
     augment: Augment = section(Augment)
     teacher: Teacher = section(Teacher)
     student: Student = section(Student)
-    discriminator: Discriminator = section(Discriminator)
     distill: Distill = section(Distill, source=TRIAL, normalization="whiten", weight=5.0)
     metric: MetricConfig = section(MetricConfig)
     optim: GanOptim = section(
@@ -143,66 +127,71 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
+        size, least = 8 if self.data.name == "digits" else self.data.size, 2 ** len(self.student.critic_widths)
         if self.optim.clip_norm:
             raise OptionError("optim.clip_norm: a GAN's steps know none; leave it at 0")
         if unknown := {*self.augment.policy} - {"translation", "cutout"}:
             raise OptionError(f"augment.policy: unknown {min(unknown)!r}; there are translation and cutout")
-        if self.metric.features == "inception" and self.shape(1).channels != 3:
-            raise OptionError("metric.features: inception needs images of three channels")
-        size, widths = self.shape(1).size, self.discriminator.widths
         if self.student.name == "biggan" and (size < 16 or size & (size - 1)):
             raise OptionError(f"data.size: biggan makes images of 16, 32, 64, ... pixels; got {size}")
-        if self.student.name == "small" and (size % 4 or size < 2 ** len(widths)):
-            raise OptionError(
-                f"data.size: must be a multiple of 4, and at least {2 ** len(widths)} for {len(widths)} "
-                f"discriminator.widths; got {size}"
-            )
+        if self.student.name == "small" and (size % 4 or size < least):
+            raise OptionError(f"data.size: must be a multiple of 4, and at least {least} for student.critic_widths")
         return self
-
-    def shape(self, classes: int) -> Shape:
-        return Shape(1, 8, 10) if self.data.name == "digits" else Shape(self.data.channels, self.data.size, classes)
 
 
 class DistilledGAN(nn.Module):
-    """Generator, discriminator and projection: `forward(batch)` -> the losses of the one that the batch is for.
+    """Generator, discriminator and projection: `forward(real, labels)` -> the discriminator's losses, `forward()` ->
+    the generator's. The engine has seeded what they draw with (seed, step, rank).
 
     They are in one module so that data-parallel wrapping reduces all gradients; in either kind of step the parameters
     of the other network get none. `teacher` (images -> targets (N, T)) is frozen and no part of it.
     """
 
     def __init__(
-        self, student: nn.Module, discriminator: nn.Module, feature_loss: Any, teacher: Any, config: Any
+        self, config: Any, shape: Shape, student: nn.Module, discriminator: Any, teacher: Any = None, **loss: Any
     ) -> None:
         super().__init__()
-        self.generator, self.discriminator, self.feature_loss = student, discriminator, feature_loss
-        self.hinge, self.distill, self.frozen = config.optim.loss == "hinge", config.distill, (teacher,)
+        self.config, self.classes, self.frozen = config, shape.classes, (teacher,)
+        self.generator, self.discriminator, self.feature_loss = student, discriminator, None
+        if teacher is not None:
+            self.feature_loss = config.distill.feature_loss(discriminator.num_features, **loss)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return self.discriminator_losses(batch) if "real" in batch else self.generator_losses(batch)
+    def forward(self, real: Tensor | None = None, labels: Tensor | None = None, *, count: int) -> dict[str, Tensor]:
+        """`count`: images to generate."""
+        device = next(self.generator.parameters()).device
+        latents = torch.randn(count, self.config.student.latent, device=device)
+        fake_labels = torch.randint(self.classes, (count,), device=device)
+        if real is None or labels is None:
+            return self.generator_losses(latents, fake_labels)
+        return self.discriminator_losses(real, labels, latents, fake_labels)
 
-    def discriminator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def discriminator_losses(
+        self, real: Tensor, labels: Tensor, latents: Tensor, fake_labels: Tensor
+    ) -> dict[str, Tensor]:
         with torch.no_grad():
-            fake = self.generator(batch["latents"], batch["fake_labels"])
-        pictures = gan.augment(torch.cat([batch["real"], fake]), batch["amounts"])  # the real ones first
-        verdict = self.discriminator(pictures, torch.cat([batch["labels"], batch["fake_labels"]]))
-        real, generated = verdict.logits.float().chunk(2)
-        if self.hinge:
-            total = F.relu(1 - real).mean() + F.relu(1 + generated).mean()
+            fake = self.generator(latents, fake_labels)
+        pictures = self.augmented(torch.cat([real, fake]))  # the real ones first
+        verdict = self.discriminator(pictures, torch.cat([labels, fake_labels]))
+        of_real, of_fake = verdict.logits.float().chunk(2)
+        if self.config.optim.loss == "hinge":
+            total = F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
         else:
-            total = F.softplus(-real).mean() + F.softplus(generated).mean()
+            total = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
         losses = {"discriminator": total}
         if self.feature_loss is not None:
-            count = len(real) if self.distill.images == "real" else len(pictures)
             with torch.no_grad():
-                target = self.frozen[0](pictures[:count])
-            losses["features"] = self.feature_loss(verdict.features[:count], target)
-            total = total + self.distill.weight * losses["features"]
+                target = self.frozen[0](pictures)
+            losses["features"] = self.feature_loss(verdict.features, target)
+            total = total + self.config.distill.weight * losses["features"]
         return {**losses, "total": total}
 
-    def generator_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        fake = gan.augment(self.generator(batch["latents"], batch["fake_labels"]), batch["amounts"])
-        logits = self.discriminator(fake, batch["fake_labels"]).logits.float()
-        return {"generator": -logits.mean() if self.hinge else F.softplus(-logits).mean()}
+    def generator_losses(self, latents: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        fake = self.augmented(self.generator(latents, labels))
+        logits = self.discriminator(fake, labels).logits.float()
+        return {"generator": -logits.mean() if self.config.optim.loss == "hinge" else F.softplus(-logits).mean()}
+
+    def augmented(self, pictures: Tensor) -> Tensor:
+        return gan.diff_augment(pictures, self.config.augment.policy)
 
 
 class Generation(Task):
@@ -222,7 +211,7 @@ class Generation(Task):
 
     @cached_property
     def data(self) -> Pictures:
-        return Pictures(self.config.data, self.seed, self.config.shape)
+        return Pictures(self.config.data, self.seed)
 
     @property
     def images(self) -> int:
@@ -233,60 +222,56 @@ class Generation(Task):
     def train_teacher(self) -> dict[str, Any]:
         """Train the seed's classifiers where they are needed, and measure what whitening the teacher takes."""
         numbers: dict[str, Any] = {}
-        folder = self.context.folder
-        if self.config.teacher.name == "classifier" and self.config.distill.weight:
-            training = ClassifierTraining(self.config, self.context, self.data)
+        folder, config = self.context.folder, self.config
+        if config.teacher.name == "classifier" and config.distill.weight:
+            training = ClassifierTraining(config, self.context, self.data)
             result = engine.train(training, weights="teacher.safetensors")
             numbers = {name: result[name] for name in ("accuracy", "seconds", "cpu_seconds")}
-        if self.config.metric.features == "classifier":
-            place = replace(self.context, folder=folder / "judge")
-            training = ClassifierTraining(self.config, place, self.data)
+        if config.metric.features == "classifier":
+            training = ClassifierTraining(config, replace(self.context, folder=folder / "judge"), self.data)
             numbers["judge_accuracy"] = engine.train(training, weights=JUDGE)["accuracy"]
-        if self.config.distill.weight:
-            whitening = self.measured_whitening()
-            if self.fabric.is_global_zero:
-                runs.save_safetensors(folder / "statistics.safetensors", whitening.state_dict())
+        if config.distill.weight and config.distill.normalization == "whiten" and self.fabric.is_global_zero:
+            runs.save_safetensors(folder / WHITENING, self.measured_whitening())
         self.fabric.barrier()
-        copies = self.data.pool[self.data.seen[self.mine]].split(self.config.metric.batch_size)
+        copies = self.data.pool[self.data.seen[self.mine]].split(SAMPLES_AT_ONCE)
         numbers["distance_of_the_training_images"] = self.distance(copies)
         return numbers
 
     @torch.no_grad()
-    def measured_whitening(self) -> nn.Module:
-        """Statistics over all training images: a batch with fewer images than channels has a singular covariance, and
-        whitening by it would amplify rounding."""
-        rows = self.data.seen if self.config.distill.statistics == "gan" else torch.arange(len(self.data.pool))
-        parts = []
-        for part in rows.split(AT_ONCE):
+    def measured_whitening(self) -> dict[str, Tensor]:
+        """y -> y matrix + shift, by statistics over all training images: a batch with fewer images than channels has a
+        singular covariance, and whitening by it would amplify rounding."""
+        d, pool, features = self.config.distill, self.data.pool, list[Tensor]()
+        for part in (pool[self.data.seen] if d.statistics == "gan" else pool).split(AT_ONCE):
             with self.fabric.autocast():
-                parts.append(self.encoder(self.fabric.to_device(as_float(self.data.pool[part]))).float().cpu())
-        whitening = vk.Whitening(self.encoder.num_features, momentum=1.0)
-        whitening(torch.cat(parts))  # the first update takes the statistics over as they are
-        return whitening
+                features.append(self.encoder(self.fabric.to_device(as_float(part))).double().cpu())
+        width = self.encoder.num_features
+        whitening = vk.Whitening(width, method=d.method, eps=d.eps or 0.05, momentum=1.0)
+        whitening(torch.cat(features))  # the first update takes the statistics over as they are
+        shift = whitening.freeze()(torch.zeros(1, width, dtype=torch.float64))
+        matrix = whitening(torch.eye(width, dtype=torch.float64)) - shift
+        return {"matrix": matrix.float(), "shift": shift.float()}
+
+    @property
+    def teacher_folder(self) -> Path:
+        return self.context.teacher or self.context.folder
 
     @cached_property
     def encoder(self) -> Any:
         """The frozen teacher: images from -1 to 1 -> features."""
-        folder = self.context.teacher
-        weights = str(folder / "teacher.safetensors") if folder else ""
+        weights = self.teacher_folder / "teacher.safetensors"
         return self.fabric.to_device(make_encoder(self.config.teacher, self.data.shape, weights))
 
     def target(self) -> Any:
         """images (N, C, H, W) -> what the discriminator's features are compared with (N, T): a constant."""
-        d, path = self.config.distill, (self.context.teacher or Path()) / "statistics.safetensors"
-        if d.normalization != "whiten":
+        if self.config.distill.normalization != "whiten":
             return lambda pictures: self.encoder(pictures).float()
-        whitening = vk.Whitening(self.encoder.num_features, method=d.method, eps=d.eps or 0.05, momentum=1.0)
-        runs.load_state(whitening, runs.load_weights(path), "statistics.safetensors")
-        whitening.eval()  # (y - mean) A = y A + shift, computed once
-        eye = torch.eye(whitening.num_features, dtype=torch.float64)
-        shift = whitening(torch.zeros_like(eye[:1]))
-        shift, matrix = self.fabric.to_device((shift.float(), (whitening(eye) - shift).float()))
+        w = self.fabric.to_device(runs.load_weights(self.teacher_folder / WHITENING))
 
         def whitened(pictures: Tensor) -> Tensor:
             features = self.encoder(pictures).float()
             with torch.autocast(features.device.type, enabled=False):
-                return torch.addmm(shift, features, matrix)
+                return torch.addmm(w["shift"], features, w["matrix"])
 
         return whitened
 
@@ -295,25 +280,32 @@ class Generation(Task):
         """torchmetrics' Fréchet distance to the held-out images, of which every rank reads its share."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
+        weights = self.config.metric.weights
         if self.config.metric.features == "inception":
-            network = inception(self.config.metric.weights)
+            if weights:
+                runs.load_weights(
+                    Path(weights), "metric.weights"
+                )  # tensors alone: torch-fidelity would run what it holds
+            network: Any = {"feature": 2048, "feature_extractor_weights_path": weights or None}
         else:
-            own = self.context.folder / JUDGE
-            places = [own, *([self.context.teacher / "judge" / JUDGE] if self.context.teacher else [])]
-            path = next((place for place in places if place.exists()), own)
-            network = gan.Classifier(self.config.teacher.widths, self.data.shape)
-            runs.load_state(network, runs.load_weights(path), str(path))
-        judge: Any = FrechetInceptionDistance(Features(network.requires_grad_(False).eval()), reset_real_features=False)
-        judge = judge.to(self.fabric.device)
-        for part in self.data.held_out[self.mine].split(self.config.metric.batch_size):
-            judge.update(self.fabric.to_device(part), real=True)
+            path = self.teacher_folder / "judge" / JUDGE
+            classifier = make_classifier(self.config.teacher, self.data.shape, path)
+            network = {"feature": ClassifierFeatures(classifier).requires_grad_(False).eval()}
+        judge: Any = FrechetInceptionDistance(reset_real_features=False, **network).to(self.fabric.device)
+        for part in self.data.held_out[self.mine].split(SAMPLES_AT_ONCE):
+            self.measure(judge, part, real=True)
         return judge
+
+    def measure(self, judge: Any, pictures: Tensor, *, real: bool) -> None:
+        pictures = self.fabric.to_device(pictures)
+        with torch.autocast(pictures.device.type, enabled=False):
+            judge.update(as_bytes(pictures) if self.config.metric.features == "inception" else pictures, real=real)
 
     @torch.no_grad()
     def distance(self, pictures: Any) -> float:
         self.judge.reset()
         for part in pictures:
-            self.judge.update(self.fabric.to_device(part), real=False)
+            self.measure(self.judge, part, real=False)
         return float(self.judge.compute())
 
     # ---- the GAN -----------------------------------------------------------------------------------------------------
@@ -322,70 +314,44 @@ class Generation(Task):
         return make_generator(self.config, self.data.shape)
 
     def make_model(self, student: nn.Module) -> nn.Module:
-        c, discriminator = self.config, make_discriminator(self.config, self.data.shape)
+        c, shape = self.config, self.data.shape
+        discriminator = make_discriminator(c, shape)
         if not c.distill.weight:
-            return DistilledGAN(student, discriminator, None, None, c)
-        whitened = c.distill.normalization == "whiten"  # such targets come so: nothing is left to normalize
-        feature_loss = c.distill.feature_loss(
-            discriminator.num_features,
-            self.encoder.num_features,
-            self.context.process_group,
-            **({"normalization": "none"} if whitened else {}),
-        )
-        return DistilledGAN(student, discriminator, feature_loss, self.target(), c)
+            return DistilledGAN(c, shape, student, discriminator)
+        loss = {"teacher_dim": self.encoder.num_features, "process_group": self.context.process_group}
+        if c.distill.normalization == "whiten":  # such targets come so: nothing is left to normalize
+            loss["normalization"] = "none"
+        return DistilledGAN(c, shape, student, discriminator, self.target(), **loss)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Adam for each network; the projection trains with the discriminator."""
         o, m = self.optim, cast(Any, self.model)
         critics = [m.discriminator, *([m.feature_loss] if m.feature_loss is not None else [])]
-        options: dict[str, Any] = {"betas": tuple(o.betas), "weight_decay": o.weight_decay}
-        options["fused"] = True
-        parameters = [p for part in critics for p in part.parameters()]
+        options: dict[str, Any] = {"betas": tuple(o.betas), "weight_decay": o.weight_decay, "fused": True}
+        of_critics = [p for part in critics for p in part.parameters()]
         return {
             "generator": torch.optim.Adam(m.generator.parameters(), lr=o.lr, **options),
-            "discriminator": torch.optim.Adam(parameters, lr=self.config.optim.discriminator_lr, **options),
+            "discriminator": torch.optim.Adam(of_critics, lr=self.config.optim.discriminator_lr, **options),
         }
 
-    def batches(self, start: int) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
-        """What one step needs: a batch per discriminator step, and one for the generator."""
+    def batches(self, start: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Real images and their labels for every discriminator step of a step."""
+        seen, shape = self.data.seen, (self.config.optim.discriminator_steps, self.optim.batch_size)
         for step in itertools.count(start):
-            draw = generator(self.seed, step, BATCH)
-            critics = [self.discriminator_batch(draw) for _ in range(self.config.optim.discriminator_steps)]
-            yield critics, self.fabric.to_device({**self.latents(draw), "amounts": self.amounts(draw)})
+            rows = seen[torch.randint(len(seen), shape, generator=generator(self.seed, step, BATCH))][:, self.mine]
+            batch = [(as_float(self.data.pool[part]), self.data.labels[part]) for part in rows]
+            yield self.fabric.to_device(batch)
 
-    def discriminator_batch(self, draw: torch.Generator) -> dict[str, Any]:
-        rows = self.data.seen[torch.randint(len(self.data.seen), (self.optim.batch_size,), generator=draw)][self.mine]
-        batch = {"real": as_float(self.data.pool[rows]), "labels": self.data.labels[rows], **self.latents(draw)}
-        of_real, of_fake = self.amounts(draw), self.amounts(draw)
-        batch["amounts"] = {name: torch.cat([amount, of_fake[name]]) for name, amount in of_real.items()}
-        return self.fabric.to_device(batch)
-
-    def latents(self, draw: torch.Generator) -> dict[str, Any]:
-        size, classes = self.optim.batch_size, self.data.shape.classes
-        latents = torch.randn(size, self.config.student.latent, generator=draw)
-        return {
-            "latents": latents[self.mine],
-            "fake_labels": torch.randint(classes, (size,), generator=draw)[self.mine],
-        }
-
-    def amounts(self, draw: torch.Generator) -> dict[str, Tensor]:
-        a = self.config.augment
-        amounts = gan.draw_amounts(
-            a.policy, self.optim.batch_size, self.data.shape.size, draw, shift=a.translation, cut=a.cutout
-        )
-        return {name: amount[self.mine] for name, amount in amounts.items()}
-
-    def step(self, loop: Any, batch: Any) -> dict[str, Tensor]:
+    def step(self, loop: Any, batch: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The discriminator's steps, then one of the generator through a discriminator that stays as it is."""
-        critics, last = batch
         losses: dict[str, Tensor] = {}
-        for part in critics:
-            losses = loop.model(part)
+        for real, labels in batch:
+            losses = loop.model(real, labels, count=len(real))
             self.fabric.backward(losses["total"])
             loop.apply("discriminator")
         discriminator: Any = self.model.discriminator
         discriminator.requires_grad_(False)
-        losses = losses | loop.model(last)
+        losses = losses | loop.model(count=len(batch[0][0]))
         self.fabric.backward(losses["generator"])
         loop.apply("generator")
         discriminator.requires_grad_(True)
@@ -396,72 +362,40 @@ class Generation(Task):
         m = self.config.metric
         latents = torch.randn(m.samples, self.config.student.latent, generator=generator(self.seed, SAMPLES))
         labels = torch.arange(m.samples) % self.data.shape.classes
-        parts = zip(latents[self.mine].split(m.batch_size), labels[self.mine].split(m.batch_size), strict=True)
+        parts = zip(latents[self.mine].split(SAMPLES_AT_ONCE), labels[self.mine].split(SAMPLES_AT_ONCE), strict=True)
         return {"frechet": self.distance(student(*self.fabric.to_device(part)) for part in parts)}
 
     def pictures(self, student: nn.Module, folder: Path) -> None:
         """A grid of samples of fixed latents, one class per column where the generator knows classes."""
-        from torchvision.utils import make_grid
-
-        count = ROWS * COLUMNS
-        latents = torch.randn(count, self.config.student.latent, generator=generator(self.seed, PICTURE))
-        labels = torch.arange(count) % COLUMNS % self.data.shape.classes
-        samples = as_bytes(student(*self.fabric.to_device((latents, labels)))).cpu()
-        larger = math.ceil(SHOWN_SIZE / samples.shape[-1])
-        samples = samples.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
-        grid, file = v2.functional.to_pil_image(make_grid(samples, nrow=COLUMNS, pad_value=128)), io.BytesIO()
-        grid.save(file, format="PNG")
-        runs.write_atomically(folder / "samples.png", lambda out: out.write(file.getvalue()))
+        latents = torch.randn(SHOWN, self.config.student.latent, generator=generator(self.seed, PICTURE))
+        labels = torch.arange(SHOWN) % 10 % self.data.shape.classes
+        samples = student(*self.fabric.to_device((latents, labels)))
+        folder.mkdir(exist_ok=True)
+        save_image(samples, folder / "samples.png", nrow=10, normalize=True, value_range=(-1, 1))
 
     @classmethod
     def describe(cls, config: Any) -> dict[str, Any]:
         """Sizes and shapes of the networks; opens a data set only to count its classes."""
-        data, classes = config.data, config.data.classes or 10
-        if data.name != "digits" and data.root:
-            classes = images.open_images(data)[2]
-        elif data.name.startswith("CIFAR"):
-            classes = int(data.name.removeprefix("CIFAR"))
-        shape: Shape = config.shape(classes)
-        student, discriminator = make_generator(config, shape), make_discriminator(config, shape)
-        about: dict[str, Any] = {
-            "images": [shape.channels, shape.size, shape.size],
-            "classes": shape.classes,
-            "generator": {"name": config.student.name, "parameters": size(student), "latent": config.student.latent},
-            "discriminator": {"parameters": size(discriminator), "features": discriminator.num_features},
-        }
+        d = config.data
+        shape = Shape(10, 8, 1)
+        if d.name != "digits":
+            shape = Shape(d.classes or images.open_images(d)[2], d.size, d.channels)
+        networks = {"generator": make_generator(config, shape), "discriminator": make_discriminator(config, shape)}
         if config.distill.weight:
-            encoder = make_encoder(config.teacher, shape, empty=True)
-            about["teacher"] = {
-                "name": config.teacher.name,
-                "parameters": size(encoder),
-                "features": encoder.num_features,
-                "images enlarged to": getattr(encoder, "size", shape.size),
-            }
-            about["projection (teacher, discriminator)"] = [encoder.num_features, discriminator.num_features]
-        o = config.optim
-        return about | {
-            "steps": o.steps or f"{o.epochs:g} epochs",
-            "images per discriminator step": o.batch_size,
-            "discriminator steps per step": o.discriminator_steps,
-        }
+            networks["teacher"] = make_encoder(config.teacher, shape, Path(), empty=True)
+        return {"classes": shape.classes, **{name: described(network) for name, network in networks.items()}}
 
     @classmethod
     def check(cls, config: Any) -> None:
-        t = config.teacher
+        t, m = config.teacher, config.metric
         if config.distill.weight and t.name != "classifier" and not (t.weights or t.pretrained):
             raise OptionError(f"teacher.weights: give a file with those of {t.name}, or teacher.pretrained=true")
-        if config.metric.features == "inception" and not (config.metric.weights or config.metric.download):
-            raise OptionError(
-                "metric.weights: give torch-fidelity's file weights-inception-2015-12-05-6726825d.pth, or "
-                "metric.download=true to have it fetched"
-            )
-        for option_, path in (("teacher.weights", t.weights), ("metric.weights", config.metric.weights)):
-            if path not in ("", "random") and not Path(path).is_file():
-                raise OptionError(f"{option_}: there is no file {path}")
+        if m.features == "inception":
+            if config.data.name == "digits" or config.data.channels != 3:
+                raise OptionError("metric.features: inception needs images of three channels")
+            if not (m.weights or m.download):
+                raise OptionError("metric.weights: give torch-fidelity's file of Inception, or metric.download=true")
+            importlib.import_module("torch_fidelity")
         if config.data.name != "digits":
             images.open_images(config.data)
-        cls.describe(config)
-
-
-def size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+        super().check(config)

@@ -6,10 +6,8 @@ with fixed views (seed, image, view); batches come out the same whatever the num
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator
-from difflib import get_close_matches
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -21,19 +19,17 @@ import torch.nn.functional as F
 import torchvision
 from timm.data import Mixup, create_transform
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets import ImageFolder
 
-from .config import OptionError
+from .config import OptionError, nearest
 from .loading import Key, Views, epochs, read
 from .runs import RunError
 from .task import generator, mixed_seed
 
-SPLIT, FIXED, MIX, DRAW, TEACHER = range(1, 6)  # what a draw is for, beside the seed and the numbers
-
-
-def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:  # (N,) -> (N, classes)
-    return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+SPLIT, FIXED, MIX, DRAW = range(1, 5)  # what a draw is for, beside the seed and the numbers
+AT_ONCE = 64  # images of a batch that nothing is learned from
 
 
 class Images:
@@ -41,24 +37,12 @@ class Images:
     made of images with labels and of others, drawn with replacement, whose targets are zero."""
 
     def __init__(self, config: Any, seed: int) -> None:
-        self.config, self.seed, self.smoothing = config, seed, config.distill.label_smoothing
-        self.d, self.a = config.data, config.augment
-        self.size, self.channels = self.d.size, self.d.channels
-        self.views = self.a.views if self.a.enabled else 1
-        fresh = {
-            "augment.views=0": not self.views,
-            "augment.mixup": self.a.enabled and self.a.mixup > 0,
-            "augment.cutmix": self.a.enabled and self.a.cutmix > 0,
-        }
-        self.fresh = " and ".join(name for name, true in fresh.items() if true)
-        self.mixing = self.a.enabled and (self.a.mixup > 0 or self.a.cutmix > 0)
-        if self.mixing and self.d.labels < 1:
-            raise OptionError("augment.mixup, augment.cutmix: 0 where data.labels are below 1: they mix labels")
+        self.config, self.data, self.augment, self.seed = config, config.data, config.augment, seed
+        self.size, self.channels, self.views = self.data.size, self.data.channels, self.augment.views
 
     @cached_property
     def opened(self) -> tuple[Any, Any, int]:
-        """Training images, held-out images, number of classes: when needed, since an export needs no images."""
-        return open_images(self.d)
+        return open_images(self.data)
 
     @property
     def images(self) -> int:
@@ -66,46 +50,41 @@ class Images:
 
     @property
     def classes(self) -> int:
-        return self.d.classes or self.opened[2]
+        return self.data.classes or self.opened[2]
 
     @cached_property
     def labeled(self) -> Tensor:
         """The images whose labels a student may see: a share of every class, at least one."""
         labels = torch.as_tensor(self.opened[0].targets)
-        order = torch.randperm(len(labels), generator=generator(self.seed, SPLIT))
-        rows = [order[labels[order] == label] for label in range(self.classes)]
-        return torch.cat([of_class[: max(1, round(self.d.labels * len(of_class)))] for of_class in rows])
+        return share_of_classes(labels, self.classes, self.data.labels, generator(self.seed, SPLIT))
+
+    @cached_property
+    def training(self) -> Views:
+        return Views(self.opened[0], self.transform(training=True))
 
     def batches(
         self, learner: str, start: int, batch_size: int, rank: int, ranks: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(images, targets, rows): this rank's share of the batches start, start + 1, ...; see `Digits.batches`."""
-        few = self.d.labels < 1 and learner != "teacher"
-        mine = slice(rank, None, ranks)
+        few, mine = learner != "teacher" and self.data.labels < 1, slice(rank, None, ranks)
+        smoothing = self.config.distill.label_smoothing
         if few:
-            keys: Any = self.few(learner, start, batch_size, mine)
+            keys = self.few(learner, start, batch_size, mine)
         else:
             keys = epochs(self.images, batch_size, seed=self.seed, start=start, mine=mine, key=self.key)
-        mix = None
-        if self.mixing:
-            if batch_size % (2 * ranks):
-                raise OptionError(f"optim.batch_size: {batch_size} images are not pairs on {ranks} ranks")
-            a = self.a
-            mix = Mixup(
-                a.mixup, a.cutmix, switch_prob=a.mix_switch, label_smoothing=self.smoothing, num_classes=self.classes
-            )
-        views = Views(self.opened[0], self.training_transform())
-        for step, (images, labels, keys_) in enumerate(
-            read(views, keys, collate, workers=self.config.run.workers), start
-        ):
+        a, mix = self.augment, None
+        if a.mixup or a.cutmix:
+            mix = Mixup(a.mixup, a.cutmix, label_smoothing=smoothing, num_classes=self.classes)
+        stream = read(self.training, keys, collate, workers=self.config.run.workers)
+        for step, (images, labels, seen) in enumerate(stream, start):
             if mix:
                 numpy.random.seed(mixed_seed(self.seed, step, rank, MIX) % 2**32)
                 images, targets = mix(images, labels)
             else:
-                targets = smoothed(labels, self.classes, self.smoothing)
+                targets = F.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
             if few:
-                targets[~torch.isin(torch.tensor([key.image for key in keys_]), self.labeled)] = 0
-            yield images, targets, torch.tensor([key.row for key in keys_]) if self.views else None
+                targets[~torch.isin(torch.tensor([key.image for key in seen]), self.labeled)] = 0
+            yield images, targets, torch.tensor([key.row for key in seen]) if self.views else None
 
     def few(self, learner: str, start: int, batch_size: int, mine: slice) -> Iterator[list[Key]]:
         """Labeled images, then unlabeled ones; a student alone sees the labeled ones of the same batches."""
@@ -122,74 +101,55 @@ class Images:
 
     def key(self, epoch: int, index: int) -> Key:
         """A new view for every epoch (or step), or one of the fixed ones."""
-        return (
-            self.fixed(index, mixed_seed(self.seed, epoch, index) % self.views)
-            if self.views
-            else Key(index, (self.seed, epoch, index))
-        )
+        if not self.views:
+            return Key(index, (self.seed, epoch, index))
+        return self.fixed(index, mixed_seed(self.seed, epoch, index) % self.views)
 
     def fixed(self, index: int, view: int) -> Key:
         return Key(index, (self.seed, index, view, FIXED), view * self.images + index)
 
-    def every_view(self) -> Iterator[Tensor]:
-        keys = [self.fixed(index, view) for view in range(self.views) for index in range(self.images)]
-        views = Views(self.opened[0], self.training_transform())
-        for images, _, _ in read(views, keys, collate, workers=self.config.run.workers, at_once=64):
-            yield images
+    def every_view(self) -> EveryView:
+        return EveryView(self)
 
     def held_out(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
         test, workers = self.opened[1], self.config.run.workers
-        views = Views(test, self.transform(self.evaluation_transform()))
-        for images, labels, _ in read(
-            views, map(Key, range(rank, len(test), ranks)), collate, workers=workers, at_once=64
-        ):
+        views = Views(test, self.transform(training=False))
+        mine = map(Key, range(rank, len(test), ranks))
+        for images, labels, _ in read(views, mine, collate, workers=workers, at_once=AT_ONCE):
             yield images, labels
 
-    def fingerprint(self) -> str:
-        """Of the files' names, sizes and times, or of a data set's arrays, and of all that makes a view of them."""
-        digest = hashlib.sha256(repr((self.d, self.a, self.seed if self.a.enabled else None)).encode())
-        for path, label in getattr(self.opened[0], "samples", ()):
-            status = Path(path).stat() if Path(path).exists() else None  # a broken link: no image either
-            digest.update(f"{path} {label} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
-        digest.update(numpy.ascontiguousarray(getattr(self.opened[0], "data", ())).tobytes())
-        return digest.hexdigest()
-
-    # ---- augmentation ------------------------------------------------------------------------------------------------
-
-    def transform(self, of_image: Any) -> Any:
+    def transform(self, *, training: bool) -> Any:
+        """Random resized crop, flip, one of grayscale / solarize / blur, color jitter, normalization; or shifts. In
+        evaluation the center."""
+        a, d = self.augment, self.data
+        common: dict[str, Any] = {"interpolation": "bicubic", "mean": d.mean, "std": d.std}
+        if not training:
+            of_image = create_transform(d.size, is_training=False, crop_pct=d.crop, **common)
+        elif a.pad:
+            shifted = [transforms.Resize(d.size), transforms.RandomCrop(d.size, padding=a.pad)]
+            to_tensor = [transforms.ToTensor(), transforms.Normalize(d.mean, d.std)]
+            of_image = transforms.Compose([*shifted, transforms.RandomHorizontalFlip(a.flip), *to_tensor])
+        else:
+            common |= {"scale": (a.crop_min, 1.0), "hflip": a.flip, "color_jitter": a.color_jitter}
+            of_image = create_transform(
+                d.size, is_training=True, auto_augment="3a" if a.three_augment else None, **common
+            )
         return partial(transformed, of_image, "RGB" if self.channels == 3 else "L")
 
-    def evaluation_transform(self) -> Any:
-        d = self.d
-        return create_transform(
-            d.size, is_training=False, crop_pct=d.crop, interpolation="bicubic", mean=d.mean, std=d.std
-        )
 
-    def training_transform(self) -> Any:
-        """Random resized crop, flip, one of grayscale / solarize / blur, color jitter, normalization; or shifts."""
-        a, d = self.a, self.d
-        if not a.enabled:
-            return self.transform(self.evaluation_transform())
-        if a.pad:
-            small = [transforms.RandomCrop(d.size, padding=a.pad), transforms.RandomHorizontalFlip(a.flip)]
-            return self.transform(
-                transforms.Compose(
-                    [transforms.Resize(d.size), *small, transforms.ToTensor(), transforms.Normalize(d.mean, d.std)]
-                )
-            )
-        return self.transform(
-            create_transform(
-                d.size,
-                is_training=True,
-                scale=(a.crop_min, 1.0),
-                hflip=a.flip,
-                color_jitter=a.color_jitter,
-                auto_augment="3a" if a.three_augment else None,
-                interpolation="bicubic",
-                mean=d.mean,
-                std=d.std,
-            )
-        )
+class EveryView(Dataset):
+    """Every fixed view of every training image, in the order of their rows."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.training = images, images.training
+
+    def __len__(self) -> int:
+        return self.images.views * self.images.images
+
+    def __getitem__(self, row: int) -> Tensor:
+        view, index = divmod(row, self.images.images)
+        (image, _), _ = self.training[self.images.fixed(index, view)]
+        return image
 
 
 def transformed(of_image: Any, mode: str, sample: tuple[Any, int]) -> tuple[Tensor, int]:
@@ -202,64 +162,34 @@ def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[Key]]:
     return torch.stack(images), torch.tensor(labels), list(keys)
 
 
-# ---- opening ---------------------------------------------------------------------------------------------------------
+def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Generator) -> Tensor:
+    """Row numbers of a random share of every class, at least one of each."""
+    order = torch.randperm(len(labels), generator=draw)
+    rows = [order[labels[order] == label] for label in range(classes)]
+    return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in rows])
 
 
 def open_images(data: Any) -> tuple[Any, Any, int]:
     """Training images, held-out images, number of classes of `data.name`."""
-    train, test = open_folders(data) if data.name == "folder" else open_named(data)
-    names = getattr(train, "classes", ())
+    kind: Any = getattr(torchvision.datasets, data.name, None)
+    if data.name != "folder" and kind is None:
+        known = ["digits", "folder", *torchvision.datasets.__all__]
+        raise OptionError(f"data.name: there is no {data.name!r} in torchvision.datasets{nearest(data.name, known)}")
+    try:
+        if data.name == "folder":
+            train, test = (ImageFolder(str(Path(data.root) / split)) for split in ("train", "val"))
+        else:
+            flag = "train" in inspect.signature(kind).parameters
+            splits = [{"train": True}, {"train": False}] if flag else [{"split": "train"}, {"split": "test"}]
+            train, test = (kind(data.root, download=data.download, **split) for split in splits)
+    except Exception as error:  # missing or damaged files, no network: as many types as ways to fail
+        hint = "" if data.download or data.name == "folder" else "; data.download=true fetches it"
+        raise RunError(f"data.root={data.root} data.name={data.name}: {error}{hint}") from error
+    names, others = getattr(train, "classes", ()), getattr(test, "classes", ())
+    if names != others:
+        raise RunError(f"{data.root}: only in one of train and val: {', '.join(sorted({*names} ^ {*others})[:5])}")
     if not (classes := len(names) or data.classes):
         raise OptionError(f"data.classes: {data.name} does not say how many classes it has; give their number")
     if data.classes not in (0, classes):
         raise RunError(f"data.classes is {data.classes}, but {data.root} has {classes} classes")
     return train, test, classes
-
-
-def open_folders(data: Any) -> list[Any]:
-    """`root/train/<class>/*` and `root/val/<class>/*`."""
-    parts: list[Any] = []
-    for split in (data.train_split or "train", data.test_split or "val"):
-        folder = Path(data.root) / split
-        if not data.root or not folder.is_dir():
-            raise OptionError(f"data.root: there is no folder {folder}; it must hold one folder of images per class")
-        try:
-            parts.append(ImageFolder(str(folder)))
-        except FileNotFoundError as error:  # no class, or classes without images, which it names
-            raise RunError(f"{folder}: {error}") from error
-    if parts[0].classes != parts[1].classes:
-        different = sorted({*parts[0].classes} ^ {*parts[1].classes})
-        raise RunError(f"{data.root}: classes that are only in one of the two folders: {', '.join(different[:5])}")
-    return parts
-
-
-def open_named(data: Any) -> list[Any]:
-    """A data set of torchvision, by the name of its class."""
-    kind: Any = getattr(torchvision.datasets, data.name, None)
-    known = [name for name in torchvision.datasets.__all__ if splits_of(getattr(torchvision.datasets, name), data)]
-    if data.name not in known:
-        near = get_close_matches(data.name, ["digits", "folder", *known], n=3, cutoff=0.3)
-        raise OptionError(
-            f"data.name: {data.name!r} is not digits, folder, or a data set of torchvision with a training and a test "
-            f"part; nearest: {', '.join(near)}"
-        )
-    options: dict[str, Any] = {"root": data.root}
-    if "download" in inspect.signature(kind).parameters:
-        options["download"] = data.download
-    try:
-        return [kind(**options, **split) for split in splits_of(kind, data)]
-    except Exception as error:  # missing or damaged files, no network: as many types as ways to fail
-        hint = "" if data.download else "; data.download=true fetches it"
-        raise RunError(f"data.root={data.root} data.name={data.name}: {error}{hint}") from error
-
-
-def splits_of(kind: Any, data: Any) -> list[dict[str, Any]]:
-    """Options of the training and the test part; none for what has no such parts."""
-    if not (isinstance(kind, type) and issubclass(kind, VisionDataset)):
-        return []
-    parameters = inspect.signature(kind).parameters
-    if "train" in parameters:
-        return [{"train": True}, {"train": False}]
-    if "split" in parameters:
-        return [{"split": data.train_split or "train"}, {"split": data.test_split or "test"}]
-    return []

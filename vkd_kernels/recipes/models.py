@@ -1,12 +1,10 @@
-"""The networks of the classification task: the paper's students, the two of the digits task, any of timm's by name.
+"""The networks of the classification task: the paper's students, the two bundled ones, any of timm's by name.
 
-All are timm models: `forward_features` gives tokens or a map, `forward_head` logits; `run` reads both from any of them.
+All have timm's `forward_features`, which gives tokens or a map, and `forward_head`; `run` reads both from any of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +13,9 @@ import torch
 from timm.layers import ConvNormAct, PatchEmbed
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
-from torch import nn
+from torch import Tensor, nn
 
-from .config import OptionError
+from .config import OptionError, nearest
 from .runs import load_state, load_weights
 
 STEM_WIDTH = 64
@@ -25,10 +23,7 @@ STUDENTS = {
     "vkd_deit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vkd_deit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
 }
-SMALL_VIT, SMALL_CNN = "small_vit", "small_cnn"
-
-
-Model = Any  # an nn.Module with timm's forward_features, forward_head, num_features and num_classes
+Model = Any  # an nn.Module with timm's forward_features, forward_head and num_features
 
 
 class Shape(NamedTuple):
@@ -38,9 +33,9 @@ class Shape(NamedTuple):
     size: int  # side of the images
     channels: int
 
-
-def shape_of(data: Any) -> Shape:
-    return Shape(data.classes, data.size, data.channels)
+    @classmethod
+    def of(cls, data: Any) -> Shape:
+        return cls(data.classes, data.size, data.channels)
 
 
 # ---- the paper's students --------------------------------------------------------------------------------------------
@@ -73,56 +68,41 @@ class DistilledViT(VisionTransformerDistilled):
         super().__init__(patch_size=16, embed_layer=ConvStem, **options)
         self.dist_token = None  # type: ignore[assignment]  # the mean takes the place of the learned token
 
-    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:  # (N, P, C) -> (N, 2 + P, C)
+    def _pos_embed(self, x: Tensor) -> Tensor:  # (N, P, C) -> (N, 2 + P, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.mean(dim=1, keepdim=True), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
 
-def paper_student(config: Any, shape: Shape) -> DistilledViT:
-    if shape.size % 16:
-        raise OptionError(f"data.size: {config.name} takes patches of 16 pixels, got {shape.size}")
-    return DistilledViT(
-        img_size=shape.size,
-        in_chans=shape.channels,
-        num_classes=shape.classes,
-        drop_path_rate=config.drop_path,
-        **STUDENTS[config.name],
-    )
-
-
-# ---- the digits task's models ----------------------------------------------------------------------------------------
+# ---- the bundled models ----------------------------------------------------------------------------------------------
 
 
 class SmallCNN(nn.Module):
-    """The bundled teacher: convolution, batch norm, ReLU, halved after those of `pools`; mean; linear."""
+    """A bundled teacher: convolution, batch norm, ReLU, halved after those of `pools`; mean; linear."""
 
     def __init__(self, widths: tuple[int, ...], shape: Shape, pools: tuple[int, ...]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for index, (before, width) in enumerate(zip((shape.channels, *widths[:-1]), widths, strict=True)):
+        for number, (before, width) in enumerate(zip((shape.channels, *widths[:-1]), widths, strict=True), start=1):
             layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            if index + 1 in pools:
-                layers.append(nn.MaxPool2d(2))
+            layers += [nn.MaxPool2d(2)] if number in pools else []
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], shape.classes)
-        self.num_features, self.num_classes = widths[-1], shape.classes
+        self.num_features = widths[-1]
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:  # (N, channels, H, W) -> (N, C, H / 2, W / 2)
+    def forward_features(self, images: Tensor) -> Tensor:  # (N, channels, H, W) -> (N, C, H', W')
         return self.body(images)
 
-    def forward_head(self, features: torch.Tensor) -> torch.Tensor:
+    def forward_head(self, features: Tensor) -> Tensor:
         return self.head(features.mean(dim=(2, 3)))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 
 
 def small_vit(config: Any, shape: Shape) -> Model:
-    """The digits' student: class and register token, a few blocks; the head sits on the mean of the patch tokens."""
+    """The bundled student: class and register token, a few blocks; the head sits on the mean of the patch tokens."""
     if config.width % config.heads:
         raise OptionError(f"student.heads: {config.heads} does not divide student.width {config.width}")
-    if shape.size % config.patch:
-        raise OptionError(f"student.patch: {config.patch} does not divide the images' size {shape.size}")
     model: Model = VisionTransformer(
         img_size=shape.size,
         patch_size=config.patch,
@@ -147,79 +127,67 @@ def small_vit(config: Any, shape: Shape) -> Model:
 
 
 def make_student(config: Any, shape: Shape, *, empty: bool = False) -> Model:
-    """`student.name`: one of the paper's, the digits' transformer, or any model of timm; with `student.weights`.
-
-    `empty`: without memory, on PyTorch's meta device, to look at sizes and shapes.
-    """
-    with torch.device("meta") if empty else contextlib.nullcontext():
-        if config.name == SMALL_VIT:
+    """`student.name`, with `student.weights`; `empty`: on PyTorch's meta device, to look at sizes and shapes."""
+    common = {"num_classes": shape.classes, "in_chans": shape.channels}
+    with torch.device("meta" if empty else "cpu"):
+        if config.name == "small_vit":
             model: Model = small_vit(config, shape)
         elif config.name in STUDENTS:
-            model = paper_student(config, shape)
+            sizes: Any = STUDENTS[config.name]
+            model = DistilledViT(img_size=shape.size, drop_path_rate=config.drop_path, **common, **sizes)
         else:
-            model = timm_model("student", config.name, shape, drop_path_rate=config.drop_path or None)
+            model = timm_model("student", config.name, shape, drop_path_rate=config.drop_path or None, **common)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # both heads' logits in training mode
     if config.weights and not empty:
-        load_all(model, config.weights, "student.weights")
+        load_state(model, load_weights(Path(config.weights), "student.weights"), f"student.weights: {config.weights}")
     return model
 
 
-def make_teacher(config: Any, shape: Shape, weights: str = "", *, empty: bool = False) -> Model:
-    """`teacher.name`: the digits' CNN or any model of timm, with these weights."""
-    shape = shape._replace(classes=config.classes or shape.classes)
-    with torch.device("meta") if empty else contextlib.nullcontext():
-        if config.name == SMALL_CNN:
+def make_teacher(config: Any, shape: Shape, weights: str = "", *, logits: bool = True, empty: bool = False) -> Model:
+    """`teacher.name` with these weights; without `logits` one of timm has no head, so that any classes will do."""
+    fetched = config.pretrained and not weights and not empty
+    with torch.device("meta" if empty else "cpu"):
+        if config.name == "small_cnn":
             model: Model = SmallCNN(config.widths, shape, config.pools)
         else:
-            model = timm_model(
-                "teacher", config.name, shape, pretrained=config.pretrained and not weights and not empty
-            )
+            classes = shape.classes if logits else 0
+            common = {"num_classes": classes, "in_chans": shape.channels, "pretrained": fetched}
+            model = timm_model("teacher", config.name, shape, **common)
     if weights:
-        load_all(model, weights, "teacher.weights")
+        state, wanted = load_weights(Path(weights), "teacher.weights"), model.state_dict()
+        state = state if logits else {name: tensor for name, tensor in state.items() if name in wanted}
+        load_state(model, state, f"teacher.weights: {weights}")
     return model
-
-
-def teacher_width(config: Any, shape: Shape) -> int:
-    """Channels of the teacher's features."""
-    return make_teacher(config, shape, empty=True).num_features
 
 
 def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
-    if not timm.is_model(name.split(".")[0]):
-        bundled = [*STUDENTS, SMALL_VIT] if side == "student" else [SMALL_CNN]
-        near = difflib.get_close_matches(name, [*bundled, *timm.list_models()], n=4, cutoff=0.3)
-        raise OptionError(f"{side}.name: unknown {name!r}; nearest: {', '.join(near)} (timm.list_models() has all)")
-    known = timm.models.get_pretrained_cfg(name)
+    known = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if known is not None and known.fixed_input_size:
         options["img_size"] = shape.size
     # Otherwise timm would begin with a head that knows nothing.
-    if options.get("pretrained") and known is not None and known.num_classes != shape.classes:
+    if options.get("pretrained") and known is not None and options["num_classes"] not in (0, known.num_classes):
         raise OptionError(
-            f"{side}.pretrained: {name} has {known.num_classes} classes, not {shape.classes}; {side}.classes="
-            f"{known.num_classes} distill.logit_weight=0 distils its features alone"
+            f"{side}.pretrained: {name} has {known.num_classes} classes, not {shape.classes}; with "
+            "distill.logit_weight=0 its features alone teach"
         )
     try:
-        return timm.create_model(name, num_classes=shape.classes, in_chans=shape.channels, **options)
+        return timm.create_model(name, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise OptionError(f"{side}.name: timm cannot make {name!r} for {shape}: {error}") from error
-
-
-def load_all(model: Model, path: str, option: str) -> None:
-    """All tensors of a file into `model`, or an error that names the first that differ."""
-    load_state(model, load_weights(Path(path), option), f"{option}: {path}")
+        near = nearest(name, [*STUDENTS, "small_vit", "small_cnn", *timm.list_models()])
+        raise OptionError(f"{side}.name: cannot make {name!r} for {shape}: {error}{near}") from error
 
 
 # ---- features and logits ---------------------------------------------------------------------------------------------
 
 
 class Output(NamedTuple):
-    tokens: torch.Tensor  # (N, P, C): patches or positions of the map, after the final norm
-    logits: torch.Tensor  # (N, classes), of the class token's head where there are two
-    distilled: torch.Tensor  # (N, classes), of the distillation token's head; the same logits where there is one head
+    tokens: Tensor  # (N, P, C): patches or positions of the map, after the final norm
+    logits: Tensor  # (N, classes), of the class token's head where there are two
+    distilled: Tensor  # (N, classes), of the distillation token's head; the same logits where there is one head
 
 
-def run(model: Model, images: torch.Tensor) -> Output:
+def run(model: Model, images: Tensor) -> Output:
     """Features and logits of one forward pass of any model with timm's `forward_features` and `forward_head`."""
     features = model.forward_features(images)
     heads = model.forward_head(features)
@@ -227,10 +195,14 @@ def run(model: Model, images: torch.Tensor) -> Output:
     return Output(positions(model, features), logits, distilled)
 
 
-def positions(model: Model, features: torch.Tensor) -> torch.Tensor:
+def positions(model: Model, features: Tensor) -> Tensor:
     """What `forward_features` gives as (N, P, C): without class, distillation and register tokens, channels last."""
     if features.dim() == 4:  # a map; some of timm's transformers have channels last
-        return (features if getattr(model, "output_fmt", "NCHW") == "NHWC" else features.permute(0, 2, 3, 1)).flatten(
-            1, 2
-        )
+        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        return (features if last else features.permute(0, 2, 3, 1)).flatten(1, 2)
     return features[:, getattr(model, "num_prefix_tokens", 0) :] if features.dim() == 3 else features.unsqueeze(1)
+
+
+def described(model: Model) -> dict[str, Any]:
+    """What `--dry-run` shows of a network."""
+    return {"parameters": sum(p.numel() for p in model.parameters()), "features": model.num_features}

@@ -6,12 +6,6 @@ clutter, and noise. Training scenes use one part of the 1797 digits, evaluation 
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -34,11 +28,7 @@ INK = 0.3  # of a digit's own maximum: what belongs to its box
 BLACK, GAIN = 0.25, 0.5  # of the 8-bit range: what background and full ink become, so that noise is not cut off
 
 
-@dataclass
-class Scene:
-    image: Tensor  # (CANVAS, CANVAS) uint8
-    boxes: list[list[int]]  # x, y, width, height
-    labels: list[int]
+Scene = tuple[Tensor, list[list[int]], list[int]]  # an image (CANVAS, CANVAS) uint8; boxes x, y, width, height; labels
 
 
 def compose(digits: Tensor, labels: Tensor, draw: torch.Generator) -> Scene:
@@ -59,21 +49,21 @@ def compose(digits: Tensor, labels: Tensor, draw: torch.Generator) -> Scene:
         ink = resized(digit[row : row + 4, column : column + 4], whole(*FRAGMENT_SIZES))
         paste(ink, whole(0, CANVAS - ink.shape[1]), whole(0, CANVAS - ink.shape[0]))
 
-    scene = Scene(canvas, [], [])
+    boxes: list[list[int]] = []
+    shown: list[int] = []
     for _ in range(whole(*DIGITS)):
         index = whole(0, len(digits) - 1)
         ink = tight(resized(digits[index], whole(*SIZES)))
         height, width = ink.shape
         for _ in range(50):  # places; a canvas that is too full gets one digit less
             x, y = whole(0, CANVAS - width), whole(0, CANVAS - height)
-            if all(overlap([x, y, width, height], box) <= OVERLAP for box in scene.boxes):
+            if all(overlap([x, y, width, height], box) <= OVERLAP for box in boxes):
                 paste(ink, x, y)
-                scene.boxes.append([x, y, width, height])
-                scene.labels.append(int(labels[index]))
+                boxes.append([x, y, width, height])
+                shown.append(int(labels[index]))
                 break
     noisy = canvas + NOISE * torch.randn(canvas.shape, generator=draw)
-    scene.image = (255 * (BLACK + GAIN * noisy)).round().clamp(0, 255).to(torch.uint8)
-    return scene
+    return (255 * (BLACK + GAIN * noisy)).round().clamp(0, 255).to(torch.uint8), boxes, shown
 
 
 def resized(ink: Tensor, size: int) -> Tensor:
@@ -105,42 +95,14 @@ def composed(seed: int, train: int, val: int) -> tuple[list[Scene], list[Scene]]
 
 def in_memory(scenes: list[Scene], where: str) -> CocoImages:
     """As if read from a folder."""
-    images = {file_name(number): Image.fromarray(scene.image.numpy()) for number, scene in enumerate(scenes, start=1)}
-    return CocoImages(coco_annotations(scenes), where, lambda name: images[name].copy(), channels=1, keep=True)
-
-
-def file_name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
-def coco_annotations(scenes: list[Scene]) -> dict[str, Any]:
-    """As COCO's instances_*.json."""
-    numbers = range(1, len(scenes) + 1)
-    objects = [
-        {"image_id": number, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for number, scene in zip(numbers, scenes, strict=True)
-        for box, label in zip(scene.boxes, scene.labels, strict=True)
-    ]
-    return {
-        "images": [{"id": n, "file_name": file_name(n), "width": CANVAS, "height": CANVAS} for n in numbers],
-        "annotations": [{"id": n, **o} for n, o in enumerate(objects, start=1)],
+    images = [Image.fromarray(image.numpy()) for image, _, _ in scenes]
+    content = {
+        "images": [{"id": n, "file_name": str(n)} for n in range(len(scenes))],
+        "annotations": [
+            {"image_id": n, "category_id": label, "bbox": box}
+            for n, (_, boxes, labels) in enumerate(scenes)
+            for box, label in zip(boxes, labels, strict=True)
+        ],
         "categories": [{"id": digit, "name": str(digit)} for digit in range(CLASSES)],
     }
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a seed's scenes as COCO folders.")
-    parser.add_argument("folder", type=Path, help="becomes train/ and val/, each with annotations.json and images/")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=1500, help="training scenes")
-    parser.add_argument("--val", type=int, default=300, help="evaluation scenes")
-    a = parser.parse_args(argv)
-    for name, scenes in zip(("train", "val"), composed(a.seed, a.train, a.val), strict=True):
-        (a.folder / name / "images").mkdir(parents=True)
-        for number, scene in enumerate(scenes, start=1):
-            Image.fromarray(scene.image.numpy()).save(a.folder / name / "images" / file_name(number))
-        (a.folder / name / "annotations.json").write_text(json.dumps(coco_annotations(scenes)))
-
-
-if __name__ == "__main__":
-    main()
+    return CocoImages(content, where, lambda name: images[int(name)].copy(), channels=1, keep=True)

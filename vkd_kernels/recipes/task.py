@@ -257,6 +257,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
 
 
+def teacher_config(config: Any) -> Any:
+    """The configuration in which a teacher is trained: with `teacher.steps`, `.batch_size` and `.lr`, and alone."""
+    t = config.teacher
+    optim = {"lr": t.lr, "steps": t.steps, "batch_size": t.batch_size, "epochs": 0.0, "min_lr": 0.0, "ema": 0.0}
+    changes = {"optim": optim, "distill": {"weight": 0.0}, "run": {"eval_every": 0}}
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
 def mixed_seed(*numbers: int) -> int:
     """One seed of several numbers, such as (seed, step, rank), unlike that of any others."""
     return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> 1)
