@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,16 +275,9 @@ def make_jobs(e: Experiment, root: Path, fabric: Any) -> list[jobs.Job]:
         for arm in (TEACHER, *e.arms):
             config = configs.replace(e.config, e.typed) if arm == TEACHER else e.config_of(arm)
             result = root / arm / f"seed-{seed:02d}" / ("done.json" if arm == TEACHER else "result.json")
-            arguments = {
-                "task": e.head.task,
-                "config": config,
-                "arm": arm,
-                "seed": seed,
-                "root": root,
-                "fabric": fabric,
-            }
+            work = partial(train, task=e.head.task, config=config, arm=arm, seed=seed, root=root, fabric=fabric)
             after = None if arm == TEACHER else f"{TEACHER} {seed}"
-            todo.append(jobs.Job(f"{arm} {seed}", result, train, arguments, after))
+            todo.append(jobs.Job(f"{arm} {seed}", result, work, after))
     return todo
 
 

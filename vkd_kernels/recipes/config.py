@@ -189,5 +189,5 @@ def help_text(config: Section, origins: Mapping[str, str]) -> str:
         limits += [" | ".join(map(str, get_args(literal))) for literal in literals]
         about = "; ".join([field.description, *limits]) + f" [{origins.get(name, source)}]"
         head = f"{name}={show(value)}".ljust(38)
-        lines.append(textwrap.fill(f"{head}  {about}", 110, initial_indent=" " * 4, subsequent_indent=" " * 12))
+        lines.append(textwrap.fill(f"{head}  {about}", 110, initial_indent=" " * 4, subsequent_indent=" " * 44))
     return "\n".join(lines)

@@ -34,8 +34,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Job:
     name: str
     result: Path  # exists when the job is done
-    work: Callable[..., None]  # called as work(**arguments, monitor=...)
-    arguments: dict[str, Any]
+    work: Callable[..., None]  # called as work(monitor=...)
     after: str | None = None  # the job that must be done before
 
 
@@ -49,7 +48,7 @@ def perform(jobs: list[Job], *, processes: int, quiet: bool = False) -> None:
     monitor = Monitor(quiet)
     with signals_caught(lambda number: setattr(monitor, "signal", number)):
         for job in waiting:
-            job.work(**job.arguments, monitor=monitor)
+            job.work(monitor=monitor)
 
 
 def in_workers(jobs: list[Job], waiting: list[Job], processes: int, quiet: bool) -> None:
@@ -83,7 +82,7 @@ def in_workers(jobs: list[Job], waiting: list[Job], processes: int, quiet: bool)
 
 
 def _work(job: Job) -> None:
-    job.work(**job.arguments, monitor=Monitor())
+    job.work(monitor=Monitor())
 
 
 def _start_worker() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .config import OptionError
 from .runs import RunError
@@ -43,12 +43,9 @@ def read(
     views: Views, keys: Iterable[Any], collate: Callable[[list[Any]], Any], *, workers: int, at_once: int = 0
 ) -> Iterator[Any]:
     """Batches of `collate([(sample, key), ...])`: of lists of keys, or of `at_once` keys each."""
-    if at_once:
-        keys = list(keys)
-        keys = [keys[i : i + at_once] for i in range(0, len(keys), at_once)]
     loader = DataLoader(
         views,
-        batch_sampler=keys,  # type: ignore[arg-type]
+        batch_sampler=BatchSampler(keys, at_once, drop_last=False) if at_once else keys,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_start_reading,
