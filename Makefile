@@ -6,7 +6,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 SOURCES := $(CPP) CMakeLists.txt setup.py pyproject.toml
 CTEST_BUILD := build/ctest
 
-.PHONY: setup demo test test-quick test-lowest test-triton test-wheel coverage lint ctest docs wheels gpu clean
+.PHONY: setup demo test test-quick test-thorough test-lowest test-triton test-wheel coverage lint ctest docs wheels gpu clean
 
 setup: $(VENV)/.installed
 
@@ -30,8 +30,13 @@ demo: setup
 # Two processes of one thread each: most of the time goes into Python, not into matrix products.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test: lint ctest docs
-	$(PYTEST) --dist loadfile
+test: setup
+	$(MAKE) --jobs=2 lint ctest docs
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
+
+# Every combination, where `make test` lets some stand for all (the mark `thorough`).
+test-thorough: setup
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --thorough
 
 # For the loop of a developer: without what is slow (tests/conftest.py says which files, and the mark `slow`).
 test-quick: setup

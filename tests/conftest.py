@@ -14,22 +14,24 @@ if not torch.cuda.is_available():
     # Triton's decorators read it when kernels and Triton itself are imported: before any test module does.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Files whose tests take a second or more of a processor each: ranks, commands, compilers, kernels in the interpreter.
+# Files whose tests take a second or more of a processor each: compilers, ranks, commands, kernels in the interpreter.
+# They run first, those that take longest before the others, so that two processes end at about the same time.
 SLOW_FILES = (
+    "test_build.py",
+    "ops/test_ortho_proj_loss_aot.py",
+    "recipes/*.py",
     "distributed/*.py",
+    "ops/test_ortho_proj_loss_triton*.py",
+    "ops/test_ortho_proj_loss_group*.py",
+    "ops/test_host_time.py",
+    "test_benchmarks.py",
     "helpers/test_processes.py",
     "modules/test_faults.py",
     "modules/test_integrations*.py",
     "*/test_properties.py",
     "modules/test_store*.py",
     "modules/test_teachers.py",
-    "ops/test_ortho_proj_loss_aot.py",
-    "ops/test_ortho_proj_loss_group*.py",
     "ops/test_ortho_proj_loss_semi_orthogonal.py",
-    "ops/test_ortho_proj_loss_triton.py",
-    "recipes/*.py",
-    "test_benchmarks.py",
-    "test_build.py",
 )
 NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 
@@ -39,8 +41,13 @@ def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="every combination: `make test-thorough`")
 
 
+def rank_of_slow_file(path):
+    """Its place among SLOW_FILES, behind which all others come."""
+    return next((i for i, pattern in enumerate(SLOW_FILES) if path.match(f"tests/{pattern}")), len(SLOW_FILES))
+
+
 def is_slow_file(path):
-    return any(path.match(f"tests/{pattern}") for pattern in SLOW_FILES)
+    return rank_of_slow_file(path) < len(SLOW_FILES)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -52,6 +59,7 @@ def pytest_collection_modifyitems(items, config):
     for item in items:
         if is_slow_file(item.path) or "compile" in item.name:  # of torch.compile: seconds each
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: rank_of_slow_file(item.path))
     left_out = {"slow": config.getoption("--quick"), "thorough": not config.getoption("--thorough")}
     for mark in (mark for mark, is_left_out in left_out.items() if is_left_out):
         items[:] = [item for item in items if not item.get_closest_marker(mark)]

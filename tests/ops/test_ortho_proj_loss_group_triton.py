@@ -1,5 +1,6 @@
 """Several losses at once, by the fused kernels (interpreted without a GPU): each as it is alone."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -68,8 +69,16 @@ def run(cases, needed=(True, True, True), **kwargs):
     return losses, {name: got if name == "student" else list(got[0]) for name, got in result.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
+def options_and_dtypes():
+    """Two options in every dtype, the others in one each; the same kernels alone are tested in all."""
+    cases = []
+    for (index, option), dtype in itertools.product(enumerate(OPTIONS), DTYPES):
+        runs = option in ("layer_norm", "everything") or dtype == DTYPES[index % len(DTYPES)]
+        cases.append(pytest.param(option, dtype, marks=[] if runs else [pytest.mark.thorough]))
+    return cases
+
+
+@pytest.mark.parametrize("option, dtype", options_and_dtypes())
 def test_accuracy(option, dtype, poisoned):
     """Three sides: the error of each loss against float64 is within the table, or 1.5 times the composition's."""
     group = cases(dtype, option)
@@ -252,9 +261,17 @@ def test_compiles_without_a_break(normalization, dynamic, monkeypatch):
         assert_equal(results)
 
 
-@pytest.mark.parametrize("rows", [ROWS, [70, 1, 90, 64]], ids=["few", "few and many"])
-@pytest.mark.parametrize("loss, masks", [("smooth_l1", "some"), ("mse", "no masks")])
-@pytest.mark.parametrize("normalization", SERVED)
+def served_losses():
+    """Every normalization with either loss, and with either kind of rows."""
+    losses, kinds = [("smooth_l1", "some"), ("mse", "no masks")], [ROWS, [70, 1, 90, 64]]
+    cases = []
+    for (i, normalization), (j, loss), (k, rows) in itertools.product(*map(enumerate, (SERVED, losses, kinds))):
+        marks = [] if (i + j + k) % 2 == 0 else [pytest.mark.thorough]
+        cases.append(pytest.param(normalization, *loss, rows, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize("normalization, loss, masks, rows", served_losses())
 def test_interface(normalization, loss, masks, rows, monkeypatch):
     monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
     options = {"normalization": normalization, "loss": loss, "eps": 0.1 if normalization == "whiten" else 1e-5}
@@ -319,7 +336,7 @@ def test_squared_error_with_orthonormal_weights(scale, rows, monkeypatch):
 def test_statistics(weighted, monkeypatch, poisoned):
     """More losses than a launch takes; each is as it is alone."""
     monkeypatch.setattr(tiles, "GROUP", 2)
-    rows = [37, 1, 300, 64, 5]
+    rows = [37, 1, 150, 64, 5]
     xs = [torch.randn(n, 33, device=DEVICE) + 3 for n in rows]
     ws = [torch.rand(n, device=DEVICE) if weighted and i != 1 else None for i, n in enumerate(rows)]
     means, c = torch.randn(5, 33, device=DEVICE), torch.randn(5, 33, 33, device=DEVICE)
@@ -336,8 +353,8 @@ def test_statistics(weighted, monkeypatch, poisoned):
         alone = statistics([x], [w], means[i : i + 1], c[i : i + 1])
         for ours, expected in zip(grouped, alone, strict=True):
             torch.testing.assert_close(ours[i], expected[0], rtol=1e-5, atol=1e-5)  # rows are split otherwise
-        for ours, expected in zip(grouped, statistics(xs, ws, means, c), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for ours, again in zip(grouped, statistics(xs, ws, means, c), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
