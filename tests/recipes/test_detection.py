@@ -238,7 +238,7 @@ def test_features_must_match():
         DistilledDetector(detectors.FCOS((4,), 6, 3, 1), config, {"other": 7})
     model, batch = DistilledDetector(detectors.FCOS((4,), 6, 3, 1), config, {"map": 7}), batch_of()
     batch["teacher"]["map"] = torch.randn(3, 4, 4, 7)
-    with pytest.raises(RunError, match="the same positions and queries; map is"):
+    with pytest.raises(ValueError, match="student and teacher"):
         model(batch)
 
 

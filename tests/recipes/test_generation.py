@@ -57,7 +57,7 @@ def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [(r["arm"], len(r["curve"])) for r in metrics["runs"]] == [("alone", 2), ("vkd", 2)]
     assert metrics["runs"][1]["diagnostics"]["max |PᵀP - I|"] < 1e-5
-    assert {"accuracy", "judge_accuracy", "distance_of_the_training_images"} <= metrics["teachers"][0].keys()
+    assert {"teacher_accuracy", "judge_accuracy", "distance_of_the_training_images"} <= metrics["teachers"][0].keys()
     run = folder / "vkd" / "seed-00"
     assert (run / "figures" / "samples.png").stat().st_size > 1000
     assert not any("discriminator" in name for name in runs.load_weights(run / "student.safetensors"))
@@ -285,8 +285,8 @@ def test_one_step_of_the_papers_configuration(tmp_path, monkeypatch):
     )
     data = pictures.Pictures.__new__(pictures.Pictures)
     data.pool, data.held_out = (torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (12, 8))
-    data.labels, data.held_out_labels, data.seen = torch.arange(12), torch.arange(8), torch.arange(12)
-    data.shape = Shape(100, 32, 3)
+    data.labels, data.seen, data.shape = torch.arange(12), torch.arange(12), Shape(100, 32, 3)
+    data.parts = (data.pool, data.labels), (data.held_out, torch.arange(8))
     monkeypatch.setattr(Generation, "data", data)
     job(config, tmp_path / "teacher").train_teacher()
     training = job(config, tmp_path / "run", tmp_path / "teacher")

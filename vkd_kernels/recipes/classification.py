@@ -153,7 +153,8 @@ class DistilledStudent(nn.Module):
         elif distilled is not logits:  # nobody else teaches the second head, and its logits count in evaluation
             losses["labels"] = total = (total + self.label_loss(distilled, batch["targets"])) / 2
         if self.feature_loss is not None:
-            losses["features"] = self.feature_loss(*same_positions(tokens, batch["features"]))
+            ours = tokens.mean(dim=1) if self.distill.features == "pooled" else tokens
+            losses["features"] = self.feature_loss(ours, batch["features"])
             total = total + self.distill.weight * losses["features"]
         return {**losses, "total": total}
 
@@ -174,16 +175,6 @@ class Teaching(nn.Module):
         tokens, logits, _ = models.run(self.model, images)
         features = tokens.mean(dim=1) if self.pooled else tokens
         return {"logits": self.logits(logits), "features": self.features(features)}
-
-
-def same_positions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Student's (N, P, S) against the teacher's (N, T): the mean; against (N, P, T): every position."""
-    if teacher.dim() == 2:
-        return student.mean(dim=1), teacher
-    if student.shape[1] != teacher.shape[1]:
-        counts = f"{student.shape[1]} of the student and {teacher.shape[1]} of the teacher"
-        raise OptionError(f"distill.features: tokens need as many positions on both sides, got {counts}")
-    return student, teacher
 
 
 class Classification(Task):

@@ -130,11 +130,6 @@ class DistilledDetector(nn.Module):
         features: dict[str, Tensor] = {}
         for name, feature_loss in self.feature_losses.items():
             ours, theirs = prediction.features[name], batch["teacher"][name]
-            if ours.shape[:-1] != theirs.shape[:-1]:
-                raise RunError(
-                    f"teacher and student must have the same positions and queries; {name} is {(*theirs.shape,)} of "
-                    f"the teacher and {(*ours.shape,)} of the student"
-                )
             mask = None
             if name.startswith("map"):
                 mask = compared(batch, ours.shape[1], ours.shape[2], self.distill.where)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,16 +33,16 @@ from torchvision.utils import save_image
 
 import vkd_kernels as vk
 
-from . import engine, gan, images, runs
+from . import gan, images, runs
 from .config import Channels, Ints, OptionError, Section, Words, option, section
 from .gan import as_bytes, as_float, make_discriminator, make_generator
 from .models import Shape, described
-from .pictures import AT_ONCE, ClassifierFeatures, ClassifierTraining, Pictures, make_classifier, make_encoder
+from .pictures import AT_ONCE, ClassifierFeatures, Pictures, make_classifier, make_encoder, train_classifier
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator
 
 TRIAL, BIGGAN = "tried on the digits", "BigGAN at 32x32"
 BATCH, _, SAMPLES, PICTURE = range(4)  # what a draw is for, beside the seed and the step
-JUDGE, WHITENING = "judge.safetensors", "whitening.safetensors"
+WHITENING = "whitening.safetensors"
 SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a picture
 
 
@@ -156,27 +155,23 @@ class DistilledGAN(nn.Module):
         if teacher is not None:
             self.feature_loss = config.distill.feature_loss(discriminator.num_features, **loss)
 
-    def forward(self, real: Tensor | None = None, labels: Tensor | None = None, *, count: int) -> dict[str, Tensor]:
+    def forward(self, real: Tensor | None = None, labels: Any = None, *, count: int) -> dict[str, Tensor]:
         """`count`: images to generate."""
-        device = next(self.generator.parameters()).device
+        device, hinge = next(self.generator.parameters()).device, self.config.optim.loss == "hinge"
         latents = torch.randn(count, self.config.student.latent, device=device)
         fake_labels = torch.randint(self.classes, (count,), device=device)
-        if real is None or labels is None:
-            return self.generator_losses(latents, fake_labels)
-        return self.discriminator_losses(real, labels, latents, fake_labels)
-
-    def discriminator_losses(
-        self, real: Tensor, labels: Tensor, latents: Tensor, fake_labels: Tensor
-    ) -> dict[str, Tensor]:
+        policy = self.config.augment.policy
+        if real is None:
+            fake = gan.diff_augment(self.generator(latents, fake_labels), policy)
+            logits = self.discriminator(fake, fake_labels).logits.float()
+            return {"generator": -logits.mean() if hinge else F.softplus(-logits).mean()}
         with torch.no_grad():
             fake = self.generator(latents, fake_labels)
-        pictures = self.augmented(torch.cat([real, fake]))  # the real ones first
+        pictures = gan.diff_augment(torch.cat([real, fake]), policy)  # the real ones first
         verdict = self.discriminator(pictures, torch.cat([labels, fake_labels]))
         of_real, of_fake = verdict.logits.float().chunk(2)
-        if self.config.optim.loss == "hinge":
-            total = F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
-        else:
-            total = F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+        cost, margin = (F.relu, 1.0) if hinge else (F.softplus, 0.0)
+        total = cost(margin - of_real).mean() + cost(margin + of_fake).mean()
         losses = {"discriminator": total}
         if self.feature_loss is not None:
             with torch.no_grad():
@@ -184,14 +179,6 @@ class DistilledGAN(nn.Module):
             losses["features"] = self.feature_loss(verdict.features, target)
             total = total + self.config.distill.weight * losses["features"]
         return {**losses, "total": total}
-
-    def generator_losses(self, latents: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        fake = self.augmented(self.generator(latents, labels))
-        logits = self.discriminator(fake, labels).logits.float()
-        return {"generator": -logits.mean() if self.config.optim.loss == "hinge" else F.softplus(-logits).mean()}
-
-    def augmented(self, pictures: Tensor) -> Tensor:
-        return gan.diff_augment(pictures, self.config.augment.policy)
 
 
 class Generation(Task):
@@ -221,21 +208,23 @@ class Generation(Task):
 
     def train_teacher(self) -> dict[str, Any]:
         """Train the seed's classifiers where they are needed, and measure what whitening the teacher takes."""
-        numbers: dict[str, Any] = {}
-        folder, config = self.context.folder, self.config
-        if config.teacher.name == "classifier" and config.distill.weight:
-            training = ClassifierTraining(config, self.context, self.data)
-            result = engine.train(training, weights="teacher.safetensors")
-            numbers = {name: result[name] for name in ("accuracy", "seconds", "cpu_seconds")}
-        if config.metric.features == "classifier":
-            training = ClassifierTraining(config, replace(self.context, folder=folder / "judge"), self.data)
-            numbers["judge_accuracy"] = engine.train(training, weights=JUDGE)["accuracy"]
-        if config.distill.weight and config.distill.normalization == "whiten" and self.fabric.is_global_zero:
-            runs.save_safetensors(folder / WHITENING, self.measured_whitening())
-        self.fabric.barrier()
+        c, numbers, (pool, held_out) = self.config, dict[str, Any](), self.data.parts
+        wanted = {"teacher": (pool, held_out)} if c.teacher.name == "classifier" and c.distill.weight else {}
+        wanted |= {"judge": (held_out, pool)} if c.metric.features == "classifier" else {}
+        for name, (learn, test) in wanted.items():
+            data = (learn, test, self.data.shape)
+            classifier, numbers[f"{name}_accuracy"] = train_classifier(c.teacher, self.seed, data, self.fabric.device)
+            self.save(f"{name}.safetensors", classifier.state_dict())
+        if c.distill.weight:
+            self.save(WHITENING, self.measured_whitening())
         copies = self.data.pool[self.data.seen[self.mine]].split(SAMPLES_AT_ONCE)
         numbers["distance_of_the_training_images"] = self.distance(copies)
         return numbers
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self.fabric.is_global_zero:
+            runs.save_safetensors(self.teacher_folder / name, tensors)
+        self.fabric.barrier()
 
     @torch.no_grad()
     def measured_whitening(self) -> dict[str, Tensor]:
@@ -280,17 +269,14 @@ class Generation(Task):
         """torchmetrics' Fréchet distance to the held-out images, of which every rank reads its share."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        weights = self.config.metric.weights
-        if self.config.metric.features == "inception":
-            if weights:
-                runs.load_weights(
-                    Path(weights), "metric.weights"
-                )  # tensors alone: torch-fidelity would run what it holds
-            network: Any = {"feature": 2048, "feature_extractor_weights_path": weights or None}
-        else:
-            path = self.teacher_folder / "judge" / JUDGE
+        m, network = self.config.metric, dict[str, Any](feature=2048)
+        if m.weights:  # tensors alone: torch-fidelity would run what else a file holds
+            runs.load_weights(Path(m.weights), "metric.weights")
+        if m.features == "classifier":
+            path = self.teacher_folder / "judge.safetensors"
             classifier = make_classifier(self.config.teacher, self.data.shape, path)
-            network = {"feature": ClassifierFeatures(classifier).requires_grad_(False).eval()}
+            network["feature"] = ClassifierFeatures(classifier).requires_grad_(False).eval()
+        network["feature_extractor_weights_path"] = m.weights or None
         judge: Any = FrechetInceptionDistance(reset_real_features=False, **network).to(self.fabric.device)
         for part in self.data.held_out[self.mine].split(SAMPLES_AT_ONCE):
             self.measure(judge, part, real=True)

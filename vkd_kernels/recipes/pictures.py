@@ -1,9 +1,7 @@
-"""What the generation task learns from: images, all in memory, the frozen teacher, and classifiers of the images."""
+"""What the generation task learns from: images, all in memory, the frozen teacher, and a classifier of the images."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,12 @@ from .digits import POOL, read_digits
 from .gan import as_float
 from .loading import Key, Views, read
 from .models import Shape, SmallCNN
-from .task import Context, Optim, Task, generator
+from .task import Optim, generator, parameter_groups, seed_all
 
 SPLIT, CLASSIFIER, AT_ONCE = 0, 1, 250  # the first two: what a draw is for, beside the seed and the step
+
+
+Learned = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Shape]  # images and labels to learn, others to test
 
 
 class Pictures:
@@ -38,8 +39,8 @@ class Pictures:
         else:
             train, test, classes = images.open_images(data)
             parts = [in_memory(part, data) for part in (train, test)]
-        (self.pool, self.labels), (self.held_out, self.held_out_labels) = parts
-        self.shape = Shape(classes, self.pool.shape[-1], self.pool.shape[1])
+        (self.pool, self.labels), (self.held_out, _) = parts
+        self.shape, self.parts = Shape(classes, self.pool.shape[-1], self.pool.shape[1]), parts
         draw = generator(seed, SPLIT, 1)
         self.seen = images.share_of_classes(self.labels, classes, data.fraction, draw)
 
@@ -111,45 +112,22 @@ def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = Fals
         return encoder.requires_grad_(False).eval()
 
 
-# ---- classifiers -----------------------------------------------------------------------------------------------------
-
-
-class ClassifierTraining(Task):
-    """A classifier learns the labels of images: the bundled teacher those of the pool, the judge the held-out ones."""
-
-    def __init__(self, config: Any, context: Context, data: Pictures) -> None:
-        run = config.run.model_copy(update={"eval_every": 0, "tensorboard": False})
-        super().__init__(config.model_copy(update={"run": run}), context)
-        t = config.teacher
-        common = {"weight_decay": 0.05, "warmup": 0.1, "precision": config.optim.precision}
-        self.optim = Optim(lr=t.lr, steps=t.steps, batch_size=t.batch_size, **common)
-        self.shape, pool, held_out = data.shape, (data.pool, data.labels), (data.held_out, data.held_out_labels)
-        self.learn, self.test = (held_out, pool) if context.folder.name == "judge" else (pool, held_out)
-
-    def make_student(self) -> nn.Module:
-        return make_classifier(self.config.teacher, self.shape)
-
-    def make_model(self, student: nn.Module) -> nn.Module:
-        return Labeled(student)
-
-    def batches(self, start: int) -> Iterator[Any]:
-        pictures, labels = self.learn
-        for step in itertools.count(start):
-            draw = generator(self.seed, step, CLASSIFIER)
-            rows = torch.randint(len(labels), (self.optim.batch_size,), generator=draw)[self.mine]
-            yield self.fabric.to_device((as_float(pictures[rows]), labels[rows]))
-
-    def evaluate(self, student: nn.Module) -> dict[str, float]:
-        right = 0
-        for part, labels in zip(*(x.split(AT_ONCE) for x in self.test), strict=True):
-            right += (student(self.fabric.to_device(as_float(part))).argmax(1).cpu() == labels).sum().item()
-        return {"accuracy": 100 * right / len(self.test[1])}
-
-
-class Labeled(nn.Module):
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        return {"total": F.cross_entropy(self.classifier(batch[0]).float(), batch[1], label_smoothing=0.1)}
+def train_classifier(config: Any, seed: int, data: Learned, device: Any) -> tuple[SmallCNN, float]:
+    """The classifier of the section `teacher`, trained on images and labels; and its accuracy on others."""
+    (pictures, labels), (others, truth), shape = data
+    optim = Optim(lr=config.lr, warmup=0.1, steps=config.steps)
+    seed_all(seed)
+    classifier = SmallCNN(config.widths, shape, pools=(1,)).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(classifier, weight_decay=0.05), lr=config.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.rate(step, config.steps))
+    for step in range(config.steps):
+        rows = torch.randint(len(labels), (config.batch_size,), generator=generator(seed, step, CLASSIFIER))
+        logits = classifier(as_float(pictures[rows]).to(device))
+        F.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    classifier.eval()
+    with torch.no_grad():
+        said = torch.cat([classifier(as_float(part).to(device)).argmax(1).cpu() for part in others.split(AT_ONCE)])
+    return classifier, 100 * (said == truth).double().mean().item()
