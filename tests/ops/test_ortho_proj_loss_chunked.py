@@ -263,7 +263,7 @@ def test_opcheck(needed):
         getattr(case, name).requires_grad_(need)
     options = "layer_norm", 1e-5, 0.2, 0.5, 0.3, 0.5, 1 << 20
     torch.library.opcheck(
-        chunked.chunked_loss,
+        chunked.chunked_loss.overload,
         (
             case.student,
             case.teacher,
@@ -279,7 +279,8 @@ def test_opcheck(needed):
         ),
     )
     unscaled = [torch.randn(*size) for size in ((6, 5), (7, 5), (7,))]
-    torch.library.opcheck(chunks.chunked_backward, (torch.ones(()), *unscaled, None, 0.5, torch.float16, torch.float32))
+    backward = torch.ones(()), *unscaled, None, 0.5, torch.float16, torch.float32
+    torch.library.opcheck(chunks.chunked_backward.overload, backward)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)

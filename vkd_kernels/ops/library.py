@@ -6,11 +6,12 @@
     differentiable(chunked_loss, save=_save, backward=_backward)
     refuses_gradients(chunked_loss_backward, "what to use instead")
 
-An operator is opaque to torch.compile, which knows its shapes, and its gradient is one autograd node.
+An operator is opaque to torch.compile, which knows its shapes, and its gradient is one autograd node. Where nobody but
+autograd looks on, its function is called without PyTorch's dispatcher, which takes some 15 µs for a loss's arguments.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,57 @@ NAMESPACE = "vkd_kernels"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Declares the function that follows as an operator of its name, for every device, and returns the operator.
+class Operator:
+    """A function that is an operator as well; called by keyword, as both are."""
+
+    def __init__(self, function: Callable[..., Any], overload: torch._ops.OpOverload) -> None:
+        self.function, self.overload = function, overload
+        self.node: type[torch.autograd.Function] | None = None  # made by ``differentiable``
+
+    def __call__(self, **inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_plain(inputs):
+            return self.overload(**inputs)
+        return self.run(self.function, inputs)
+
+    def run(self, compute: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """``compute``, the function or the operator, with its gradient where there may be one."""
+        if self.node is None or not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return compute(**inputs)
+        names, tensors = [], []  # autograd wants to see the tensors, also those of a list
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                names.append(name)
+                tensors.append(value)
+            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+                names += [name] * len(value)
+                tensors += value
+        return self.node.apply(compute, inputs, names, *tensors)
+
+
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_under_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.dtype, str, bool, int, float, type(None)})
+
+
+def _is_plain(inputs: dict[str, Any]) -> bool:
+    """Whether no subclass of tensors, mode, transform or tracer has to see the operator."""
+    if _dispatch_modes() or _under_torch_func() or torch.jit.is_tracing():
+        return False
+    return all(
+        type(value) in _PLAIN or (isinstance(value, (list, tuple)) and all(type(entry) in _PLAIN for entry in value))
+        for value in inputs.values()
+    )
+
+
+def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:
+    """Declares the function that follows as an operator of its name, for every device.
 
     The function takes its arguments by name (``*``), as do ``shapes``, which returns empty outputs, and the operator
     itself. It must neither change its arguments nor return any of them. Autograd is off where it runs.
     """
 
-    def declare(function: Callable[..., Any]) -> torch._ops.OpOverload:
+    def declare(function: Callable[..., Any]) -> Operator:
         name = function.__name__
         names = [*inspect.signature(function).parameters]
         implementation = by_position(function)
@@ -38,7 +82,7 @@ def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], to
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        return Operator(function, getattr(getattr(torch.ops, NAMESPACE), name).default)
 
     return declare
 
@@ -62,7 +106,7 @@ def needs_gradient(*tensors: torch.Tensor | float | None) -> bool:
 
 
 def differentiable(
-    op: torch._ops.OpOverload,
+    op: Operator,
     *,
     save: Callable[[Any, dict[str, Any], Any], None],
     backward: Callable[..., dict[str, Any]],
@@ -72,19 +116,19 @@ def differentiable(
 
     This is what torch.library.register_autograd does, which takes 40 µs longer a call for a loss's 17 arguments: 60
     against 17 µs forward in results/cpu/operators.json, measured by benchmarks/bench_operators.py. A list of tensors
-    as the first argument has a list of gradients.
+    has a list of gradients.
     """
-    names = [argument.name for argument in op._schema.arguments]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, count: int | None, *flat: Any) -> Any:  # autograd wants to see the tensors of a list
-            inputs = flat if count is None else (list(flat[:count]), *flat[count:])
+        def forward(
+            ctx: Any, compute: Callable[..., Any], inputs: dict[str, Any], names: list[str], *tensors: torch.Tensor
+        ) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
+                output = compute(**inputs)
             ctx.set_materialize_grads(False)
-            ctx.count = count
-            save(ctx, dict(zip(names, inputs, strict=False)), output)
+            ctx.input_names = names
+            save(ctx, inputs, output)
             return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
@@ -92,23 +136,26 @@ def differentiable(
             if all(grad is None for grad in grad_outputs):
                 return (None,) * len(ctx.needs_input_grad)
             gradients = backward(ctx, *grad_outputs)
-            first = gradients.get(names[0])
-            leading = [first] if ctx.count is None else first or [None] * ctx.count
-            rest = [gradients.get(name) for name in names[1:]]
-            return None, *leading, *rest[: len(ctx.needs_input_grad) - 1 - len(leading)]
+            lists = {name: iter(value) for name, value in gradients.items() if isinstance(value, (list, tuple))}
+            return (
+                None,
+                None,
+                None,
+                *(next(lists[name]) if name in lists else gradients.get(name) for name in ctx.input_names),
+            )
 
-    def call(first: torch.Tensor | Sequence[torch.Tensor], *others: Any) -> Any:
-        if not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(first, *others)
-        if isinstance(first, torch.Tensor):
-            return Differentiable.apply(None, first, *others)
-        return Differentiable.apply(len(first), *first, *others)
+    name = op.overload._schema.name.split("::")[1]
+    names = [argument.name for argument in op.overload._schema.arguments]
+    Differentiable.__name__ = Differentiable.__qualname__ = name  # as profiles show it
+    op.node = Differentiable
 
-    library.impl(op._schema.name.split("::")[1], call, "Autograd")
+    def call(*inputs: Any) -> Any:
+        return op.run(op.overload, dict(zip(names, inputs, strict=False)))
+
+    library.impl(name, call, "Autograd")
 
 
-def refuses_gradients(op: torch._ops.OpOverload, message: str) -> None:
+def refuses_gradients(op: Operator, message: str) -> None:
     """A gradient through the operator, which is a backward pass itself, is a RuntimeError with this message."""
 
     def refuse(ctx: Any, *grad_outputs: torch.Tensor | None) -> dict[str, Any]:
