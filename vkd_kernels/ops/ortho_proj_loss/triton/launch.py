@@ -138,10 +138,13 @@ def _keeps_compiled_kernels() -> bool:
     return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
 
 
+_STAY = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors' own."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _STAY
     return torch.cuda.device(device)
 
 

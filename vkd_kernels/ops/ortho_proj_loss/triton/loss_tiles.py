@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import rows, tiles
-from .launch import blocks, descriptor, group_rows, precision, prepared
+from .launch import Launch, blocks, descriptor, group_rows, precision, prepared
 from .primitives import over, projected_tile, rows_of, sum_in_order, swizzle, target_tile, weighted
 
 GROUP_N = 8  # blocks of rows that walk the columns together, so that the weight's tiles stay in L2
@@ -255,6 +255,49 @@ def sum_shares(
     tl.store(loss, total * over(factor, denominator, 0))
 
 
+@functools.lru_cache(maxsize=1024)
+def _loss_launch(
+    *,
+    tile: tiles.LossTile,
+    terms: Terms,
+    precision: str,
+    partials: int,
+    stride_gradient: int,
+    factors: tuple[float, ...],
+    **sizes: int,  # S, T and the strides of student, weight and teacher
+) -> Launch:
+    """loss_tile with what is the same for every call of one shape."""
+    return prepared(
+        loss_tile,
+        **sizes,
+        stride_gradient=stride_gradient,
+        partials=partials,
+        beta=terms.beta,
+        inverse_beta=min(1.0 / terms.beta, 1e38),
+        smooth_l1=terms.smooth_l1,
+        mse=terms.mse,
+        cosine=terms.cosine,
+        factors=factors,
+        BLOCK_N=tile.block_n,
+        BLOCK_T=tile.block_t,
+        BLOCK_S=tile.block_s,
+        STAGES=tile.stages,
+        EVEN_S=sizes["S"] % tile.block_s == 0,
+        EVEN_T=sizes["T"] % tile.block_t == 0,
+        DESCRIPTOR=tile.descriptors,
+        SMOOTH_L1=terms.smooth_l1 > 0,
+        MSE=terms.mse > 0,
+        COSINE=terms.cosine > 0,
+        SEVERAL=terms.several,
+        BETA_IN_UNIT=terms.beta >= 1.0,
+        PRECISION=precision,
+        GROUP_N=GROUP_N,
+        SUM_BLOCK=SUM_BLOCK,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 class LossTiles:
     """The launches of a loss, chunk by chunk, or for all losses of a group at once: row statistics when it is made
     (for the cosine also its factors), then loss_tile."""
@@ -322,34 +365,14 @@ class LossTiles:
             tensors["weight"] = descriptor(weight, tile.block_t, tile.block_s)
             tensors["teacher"] = descriptor(teacher, tile.block_n, tile.block_t)
             gradient_tiles = None if gradient is None else descriptor(gradient, tile.block_n, tile.block_t)
-        launch = prepared(
-            loss_tile,
-            **sizes,
-            stride_gradient=0 if gradient is None else gradient.stride(0),
+        launch = _loss_launch(
+            tile=tile,
+            terms=terms,
+            precision=precision(student.dtype),
             partials=self.partial.shape[1],
-            beta=terms.beta,
-            inverse_beta=min(1.0 / terms.beta, 1e38),
-            smooth_l1=terms.smooth_l1,
-            mse=terms.mse,
-            cosine=terms.cosine,
+            stride_gradient=0 if gradient is None else gradient.stride(0),
             factors=factors,
-            BLOCK_N=tile.block_n,
-            BLOCK_T=tile.block_t,
-            BLOCK_S=tile.block_s,
-            STAGES=tile.stages,
-            EVEN_S=s % tile.block_s == 0,
-            EVEN_T=t % tile.block_t == 0,
-            DESCRIPTOR=tile.descriptors,
-            SMOOTH_L1=terms.smooth_l1 > 0,
-            MSE=terms.mse > 0,
-            COSINE=terms.cosine > 0,
-            SEVERAL=terms.several,
-            BETA_IN_UNIT=terms.beta >= 1.0,
-            PRECISION=precision(student.dtype),
-            GROUP_N=GROUP_N,
-            SUM_BLOCK=SUM_BLOCK,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **sizes,
         )
         self._launch = launch.bind(
             **tensors,

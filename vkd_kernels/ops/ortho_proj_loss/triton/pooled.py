@@ -5,6 +5,7 @@ G of all rows is kept, and one launch of gradient_tiles makes every gradient in 
     dX = alpha G P      dP = alpha Gᵀ X      db = alpha Σ_n G_n      alpha = grad_output unit / denominator
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from ... import library
 from ..chunks import NO_SECOND_ORDER
 from . import rows, tiles
-from .launch import blocks, group_rows, on, precision, prepared
+from .launch import Launch, blocks, group_rows, on, precision, prepared
 from .loss_tiles import TERMS, LossTiles, Terms
 from .many_rows import empty_gradient
 from .primitives import dot, entry, load_tile, over, rows_of
@@ -172,7 +173,7 @@ def _shapes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     need_gradient, t = need_student or need_weight, weight.shape[-2]
     block_n = tiles.tile("pooled", student.dtype).block_n
-    blocks_n = blocks(_largest(group), block_n)  # of the largest: all entries have as many
+    blocks_n = blocks(_largest(group), block_n) if need_bias else 0  # of the largest: all entries have as many
     terms = Terms.of(**{name: options[name] for name in TERMS})
     scaled = need_gradient and student.dtype == torch.float16 and terms.may_overflow_float16(normalization)
     return (
@@ -267,6 +268,56 @@ def _backward_shapes(
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _gradient_launch(
+    *,
+    tile: tiles.GradientTiles,
+    precision: str,
+    n: int,
+    s: int,
+    t: int,
+    stride_grad_output: int,
+    stride_gradient: int,
+    stride_student: int,
+    stride_weight: int,
+    factors: tuple[float, ...],
+    need_student: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Launch, int]:
+    """(gradient_tiles with what is the same for every call of one shape, its programs for a loss of n rows)."""
+    programs = 0
+    if need_student:
+        programs += blocks(n, tile.student[0]) * blocks(s, tile.student[1])
+    if need_weight:
+        programs += blocks(t, tile.weight[0]) * blocks(s, tile.weight[1])
+    if need_bias:
+        programs += blocks(t, tile.weight[0])
+    launch = prepared(
+        gradient_tiles,
+        S=s,
+        T=t,
+        stride_grad_output=stride_grad_output,
+        stride_gradient=stride_gradient,
+        stride_student=stride_student,
+        stride_weight=stride_weight,
+        factors=factors,
+        STUDENT_N=tile.student[0],
+        STUDENT_S=tile.student[1],
+        STUDENT_T=tile.student[2],
+        WEIGHT_T=tile.weight[0],
+        WEIGHT_S=tile.weight[1],
+        WEIGHT_N=tile.weight[2],
+        STAGES=tile.stages,
+        EVEN_S=s % max(tile.student[1], tile.weight[1]) == 0,
+        EVEN_T=t % max(tile.student[2], tile.weight[0]) == 0,
+        PRECISION=precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return launch, programs
+
+
 @library.operator(shapes=_backward_shapes)
 def pooled_loss_backward(
     *,
@@ -291,35 +342,20 @@ def pooled_loss_backward(
     n, s, t = max(group), student.shape[1], weight.shape[-2]
     if n == 0:
         return grad_student, grad_weight.zero_(), grad_bias.zero_()
-    tile = tiles.tile("gradients", student.dtype, tiles.chip(student.device))
-    programs = 0
-    if need_student:
-        programs += blocks(n, tile.student[0]) * blocks(s, tile.student[1])
-    if need_weight:
-        programs += blocks(t, tile.weight[0]) * blocks(s, tile.weight[1])
-    if need_bias:
-        programs += blocks(t, tile.weight[0])
-    launch = prepared(
-        gradient_tiles,
-        S=s,
-        T=t,
+    launch, programs = _gradient_launch(
+        tile=tiles.tile("gradients", student.dtype, tiles.chip(student.device)),
+        precision=precision(student.dtype),
+        n=n,
+        s=s,
+        t=t,
         stride_grad_output=grad_output.stride(0) if grad_output.dim() else 0,
         stride_gradient=gradient.stride(0),
         stride_student=student.stride(0),
         stride_weight=weight.stride(-2),
         factors=tuple(factors),
-        STUDENT_N=tile.student[0],
-        STUDENT_S=tile.student[1],
-        STUDENT_T=tile.student[2],
-        WEIGHT_T=tile.weight[0],
-        WEIGHT_S=tile.weight[1],
-        WEIGHT_N=tile.weight[2],
-        STAGES=tile.stages,
-        EVEN_S=s % max(tile.student[1], tile.weight[1]) == 0,
-        EVEN_T=t % max(tile.student[2], tile.weight[0]) == 0,
-        PRECISION=precision(student.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        need_student=need_student,
+        need_weight=need_weight,
+        need_bias=need_bias,
     )
     with on(student.device):
         launch(

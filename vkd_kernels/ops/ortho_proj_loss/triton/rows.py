@@ -1,5 +1,6 @@
 """What the loss needs of every row beforehand: the row's own normalization of the teacher, and the cosine's factors."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import triton.language as tl
 
 from ..spec import NORM_FLOOR
 from . import tiles
-from .launch import blocks, precision, prepared
+from .launch import Launch, blocks, precision, prepared
 from .primitives import projected_tile, rows_of, target_tile, weighted
 
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
@@ -75,6 +76,24 @@ def row_statistics(
         tl.store(row_scale + offs_n, square, mask=mask_n)
 
 
+@functools.lru_cache(maxsize=1024)
+def _statistics_launch(statistic: str, t: int, stride_teacher: int, eps: float) -> tuple[Launch, int]:
+    """(row_statistics for such rows, its rows of a block)."""
+    block_t = min(1 << (t - 1).bit_length(), tiles.STATISTICS_ELEMENTS)
+    block_n = min(tiles.STATISTICS_ELEMENTS // block_t, tiles.STATISTICS_ROWS)
+    launch = prepared(
+        row_statistics,
+        T=t,
+        stride_teacher=stride_teacher,
+        eps=eps,
+        STATISTIC=statistic,
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        num_warps=4,
+    )
+    return launch, block_n
+
+
 def _launch_statistics(
     statistic: str,
     teacher: torch.Tensor,  # (N, T)
@@ -86,18 +105,7 @@ def _launch_statistics(
     eps: float = 0.0,
 ) -> None:
     n, t = teacher.shape
-    block_t = min(1 << (t - 1).bit_length(), tiles.STATISTICS_ELEMENTS)
-    block_n = min(tiles.STATISTICS_ELEMENTS // block_t, tiles.STATISTICS_ROWS)
-    launch = prepared(
-        row_statistics,
-        T=t,
-        stride_teacher=teacher.stride(0),
-        eps=eps,
-        STATISTIC=statistic,
-        BLOCK_N=block_n,
-        BLOCK_T=block_t,
-        num_warps=4,
-    )
+    launch, block_n = _statistics_launch(statistic, t, teacher.stride(0), eps)
     launch(
         (blocks(n, block_n),),
         teacher=teacher,
