@@ -7,7 +7,7 @@
     refuses_gradients(chunked_loss_backward, "what to use instead")
 
 An operator is opaque to torch.compile, which knows its shapes, and its gradient is one autograd node. Where nobody but
-autograd looks on, its function is called without PyTorch's dispatcher, which takes some 15 µs for a loss's arguments.
+autograd looks on, its function is called without PyTorch's dispatcher, whose conversion of arguments costs host time.
 """
 
 import inspect
@@ -25,41 +25,64 @@ class Operator:
 
     def __init__(self, function: Callable[..., Any], overload: torch._ops.OpOverload) -> None:
         self.function, self.overload = function, overload
+        self.arguments = [argument.name for argument in overload._schema.arguments]
+        self.name = function.__name__
         self.node: type[torch.autograd.Function] | None = None  # made by ``differentiable``
 
     def __call__(self, **inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_plain(inputs):
+        if torch.compiler.is_compiling() or _is_watched():
             return self.overload(**inputs)
-        return self.run(self.function, inputs)
+        names, tensors = _tensors(inputs)
+        if not all(map(_is_plain, tensors)):
+            return self.overload(**inputs)
+        return self.run(self.function, inputs, names, tensors)
 
-    def run(self, compute: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def dispatched(self, *inputs: Any) -> Any:
+        """What PyTorch's dispatcher calls for autograd, by position."""
+        by_name = dict(zip(self.arguments, inputs, strict=False))
+        return self.run(self.overload, by_name, *_tensors(by_name))
+
+    def run(
+        self, compute: Callable[..., Any], inputs: dict[str, Any], names: list[str], tensors: list[torch.Tensor]
+    ) -> Any:
         """``compute``, the function or the operator, with its gradient where there may be one."""
         if self.node is None or not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
                 return compute(**inputs)
-        names, tensors = [], []  # autograd wants to see the tensors, also those of a list
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                names.append(name)
-                tensors.append(value)
-            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-                names += [name] * len(value)
-                tensors += value
         return self.node.apply(compute, inputs, names, *tensors)
 
 
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_under_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.dtype, str, bool, int, float, type(None)})
+def _tensors(inputs: dict[str, Any]) -> tuple[list[str], list[torch.Tensor]]:
+    """The tensors among the inputs, also those of a list, as autograd wants to see them, and the inputs' names."""
+    names, tensors = [], []
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            names.append(name)
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            names += [name] * len(value)
+            tensors += value
+    return names, tensors
 
 
-def _is_plain(inputs: dict[str, Any]) -> bool:
-    """Whether no subclass of tensors, mode, transform or tracer has to see the operator."""
-    if _dispatch_modes() or _under_torch_func() or torch.jit.is_tracing():
-        return False
-    return all(
-        type(value) in _PLAIN or (isinstance(value, (list, tuple)) and all(type(entry) in _PLAIN for entry in value))
-        for value in inputs.values()
+def _is_watched() -> bool:
+    """Whether a mode, a transform, a tracer or a profiler has to see the operator."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the dispatcher, too, would hand the function this tensor as it is."""
+    return (type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter) and not (
+        tensor.is_meta
+        or tensor.is_neg()  # a negation that is yet to come: the gradient of an imaginary part may be one
+        or tensor._is_zerotensor()  # in no memory
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)  # torch.autograd.grad(..., is_grads_batched=True)
     )
 
 
@@ -137,22 +160,11 @@ def differentiable(
                 return (None,) * len(ctx.needs_input_grad)
             gradients = backward(ctx, *grad_outputs)
             lists = {name: iter(value) for name, value in gradients.items() if isinstance(value, (list, tuple))}
-            return (
-                None,
-                None,
-                None,
-                *(next(lists[name]) if name in lists else gradients.get(name) for name in ctx.input_names),
-            )
+            flat = [next(lists[name]) if name in lists else gradients.get(name) for name in ctx.input_names]
+            return None, None, None, *flat
 
-    name = op.overload._schema.name.split("::")[1]
-    names = [argument.name for argument in op.overload._schema.arguments]
-    Differentiable.__name__ = Differentiable.__qualname__ = name  # as profiles show it
-    op.node = Differentiable
-
-    def call(*inputs: Any) -> Any:
-        return op.run(op.overload, dict(zip(names, inputs, strict=False)))
-
-    library.impl(name, call, "Autograd")
+    op.node = type(op.name, (Differentiable,), {})  # profiles and grad_fn show the name
+    library.impl(op.name, op.dispatched, "Autograd")
 
 
 def refuses_gradients(op: Operator, message: str) -> None:
