@@ -192,11 +192,13 @@ def settings(**values: object) -> Iterator[None]:
             setattr(tiles, name, values[name])
         if "tile" in values:
             tiles.TILES[key][capability] = values["tile"]
+            tiles.tile.cache_clear()
         yield
     finally:
         for name, value in before.items():
             setattr(tiles, name, value)
         tiles.TILES[key][capability] = tile_before
+        tiles.tile.cache_clear()
 
 
 def loss_with_workspace(inputs: tuple[torch.Tensor, ...], workspace_bytes: int) -> list[torch.Tensor]:

@@ -351,12 +351,21 @@ def test_opcheck_backward(monkeypatch):
     go = torch.ones((), device=DEVICE)
     unscaled = [torch.randn(*size, device=DEVICE) for size in ((6, 5), (7, 5), (7,))]
     torch.library.opcheck(OPS.scaled_gradients.default, (go, *unscaled, None, 0.5, torch.float16, torch.float32))
-    g, sums = torch.randn(6, 7, device=DEVICE).half(), torch.randn(1, 7, device=DEVICE)
-    for scale in (torch.empty(0, device=DEVICE), torch.tensor(0.25, device=DEVICE)):
-        torch.library.opcheck(
-            OPS.pooled_loss_backward.default,
-            (go, g, scale, sums, case.student, case.weight, None, go.clone(), [0.5], [6], True, True, True),
-        )
+    arguments = {
+        "grad_output": go,
+        "student": case.student,
+        "weight": case.weight,
+        "factors": [0.5],
+        "group": [6],
+        "denominator": go.clone(),
+        "gradient": torch.randn(6, 7, device=DEVICE).half(),
+        "column_sums": torch.randn(1, 7, device=DEVICE),
+        **dict.fromkeys(("need_student", "need_weight", "need_bias"), True),
+    }
+    for scale in (None, torch.tensor(0.25, device=DEVICE)):
+        torch.library.opcheck(OPS.pooled_loss_backward.default, (), arguments | {"gradient_scale": scale})
+    of_bias = {"need_student": False, "need_weight": False, "gradient": None}
+    torch.library.opcheck(OPS.pooled_loss_backward.default, (), arguments | of_bias)
 
 
 def test_opcheck_statistics(monkeypatch):

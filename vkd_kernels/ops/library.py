@@ -25,22 +25,38 @@ class Operator:
 
     def __init__(self, function: Callable[..., Any], overload: torch._ops.OpOverload) -> None:
         self.function, self.overload = function, overload
-        self.arguments = [argument.name for argument in overload._schema.arguments]
         self.name = function.__name__
+        self.arguments = [argument.name for argument in overload._schema.arguments]
+        self.tensors = [argument.name for argument in overload._schema.arguments if "Tensor" in str(argument.type)]
         self.node: type[torch.autograd.Function] | None = None  # made by ``differentiable``
 
     def __call__(self, **inputs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched():
             return self.overload(**inputs)
-        names, tensors = _tensors(inputs)
-        if not all(map(_is_plain, tensors)):
-            return self.overload(**inputs)
+        names, tensors = self.tensors_of(inputs)
+        for tensor in tensors:
+            if not _is_plain(tensor):
+                return self.overload(**inputs)
         return self.run(self.function, inputs, names, tensors)
 
     def dispatched(self, *inputs: Any) -> Any:
         """What PyTorch's dispatcher calls for autograd, by position."""
         by_name = dict(zip(self.arguments, inputs, strict=False))
-        return self.run(self.overload, by_name, *_tensors(by_name))
+        return self.run(self.overload, by_name, *self.tensors_of(by_name))
+
+    def tensors_of(self, inputs: dict[str, Any]) -> tuple[list[str], list[torch.Tensor]]:
+        """The tensors among the inputs, also those of a list, as autograd wants to see them, and the inputs' names."""
+        names: list[str] = []
+        tensors: list[torch.Tensor] = []
+        for name in self.tensors:
+            value = inputs.get(name)
+            if isinstance(value, (list, tuple)):
+                names += [name] * len(value)
+                tensors += value
+            elif value is not None:
+                names.append(name)
+                tensors.append(value)
+        return names, tensors
 
     def run(
         self, compute: Callable[..., Any], inputs: dict[str, Any], names: list[str], tensors: list[torch.Tensor]
@@ -52,37 +68,32 @@ class Operator:
         return self.node.apply(compute, inputs, names, *tensors)
 
 
-def _tensors(inputs: dict[str, Any]) -> tuple[list[str], list[torch.Tensor]]:
-    """The tensors among the inputs, also those of a list, as autograd wants to see them, and the inputs' names."""
-    names, tensors = [], []
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            names.append(name)
-            tensors.append(value)
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            names += [name] * len(value)
-            tensors += value
-    return names, tensors
+# Looked up once: an operator is called for every loss.
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_is_profiling, _is_batched = torch.autograd._profiler_enabled, torch._C._functorch.is_legacy_batchedtensor
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
 def _is_watched() -> bool:
     """Whether a mode, a transform, a tracer or a profiler has to see the operator."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms_active()
+        or _tracing_state() is not None
+        or _is_profiling()
     )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the dispatcher, too, would hand the function this tensor as it is."""
-    return (type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter) and not (
+    kind = type(tensor)
+    return (kind is _Tensor or kind is _Parameter) and not (
         tensor.is_meta
         or tensor.is_neg()  # a negation that is yet to come: the gradient of an imaginary part may be one
         or tensor._is_zerotensor()  # in no memory
-        or torch._C._functorch.is_legacy_batchedtensor(tensor)  # torch.autograd.grad(..., is_grads_batched=True)
+        or _is_batched(tensor)  # torch.autograd.grad(..., is_grads_batched=True)
     )
 
 
@@ -125,7 +136,11 @@ def by_position(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def needs_gradient(*tensors: torch.Tensor | float | None) -> bool:
     """Whether a gradient in any of them will be asked for."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def differentiable(
@@ -159,8 +174,10 @@ def differentiable(
             if all(grad is None for grad in grad_outputs):
                 return (None,) * len(ctx.needs_input_grad)
             gradients = backward(ctx, *grad_outputs)
-            lists = {name: iter(value) for name, value in gradients.items() if isinstance(value, (list, tuple))}
-            flat = [next(lists[name]) if name in lists else gradients.get(name) for name in ctx.input_names]
+            flat = []
+            for name in ctx.input_names:
+                gradient = gradients.get(name)
+                flat.append(gradient.pop(0) if isinstance(gradient, list) else gradient)
             return None, None, None, *flat
 
     op.node = type(op.name, (Differentiable,), {})  # profiles and grad_fn show the name

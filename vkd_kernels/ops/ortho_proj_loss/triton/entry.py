@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...library import needs_gradient
 from ..chunks import WORKSPACE_BYTES, balanced
 from ..spec import LossGroup, LossInputs, LossSpec
 from . import tiles
@@ -32,7 +33,7 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
     """
     n, t = inputs.teacher.shape
     row_weight, denominator, factor = _denominator(inputs)
-    tensors = {
+    arguments: dict[str, Any] = {
         "student": unit_stride(inputs.student),
         "teacher": unit_stride(inputs.teacher),
         "weight": unit_stride(inputs.weight),
@@ -41,11 +42,14 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
         "channel_shift": inputs.channel_shift,
         "channel_scale": inputs.channel_scale,
         "denominator": denominator,
+        **_options(spec, t),
+        "need_student": needs_gradient(inputs.student),
+        "need_weight": needs_gradient(inputs.weight),
+        "need_bias": needs_gradient(inputs.bias),
     }
-    need = _need(student=[inputs.student], weight=inputs.weight, bias=inputs.bias)
     if tiles.is_pooled(n, t, inputs.student.dtype, workspace_bytes):
-        return pooled_loss(**tensors, **_options(spec, t), **need, factors=[factor], group=[n])[0]
-    return fused_loss(**tensors, **_options(spec, t), **need, factor=factor, workspace_bytes=workspace_bytes)[0]
+        return pooled_loss(**arguments, factors=[factor], group=[n])[0]
+    return fused_loss(**arguments, factor=factor, workspace_bytes=workspace_bytes)[0]
 
 
 def group_loss(spec: LossSpec, group: LossGroup, *, workspace_bytes: int = WORKSPACE_BYTES) -> torch.Tensor:  # (G,)
@@ -92,7 +96,9 @@ def semi_orthogonal_loss(
         factor=factor,
         workspace_bytes=workspace_bytes,
         **options,
-        **_need(student=[inputs.student], weight=inputs.weight, scale=scale),
+        need_student=needs_gradient(inputs.student),
+        need_weight=needs_gradient(inputs.weight),
+        need_scale=needs_gradient(scale),
     )[0]
 
 
@@ -118,8 +124,6 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
         denominator = denominators
     else:
         factors = [_inverse(value) for value in denominators]
-    options = _options(spec, group.weights.shape[1])
-    need = _need(student=group.students, weight=group.weights, bias=group.bias)
     return pooled_loss(
         student=torch.cat(group.students),
         teacher=torch.cat(group.teachers),
@@ -131,8 +135,10 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
         denominator=denominator,
         factors=factors,
         group=[x.shape[0] for x in group.students],
-        **options,
-        **need,
+        **_options(spec, group.weights.shape[1]),
+        need_student=needs_gradient(*group.students),
+        need_weight=needs_gradient(group.weights),
+        need_bias=needs_gradient(group.bias),
     )[0]
 
 
@@ -160,13 +166,6 @@ def _new_options(spec: LossSpec, t: int) -> dict[str, Any]:
 
 
 _kept_options = functools.lru_cache(maxsize=1024)(_new_options)
-
-
-def _need(student: list[torch.Tensor] | tuple[torch.Tensor, ...], **others: torch.Tensor | None) -> dict[str, bool]:
-    """{"need_student": ..., ...}: which gradients will be asked for."""
-    enabled = torch.is_grad_enabled()
-    need = {"need_student": enabled and any(x.requires_grad for x in student)}
-    return need | {f"need_{name}": enabled and x is not None and x.requires_grad for name, x in others.items()}
 
 
 def _inverse(denominator: float) -> float:

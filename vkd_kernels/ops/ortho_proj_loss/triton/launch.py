@@ -57,10 +57,10 @@ class BoundLaunch:
         self.kinds = self._set(arguments)
 
     def _set(self, arguments: dict[str, Any]) -> list[Any]:
-        """Puts the arguments at their places; their kinds."""
-        index, kinds = self.launch.index, []
+        """Puts the arguments at their places; their kinds, what Triton's choice of a compiled kernel depends on."""
+        values, index, kinds = self.values, self.launch.index, []
         for name, value in arguments.items():
-            self.values[index[name]] = value
+            values[index[name]] = value
             kinds.append(None if value is None else KINDS.get(type(value), _other_kind)(value))
         return kinds
 
@@ -99,7 +99,7 @@ def _device() -> int:
 
 
 def _tensor_kind(value: torch.Tensor) -> Any:
-    return value.dtype, value.data_ptr() % 16
+    return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
 
 
 def _int_kind(value: int) -> Any:
@@ -154,6 +154,8 @@ def blocks(size: int, block: int) -> int:
 
 def unit_stride(matrix: torch.Tensor) -> torch.Tensor:  # (N, C)
     """The matrix, or a copy with consecutive channels and with rows near enough for 32-bit offsets in a tile."""
+    if matrix.is_contiguous():
+        return matrix
     if matrix.stride(-1) == 1 and matrix.shape[1] <= matrix.stride(0) <= FARTHEST_ROWS:
         return matrix
     return matrix.contiguous()

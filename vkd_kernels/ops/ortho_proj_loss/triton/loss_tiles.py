@@ -10,8 +10,7 @@ contribute nothing, whatever they hold; any other NaN or Inf goes through. G is 
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,8 +26,7 @@ TERMS = ("mse", "smooth_l1", "cosine", "beta")  # the arguments of Terms.of, whi
 COSINE_UNIT = 64.0  # G of the cosine is about 1 / (‖z‖ √T): times this, float16 neither under- nor overflows
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """The terms of a loss in the unit in which G is stored: the largest coefficient is 1."""
 
     unit: float

@@ -160,28 +160,38 @@ def _largest(group: list[int]) -> Any:
     return largest
 
 
-def _shapes(
+def _outputs(
     *,
     student: torch.Tensor,
     weight: torch.Tensor,
     group: list[int],
     normalization: str,
+    mse: float,
+    smooth_l1: float,
+    cosine: float,
+    beta: float,
     need_student: bool,
     need_weight: bool,
     need_bias: bool,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    need_gradient, t = need_student or need_weight, weight.shape[-2]
-    block_n = tiles.tile("pooled", student.dtype).block_n
-    blocks_n = blocks(_largest(group), block_n) if need_bias else 0  # of the largest: all entries have as many
-    terms = Terms.of(**{name: options[name] for name in TERMS})
-    scaled = need_gradient and student.dtype == torch.float16 and terms.may_overflow_float16(normalization)
-    return (
-        student.new_empty(weight.shape[:-2], dtype=torch.float32),
-        empty_gradient(student, student.shape[0], t) if need_gradient else student.new_empty((0, 0)),
-        student.new_empty((*weight.shape[:-2], blocks_n, t) if need_bias else (0, 0), dtype=torch.float32),
-        student.new_empty(() if scaled else (0,), dtype=torch.float32),
-    )
+    **others: Any,
+) -> dict[str, torch.Tensor]:
+    """The outputs of pooled_loss, to be written: the losses, and what the backward pass needs."""
+    *entries, t, _ = weight.shape
+    outputs = {"losses": student.new_empty(entries, dtype=torch.float32)}
+    if need_student or need_weight:
+        outputs["gradient"] = empty_gradient(student, student.shape[0], t)
+    if need_bias:
+        blocks_n = blocks(_largest(group), tiles.tile("pooled", student.dtype).block_n)  # all entries have as many
+        outputs["column_sums"] = student.new_empty((*entries, blocks_n, t), dtype=torch.float32)
+    if student.dtype == torch.float16 and (need_student or need_weight):
+        terms = Terms.of(mse=mse, smooth_l1=smooth_l1, cosine=cosine, beta=beta)
+        if terms.may_overflow_float16(normalization):
+            outputs["gradient_scale"] = student.new_empty((), dtype=torch.float32)
+    return outputs
+
+
+def _shapes(**inputs: Any) -> list[torch.Tensor]:
+    return [*_outputs(**inputs).values()]
 
 
 @library.operator(shapes=_shapes)
@@ -206,10 +216,11 @@ def pooled_loss(
     need_student: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, G (N, T), sums of G over blocks of rows, what G is multiplied by), empty where they are not needed."""
+) -> list[torch.Tensor]:
+    """[losses () or (G,), G (N, T), sums of G over blocks of rows, what G is multiplied by ()]: of the last three those
+    that the backward pass needs."""
     terms = Terms.of(mse=mse, smooth_l1=smooth_l1, cosine=cosine, beta=beta)
-    loss, gradient, column_sums, gradient_scale = _shapes(
+    outputs = _outputs(
         student=student,
         weight=weight,
         group=group,
@@ -223,10 +234,10 @@ def pooled_loss(
         need_bias=need_bias,
     )
     if student.shape[0] == 0:
-        return loss.zero_(), gradient, column_sums, gradient_scale.zero_()
+        return [output.zero_() for output in outputs.values()]
     with on(student.device):
-        if gradient_scale.numel():
-            gradient_scale = rows.gradient_scale(teacher, row_weight)
+        if "gradient_scale" in outputs:
+            outputs["gradient_scale"] = rows.gradient_scale(teacher, row_weight)
         launches = LossTiles(
             tiles.tile("pooled", student.dtype),
             terms,
@@ -241,18 +252,18 @@ def pooled_loss(
             group=group,
             normalization=normalization,
             eps=eps,
-            gradient=gradient if need_student or need_weight else None,
-            gradient_scale=gradient_scale if gradient_scale.numel() else None,
-            column_sums=column_sums if need_bias else None,
             denominator=denominator,
             factors=tuple(terms.unit * factor for factor in factors),
-            losses=loss,
+            losses=outputs["losses"],
+            gradient=outputs.get("gradient"),
+            gradient_scale=outputs.get("gradient_scale"),
+            column_sums=outputs.get("column_sums"),
         )
         launches.launch(0, max(group))
-    return loss, gradient, column_sums, gradient_scale
+    return [*outputs.values()]
 
 
-def _backward_shapes(
+def _gradients(
     *,
     student: torch.Tensor,
     weight: torch.Tensor,
@@ -260,12 +271,20 @@ def _backward_shapes(
     need_weight: bool,
     need_bias: bool,
     **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        student.new_empty(student.shape if need_student else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        student.new_empty(weight.shape[:-1] if need_bias else (0,), dtype=torch.float32),
-    )
+) -> dict[str, torch.Tensor]:
+    """The outputs of pooled_loss_backward, to be written."""
+    gradients = {}
+    if need_student:
+        gradients["grad_student"] = torch.empty_like(student, memory_format=torch.contiguous_format)
+    if need_weight:
+        gradients["grad_weight"] = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if need_bias:
+        gradients["grad_bias"] = student.new_empty(weight.shape[:-1], dtype=torch.float32)
+    return gradients
+
+
+def _backward_shapes(**inputs: Any) -> list[torch.Tensor]:
+    return [*_gradients(**inputs).values()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -322,26 +341,26 @@ def _gradient_launch(
 def pooled_loss_backward(
     *,
     grad_output: torch.Tensor,  # () or (G,)
-    gradient: torch.Tensor,  # (N, T)
-    gradient_scale: torch.Tensor,  # () or (0,)
-    column_sums: torch.Tensor,  # (blocks of rows, T) or (G, blocks of rows, T)
     student: torch.Tensor,  # (N, S)
     weight: torch.Tensor,  # (T, S) or (G, T, S)
-    row_weight: torch.Tensor | None,  # (N,)
-    denominator: torch.Tensor | None,  # () or (G,)
     factors: list[float],  # G
     group: list[int],
     need_student: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dX, dP, db), empty where they are not needed; alpha is read on the device."""
-    grad_student, grad_weight, grad_bias = _backward_shapes(
+    row_weight: torch.Tensor | None = None,  # (N,)
+    denominator: torch.Tensor | None = None,  # () or (G,)
+    gradient: torch.Tensor | None = None,  # (N, T), for student and weight
+    gradient_scale: torch.Tensor | None = None,  # ()
+    column_sums: torch.Tensor | None = None,  # (blocks of rows, T) or (G, blocks of rows, T), for the bias
+) -> list[torch.Tensor]:
+    """Of [dX, dP, db] those that are needed; alpha is read on the device."""
+    gradients = _gradients(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_bias=need_bias
     )
     n, s, t = max(group), student.shape[1], weight.shape[-2]
     if n == 0:
-        return grad_student, grad_weight.zero_(), grad_bias.zero_()
+        return [grad.zero_() for grad in gradients.values()]
     launch, programs = _gradient_launch(
         tile=tiles.tile("gradients", student.dtype, tiles.chip(student.device)),
         precision=precision(student.dtype),
@@ -349,7 +368,7 @@ def pooled_loss_backward(
         s=s,
         t=t,
         stride_grad_output=grad_output.stride(0) if grad_output.dim() else 0,
-        stride_gradient=gradient.stride(0),
+        stride_gradient=0 if gradient is None else gradient.stride(0),
         stride_student=student.stride(0),
         stride_weight=weight.stride(-2),
         factors=tuple(factors),
@@ -361,39 +380,47 @@ def pooled_loss_backward(
         launch(
             (programs, len(group)),
             gradient=gradient,
-            gradient_scale=gradient_scale if gradient_scale.numel() else None,
+            gradient_scale=gradient_scale,
             student=student,
             weight=weight,
             row_weight=row_weight,
             column_sums=column_sums,
             grad_output=grad_output,
             denominator=denominator,
-            grad_student=grad_student if need_student else None,
-            grad_weight=grad_weight if need_weight else None,
-            grad_bias=grad_bias if need_bias else None,
+            grad_student=gradients.get("grad_student"),
+            grad_weight=gradients.get("grad_weight"),
+            grad_bias=gradients.get("grad_bias"),
             group_rows=group_rows(group),
             N=n,
-            blocks_n=column_sums.shape[-2],
+            blocks_n=0 if column_sums is None else column_sums.shape[-2],
         )
-    return grad_student, grad_weight, grad_bias
+    return [*gradients.values()]
 
 
-def _save(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, ...]) -> None:
-    _, gradient, column_sums, gradient_scale = output
-    tensors = {name: inputs[name] for name in ("student", "weight", "row_weight", "denominator")}
-    tensors |= {"gradient": gradient, "column_sums": column_sums, "gradient_scale": gradient_scale}
-    ctx.save_for_backward(*tensors.values())
+def _save(ctx: Any, inputs: dict[str, Any], outputs: list[torch.Tensor]) -> None:
+    need = {"student": inputs["need_student"], "weight": inputs["need_weight"], "bias": inputs["need_bias"]}
+    ctx.names = ["student", "weight", "row_weight", "denominator"]
+    ctx.save_for_backward(*(inputs[name] for name in ctx.names), *outputs[1:])
+    if need["student"] or need["weight"]:
+        ctx.names.append("gradient")
+    if need["bias"]:
+        ctx.names.append("column_sums")
+    ctx.names.append("gradient_scale")  # which need not be there
     unit = Terms.of(**{name: inputs[name] for name in TERMS}).unit
-    need = {name: inputs[name] for name in ("need_student", "need_weight", "need_bias")}
-    ctx.names = tuple(tensors)
-    ctx.options = {"factors": [unit * factor for factor in inputs["factors"]], "group": inputs["group"], **need}
+    ctx.factors, ctx.group, ctx.need = [unit * factor for factor in inputs["factors"]], inputs["group"], need
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor, *unused: Any) -> dict[str, torch.Tensor]:
-    tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-    gradients = pooled_loss_backward(grad_output=grad_output, **tensors, **ctx.options)
-    names = ("student", "weight", "bias")
-    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if ctx.options[f"need_{name}"]}
+    gradients = pooled_loss_backward(
+        grad_output=grad_output,
+        factors=ctx.factors,
+        group=ctx.group,
+        need_student=ctx.need["student"],
+        need_weight=ctx.need["weight"],
+        need_bias=ctx.need["bias"],
+        **dict(zip(ctx.names, ctx.saved_tensors, strict=False)),
+    )
+    return dict(zip((name for name, need in ctx.need.items() if need), gradients, strict=True))
 
 
 library.differentiable(pooled_loss, save=_save, backward=_backward)

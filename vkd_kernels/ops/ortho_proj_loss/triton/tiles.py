@@ -149,6 +149,7 @@ TILES: dict[tuple[str, int], dict[int | str, Any]] = {
 INTERPRETER = Chip("cuda", 80)
 
 
+@functools.lru_cache(maxsize=1024)
 def tile(kernel: str, dtype: torch.dtype, chip: Chip = INTERPRETER) -> Any:
     """The tile of a kernel for this dtype on this chip, or None."""
     table = TILES.get((kernel, 8 * dtype.itemsize), {})
