@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """Two classes, six and three images of each."""
-    from tests.recipes.pictures import picture
+    from tests.recipes.setups import picture
 
     for split, count in (("train", 6), ("val", 3)):
         for seed in range(2 * count):

@@ -1,41 +1,26 @@
 """Classification: the bundled run, real images, the paper's students and recipes, losses, stored answers."""
 
-import json
-import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.recipes.pictures import configured, job, of_folder, recipe, same, take
+from tests.recipes import setups
+from tests.recipes.setups import of_folder, same, take
 from vkd_kernels import cli
 from vkd_kernels.recipes import classification, digits, engine, models, runs, task
 from vkd_kernels.recipes import config as configs
-from vkd_kernels.recipes.classification import Classification, DistilledStudent
+from vkd_kernels.recipes.classification import DistilledStudent
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
 
 ROOT = Path(__file__).parents[2]
-TINY = ["optim.steps=12", "teacher.steps=6", "digits.views=2", "teacher.widths=8,16", "student.width=16"]
-TINY += ["student.depth=1", "run.save_every=5", "run.eval_every=6", "run.tensorboard=false"]
+configured = partial(setups.configured, "classification")
+recipe = partial(setups.recipe, "classification")
+job = partial(setups.job, "classification")
 RECIPES = {"vkd-deit-ti-imagenet": "vkd_deit_tiny", "vkd-deit-s-imagenet": "vkd_deit_small"}
-
-
-# ---- the bundled run -------------------------------------------------------------------------------------------------
-
-
-def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
-    folder = tmp_path / "run"
-    words = ["distill", "classification", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
-    assert cli.main(words) == 0
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert [r["arm"] for r in metrics["runs"]] == list(Classification.arms)
-    errors = {r["arm"]: r["diagnostics"].get("max |PᵀP - I|") for r in metrics["runs"]}
-    assert errors["vkd"] < 1e-5 < errors["linear"] and errors["alone"] is errors["logits"] is None
-    assert not list(folder.rglob("answers-*")), "what the teacher said is made again when needed"
-    tensors = runs.load_weights(folder / "vkd" / "seed-00" / "student.safetensors")
-    assert "head.weight" in tensors and not any("projection" in name for name in tensors)
 
 
 def test_split_keeps_test_images_out_of_the_pool():
@@ -109,11 +94,6 @@ def test_features_of_timms_models(name, positions, width):
     model = models.make_teacher(configured(teacher__name=name).teacher, models.Shape(7, 224, 3), empty=True).eval()
     out = models.run(model, torch.empty(2, 3, 224, 224, device="meta"))
     assert out.tokens.shape == (2, positions, width) and out.logits.shape == (2, 7) and model.num_features == width
-
-
-def test_unknown_models_name_the_nearest():
-    with pytest.raises(OptionError, match=r"student\.name: cannot make 'vkd_deit_tny' .* 'vkd_deit_tiny'"):
-        models.make_student(configured(student__name="vkd_deit_tny").student, TINY_SHAPE)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -302,29 +282,3 @@ def test_one_step_of_a_paper_recipe_at_full_size(name, student, regnet, tmp_path
     result = engine.train(training)
     assert not [key for key, value in training.model.named_parameters() if torch.equal(value, before[key])]
     assert result["diagnostics"]["max |PᵀP - I|"] < 1e-5 and "accuracy" in result
-
-
-def test_the_documented_loop_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "classification.md").read_text(), re.DOTALL)
-    names = {"images": torch.randn(2, 3, 224, 224)}
-    exec(code.replace("pretrained=True", "pretrained=False"), names)
-    assert names["output"].shape == (2, 1000) and {"logits", "total"} <= names["losses"].keys()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["digits.labels_per_class=100"], "digits.labels_per_class: must be less than or equal to 50"),
-        (["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
-        (["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
-        (["student.heads=5"], "student.heads: 5 does not divide"),
-        (["data.mean=0.5"], "data.mean, data.std: one per channel, 3"),
-        (["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),
-        (["--recipe", "vkd-deit-ti-imagenet"], "data.root= data.name=folder: "),
-        (["student.weights=nowhere.pth"], "student.weights: there is no file nowhere.pth"),
-    ],
-)
-def test_bad_values_name_their_option_before_anything_is_trained(arguments, message, tmp_path, capsys):
-    command = ["distill", "classification", "--output", str(tmp_path / "run"), "--quiet", *arguments]
-    assert cli.main(command) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

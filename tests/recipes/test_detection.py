@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.ops import sigmoid_focal_loss
 
-import vkd_kernels as vk
+from tests.recipes import setups
 from vkd_kernels import cli
-from vkd_kernels.recipes import coco, detection, detectors, engine, runs, scenes, task, tasks
+from vkd_kernels.recipes import coco, detection, detectors, scenes
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.detection import Detection, DistilledDetector
@@ -21,18 +22,10 @@ from vkd_kernels.recipes.runs import RunError
 pytest.importorskip("pycocotools", reason="needs the extra [detection]")
 
 ROOT = Path(__file__).parents[2]
-TINY = ["scenes.train=40", "scenes.val=8", "data.labeled=32", "teacher.steps=3", "optim.steps=4", "optim.batch_size=8"]
-TINY += ["run.tensorboard=false", "run.save_every=3", "run.eval_every=2", "teacher.batch_size=8"]
-GRAY = {"data__mean": "0", "data__std": "1"}
 
 
-def configured(*words, **values):
-    typed = dict(word.split("=", 1) for word in words) | {k.replace("__", "."): v for k, v in values.items()}
-    return configs.replace(detection.Config(), typed)
-
-
-def job(config, folder, seed=0):
-    return Detection(config, task.Context(engine.make_fabric(config.run, config.optim), folder, seed, folder))
+configured = partial(setups.configured, "detection")
+job = partial(setups.job, "detection")
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +78,6 @@ def test_own_data_give_the_bundled_batches(written, tmp_path):
         for _ in range(4):  # into the second epoch
             a, b = map(next, streams)
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
-    folder = tmp_path / "run"
-    words = ["distill", "detection", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
-    assert cli.main(words) == 0
-    metrics = json.loads((folder / "metrics.json").read_text())
-    steps = [("alone", 4), ("alone-longer", 7), ("linear", 4), ("vkd", 4)]
-    assert [(r["arm"], r["steps"]) for r in metrics["runs"]] == steps
-    assert metrics["runs"][3]["diagnostics"]["max |PᵀP - I|"] < 1e-5
-    assert not any("feature" in name for name in runs.load_weights(folder / "vkd/seed-00/student.safetensors"))
 
 
 # ---- COCO's format ---------------------------------------------------------------------------------------------------
@@ -257,7 +239,7 @@ class Perfect(torch.nn.Module):
 
 
 def test_average_precision_of_perfect_and_of_no_detections_and_without_any_object(tmp_path, monkeypatch):
-    training = job(configured(*TINY), tmp_path)
+    training = job(configured(*setups.TINY["detection"]), tmp_path)
     items = [training.data[1][i] for i in range(8)]
     truth = [{"boxes": i["boxes"], "scores": torch.ones(len(i["labels"])), "labels": i["labels"]} for i in items]
     assert training.evaluate(Perfect(truth)) == {"AP": 100, "AP50": 100, "AP75": 100}
@@ -286,20 +268,15 @@ def test_detections_are_the_best_of_their_place_and_inside_the_image():
 # ---- the recipe ------------------------------------------------------------------------------------------------------
 
 
-def recipe(**values):
-    given, _ = tasks.read_recipe(Detection, "vkd-deformable-detr-coco")
-    return configured(**{k.replace(".", "__"): v for k, v in given.items()}, **values)
-
-
 def test_recipe_has_the_papers_values_and_its_dry_run_needs_no_data(capsys):
-    values = configs.flatten(recipe())
+    values = configs.flatten(setups.recipe("detection", "vkd-deformable-detr-coco"))
     expected = {"student.backbone": "swin-nano", "teacher.backbone": "swin-base", "distill.weight": 4.0}
     expected |= {"distill.normalization": "batch_norm", "distill.projection": "orthogonal", "distill.scale": 1.0}
     expected |= {"optim.lr": 1e-4, "optim.min_lr": 1e-7, "optim.weight_decay": 1e-4, "optim.clip_norm": 0.1}
     expected |= {"optim.epochs": 50.0, "optim.batch_size": 12, "data.classes": 80, "distill.beta": 1.0}
     assert {key: values[key] for key in expected} == expected
     with pytest.raises(OptionError, match=r"teacher\.weights: give a file"):
-        Detection.check(recipe())
+        Detection.check(setups.recipe("detection", "vkd-deformable-detr-coco"))
     pytest.importorskip("transformers", reason="needs the extra [detection]")
     assert cli.main(["distill", "detection", "--recipe", "vkd-deformable-detr-coco", "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -360,7 +337,7 @@ def test_weights_of_a_backbone_and_what_is_no_deformable_detr(detr):
 
 def test_one_step_of_the_recipe_at_full_size():
     pytest.importorskip("transformers", reason="needs the extra [detection]")
-    config = recipe()
+    config = setups.recipe("detection", "vkd-deformable-detr-coco")
     student, teacher = (Detection.detector(c, 80, 3) for c in (config.student, config.teacher))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher.eval().requires_grad_(False))]
     assert sizes == pytest.approx([19.5e6, 101e6], rel=0.01)
@@ -386,38 +363,6 @@ def test_detector_of_the_documentation(tmp_path, monkeypatch):
     (tmp_path / "my_detectors.py").write_text(blocks[0])
     monkeypatch.syspath_prepend(tmp_path)
     words = ["distill", "my_detectors:OnTimm", "student.backbone=resnet10t", "--arms", "alone", "--seeds", "1"]
-    words += ["--jobs", "0", "--quiet", "--output", str(tmp_path / "run"), *TINY, "optim.steps=2"]
+    words += ["--jobs", "0", "--quiet", "--output", str(tmp_path / "run"), *setups.TINY["detection"], "optim.steps=2"]
     assert cli.main(words) == 0
     monkeypatch.delitem(sys.modules, "my_detectors")
-
-
-def test_loop_of_the_documentation():
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "detection.md").read_text(), re.DOTALL)[1]
-    maps = {"stride8": torch.randn(2, 4, 4, 96), "stride16": torch.randn(2, 2, 2, 192)}
-    targets = {"stride8": torch.randn(2, 4, 4, 256), "stride16": torch.randn(2, 2, 2, 256)}
-    names = {
-        "detector": lambda images, boxes: (torch.tensor(0.0), maps),
-        "teacher": lambda images: targets,
-        "images": None,
-        "boxes": None,
-        "vk": vk,
-        "inside": {name: torch.ones(x.shape[:3], dtype=torch.bool) for name, x in maps.items()},
-    }
-    exec(code, names)
-    assert names["loss"].isfinite()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data.labeled=2000"], "data.labeled: 2000 of scenes.train=1500"),
-        (["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
-        (["teacher.steps=0"], "teacher.weights: give a file, or teacher.steps > 0"),
-        (["teacher.weights=nowhere.pth"], "teacher.weights: there is no file nowhere.pth"),
-        (["student.name=deformable-detr"], "data.channels: deformable-detr takes images of 3 channels, got 1"),
-        (["data.channels=3", "data.mean=0,0,0", "data.std=1,1,1"], "data.train: missing"),
-    ],
-)
-def test_bad_values_name_their_option_before_anything_is_trained(words, message, tmp_path, capsys):
-    assert cli.main(["distill", "detection", "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

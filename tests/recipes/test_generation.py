@@ -1,42 +1,26 @@
 """Generation: the bundled run, networks, augmentation, whitening, the distance, the recipes."""
 
-import json
-import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import vkd_kernels as vk
+from tests.recipes import setups
 from vkd_kernels import cli
 from vkd_kernels.recipes import config as configs
-from vkd_kernels.recipes import engine, gan, generation, pictures, runs, task, tasks
+from vkd_kernels.recipes import engine, gan, pictures, runs
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.generation import DistilledGAN, Generation
 from vkd_kernels.recipes.models import Shape, SmallCNN
 from vkd_kernels.recipes.runs import RunError
 
 ROOT = Path(__file__).parents[2]
-TINY = ["teacher.steps=4", "teacher.widths=4,4,8", "student.widths=8,8,4", "student.critic_widths=4,4,8"]
-TINY += ["metric.samples=60", "optim.batch_size=8", "optim.steps=6"]
-TINY += ["run.tensorboard=false", "run.eval_every=3", "run.save_every=2"]
-
-
-def configured(*words, **values):
-    typed = dict(word.split("=", 1) for word in words) | {k.replace("__", "."): v for k, v in values.items()}
-    return configs.replace(generation.Config(), typed)
-
-
-def recipe(name, **values):
-    given, _ = tasks.read_recipe(Generation, name)
-    return configs.replace(generation.Config(), given | {k.replace("__", "."): v for k, v in values.items()})
-
-
-def job(config, folder, teacher=None, monitor=None):
-    context = task.Context(engine.make_fabric(config.run, config.optim), folder, 0, teacher or folder)
-    context.monitor = monitor or context.monitor
-    return Generation(config, context)
+TINY = setups.TINY["generation"]
+configured = partial(setups.configured, "generation")
+recipe = partial(setups.recipe, "generation")
+job = partial(setups.job, "generation")
 
 
 @pytest.fixture(scope="module")
@@ -45,40 +29,6 @@ def taught(tmp_path_factory):
     config, folder = configured(*TINY, "distill.eps=1e-9"), tmp_path_factory.mktemp("teacher")
     job(config, folder).train_teacher()
     return config, folder
-
-
-# ---- the bundled run -------------------------------------------------------------------------------------------------
-
-
-def test_the_bundled_run_and_what_is_stored_of_it(tmp_path):
-    folder = tmp_path / "run"
-    words = ["distill", "generation", "--output", str(folder), "--seeds", "1", "--quiet", "--jobs", "0", *TINY]
-    assert cli.main([*words, "optim.precision=bf16-mixed", "--arms", "alone,vkd"]) == 0
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert [(r["arm"], len(r["curve"])) for r in metrics["runs"]] == [("alone", 2), ("vkd", 2)]
-    assert metrics["runs"][1]["diagnostics"]["max |PᵀP - I|"] < 1e-5
-    assert {"teacher_accuracy", "judge_accuracy", "distance_of_the_training_images"} <= metrics["teachers"][0].keys()
-    run = folder / "vkd" / "seed-00"
-    assert (run / "figures" / "samples.png").stat().st_size > 1000
-    assert not any("discriminator" in name for name in runs.load_weights(run / "student.safetensors"))
-
-
-def test_stopped_and_continued_gives_the_same_bits(tmp_path, taught):
-    config, teacher = taught
-
-    class StopAt(task.Monitor):
-        left = 3
-
-        def should_stop(self):
-            self.left -= 1
-            return self.left < 0
-
-    with pytest.raises(engine.Interrupted):
-        engine.train(job(config, tmp_path / "a", teacher, StopAt()))
-    results = [engine.train(job(config, tmp_path / name, teacher)) for name in "ab"]
-    assert results[0]["frechet"] == results[1]["frechet"]
-    a, b = ((tmp_path / name / "student.safetensors").read_bytes() for name in "ab")
-    assert a == b
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -294,35 +244,3 @@ def test_one_step_of_the_papers_configuration(tmp_path, monkeypatch):
     assert result["frechet"] > 0 and result["diagnostics"]["max |PᵀP - I|"] < 1e-5
     assert training.model.feature_loss.projection.weight.shape == (512, 256)
     assert isinstance(training.judge.inception.classifier, SmallCNN)
-
-
-def test_loop_of_the_documentation():
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "generation.md").read_text(), re.DOTALL)[0]
-    names = {
-        "training_features": torch.randn(600, 512),
-        "teacher": lambda images: torch.randn(8, 512),
-        "discriminator": lambda images, labels: (torch.randn(8, 256, requires_grad=True), torch.randn(8)),
-        **{"images": None, "labels": None, "weight": 1.0, "vk": vk},
-    }
-    exec(code, names)
-    assert names["loss"].isfinite()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["optim.clip_norm=1"], "optim.clip_norm: a GAN's steps know none"),
-        (["augment.policy=color"], "augment.policy: unknown 'color'"),
-        (["metric.features=inception"], "metric.features: inception needs images of three channels"),
-        (["student.widths=4,4"], "student.widths: "),
-        (["student.name=biggan"], "data.size: biggan makes images of 16, 32, 64"),
-        (["student.critic_widths=4,4,4,4,4"], "data.size: must be a multiple of 4, and at least 32"),
-        (["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
-        (["teacher.name=resnet10t"], "teacher.weights: give a file"),
-        (["teacher.name=resnt10t", "teacher.pretrained=true"], "teacher.name: Unknown model (resnt10t)"),
-        (["distill.eps=2"], "distill.eps: must be less than 1"),
-    ],
-)
-def test_bad_values_name_their_option_before_anything_is_trained(words, message, tmp_path, capsys):
-    assert cli.main(["distill", "generation", "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

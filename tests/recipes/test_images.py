@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.recipes.pictures import image_data, picture, recipe, same, take
+from tests.recipes.setups import image_data, picture, recipe, same, take
 from vkd_kernels.recipes import images
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
@@ -87,7 +87,7 @@ def test_torchvision_by_name(tmp_path):
         pixels = bytes(i % 251 for i in range(count * 28 * 28))
         (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(range(count)))
-    data = images.Images(recipe("fashion-mnist", data__root=str(tmp_path)), 0)
+    data = images.Images(recipe("classification", "fashion-mnist", data__root=str(tmp_path)), 0)
     assert data.classes == 10 and data.images == 5 and len(data.every_view()) == 10
     ((pictures, labels),) = data.held_out(0, 1)
     assert pictures.shape == (3, 1, 28, 28) and labels.tolist() == [0, 1, 2]

@@ -1,0 +1,130 @@
+"""The built-in tasks: their bundled runs, resumed to the same bits; what is refused; the loops of their pages."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vkd_kernels as vk
+from tests.recipes.setups import TINY, configured, job, load
+from tests.recipes.toy import StopAt
+from vkd_kernels import cli
+from vkd_kernels.recipes import engine, runs
+
+DOCS = Path(__file__).parents[2] / "docs"
+ARMS = {
+    "classification": {"alone": 6, "logits": 6, "logits-longer": 7, "linear": 6, "vkd": 6, "vkd-match": 6},
+    "detection": {"alone": 6, "alone-longer": 10, "linear": 6, "vkd": 6},
+    "generation": {"alone": 6, "alone-longer": 8, "linear": 6, "vkd": 6},
+}
+
+
+@pytest.mark.parametrize(("name", "arms"), ARMS.items())
+def test_the_bundled_run_and_what_is_stored_of_it(name, arms, tmp_path):
+    load(name)
+    words = ["distill", name, "--output", str(tmp_path / "run"), "--seeds", "1", "--quiet", "--jobs", "0", *TINY[name]]
+    assert cli.main([*words, *(["optim.precision=bf16-mixed"] if name == "generation" else [])]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {r["arm"]: r["steps"] for r in metrics["runs"]} == arms
+    errors = {r["arm"]: r["diagnostics"].get("max |PᵀP - I|") for r in metrics["runs"]}
+    assert errors["vkd"] < 1e-5 < errors["linear"] and errors["alone"] is None
+    stored = tmp_path / "run" / "vkd" / "seed-00"
+    assert not re.search(
+        "projection|discriminator|feature_loss", " ".join(runs.load_weights(stored / "student.safetensors"))
+    )
+    assert (stored / "figures" / "samples.png").exists() == (name == "generation")
+    assert not list(tmp_path.rglob("answers-*")), "what the teacher said is made again when needed"
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_path):
+    """Within the teacher's training, then within a student's."""
+    config, task = configured(name, *TINY[name]), load(name)
+
+    def both(root, *stops):
+        teacher, student = root / "teacher", root / "student"
+        for stop in (*stops, 10**6):
+            try:
+                job(name, config, teacher, monitor=StopAt(stop)).train_teacher()
+                engine.train(job(name, config, student, teacher=teacher, monitor=StopAt(stop)))
+            except engine.Interrupted:
+                continue
+        weights = [folder / f"{folder.name}.safetensors" for folder in (teacher, student)]
+        return [path.read_bytes() for path in weights], runs.load_json(student / "result.json")[task.metric.key]
+
+    assert both(tmp_path / "a", 2, 4) == both(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "classification",
+            ["digits.labels_per_class=100"],
+            "digits.labels_per_class: must be less than",
+        ),
+        ("classification", ["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
+        ("classification", ["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
+        ("classification", ["student.heads=5"], "student.heads: 5 does not divide"),
+        ("classification", ["data.mean=0.5"], "data.mean, data.std: one per channel, 3"),
+        ("classification", ["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),
+        ("classification", ["--recipe", "vkd-deit-ti-imagenet"], "data.root= data.name=folder: "),
+        ("classification", ["student.weights=nowhere.pth"], "student.weights: there is no file nowhere.pth"),
+        ("detection", ["data.labeled=2000"], "data.labeled: 2000 of scenes.train=1500"),
+        ("detection", ["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
+        ("detection", ["teacher.steps=0"], "teacher.weights: give a file, or teacher.steps > 0"),
+        ("detection", ["teacher.weights=nowhere.pth"], "teacher.weights: there is no file nowhere.pth"),
+        (
+            "detection",
+            ["student.name=deformable-detr"],
+            "data.channels: deformable-detr takes images of 3 channels",
+        ),
+        ("detection", ["data.channels=3", "data.mean=0,0,0", "data.std=1,1,1"], "data.train: missing"),
+        ("generation", ["optim.clip_norm=1"], "optim.clip_norm: a GAN's steps know none"),
+        ("generation", ["augment.policy=color"], "augment.policy: unknown 'color'"),
+        ("generation", ["metric.features=inception"], "metric.features: inception needs images of three channels"),
+        ("generation", ["student.widths=4,4"], "student.widths: "),
+        ("generation", ["student.name=biggan"], "data.size: biggan makes images of 16, 32, 64"),
+        ("generation", ["student.critic_widths=4,4,4,4,4"], "data.size: must be a multiple of 4, and at least 32"),
+        ("generation", ["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
+        ("generation", ["teacher.name=resnet10t"], "teacher.weights: give a file"),
+        ("generation", ["teacher.name=resnt10t", "teacher.pretrained=true"], "teacher.name: Unknown model (resnt10t)"),
+        ("generation", ["distill.eps=2"], "distill.eps: must be less than 1"),
+    ],
+)
+def test_bad_values_name_their_option_before_anything_is_trained(name, words, message, tmp_path, capsys):
+    load(name)
+    assert cli.main(["distill", name, "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ---- the loops of the pages ------------------------------------------------------------------------------------------
+
+
+def run_code(page, names, number=0):
+    code = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)[number]
+    exec(code.replace("pretrained=True", "pretrained=False"), names)
+    return names
+
+
+def test_the_loop_of_the_classification_page():
+    names = run_code("classification.md", {"images": torch.randn(2, 3, 224, 224)})
+    assert names["output"].shape == (2, 1000) and {"logits", "total"} <= names["losses"].keys()
+
+
+def test_the_loop_of_the_detection_page():
+    maps = {"stride8": torch.randn(2, 4, 4, 96), "stride16": torch.randn(2, 2, 2, 192)}
+    targets = {"stride8": torch.randn(2, 4, 4, 256), "stride16": torch.randn(2, 2, 2, 256)}
+    names = {"detector": lambda images, boxes: (torch.tensor(0.0), maps), "teacher": lambda images: targets, "vk": vk}
+    names |= {"images": None, "boxes": None}
+    names["inside"] = {name: torch.ones(x.shape[:3], dtype=torch.bool) for name, x in maps.items()}
+    assert run_code("detection.md", names, number=1)["loss"].isfinite()
+
+
+def test_the_loop_of_the_generation_page():
+    names = {"training_features": torch.randn(600, 512), "teacher": lambda images: torch.randn(8, 512), "vk": vk}
+    names |= {"images": None, "labels": None, "weight": 1.0}
+    names["discriminator"] = lambda images, labels: (torch.randn(8, 256, requires_grad=True), torch.randn(8))
+    assert run_code("generation.md", names)["loss"].isfinite()
