@@ -239,7 +239,7 @@ def test_one_step_of_the_papers_configuration(tmp_path, monkeypatch):
     data.parts = (data.pool, data.labels), (data.held_out, torch.arange(8))
     monkeypatch.setattr(Generation, "data", data)
     job(config, tmp_path / "teacher").train_teacher()
-    training = job(config, tmp_path / "run", tmp_path / "teacher")
+    training = job(config, tmp_path / "run", teacher=tmp_path / "teacher")
     result = engine.train(training)
     assert result["frechet"] > 0 and result["diagnostics"]["max |PᵀP - I|"] < 1e-5
     assert training.model.feature_loss.projection.weight.shape == (512, 256)
