@@ -41,7 +41,7 @@ class Detector(nn.Module):
 
     def __init__(self, classes: int, dims: dict[str, int]) -> None:
         super().__init__()
-        self.classes, self.dims, self.num_features = classes, dims, dims
+        self.classes, self.dims = classes, dims
 
     def predict(
         self, images: Tensor, inside: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None

@@ -205,4 +205,5 @@ def positions(model: Model, features: Tensor) -> Tensor:
 
 def described(model: Model) -> dict[str, Any]:
     """What `--dry-run` shows of a network."""
-    return {"parameters": sum(p.numel() for p in model.parameters()), "features": model.num_features}
+    features = model.dims if hasattr(model, "dims") else model.num_features
+    return {"parameters": sum(p.numel() for p in model.parameters()), "features": features}
