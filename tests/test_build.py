@@ -174,10 +174,10 @@ def wheels(tmp_path_factory, sdist):
     stale = ROOT / "build" / "lib" / "vkd_kernels" / "renamed_since.py"  # of an earlier build
     stale.parent.mkdir(parents=True, exist_ok=True)
     stale.touch()
-    found = {"torch": build_wheel(tmp_path_factory.mktemp("pure"), VKD_KERNELS_BUILD="0")}
+    built = {"torch": build_wheel(tmp_path_factory.mktemp("pure"), VKD_KERNELS_BUILD="0")}
     if implementations.extension()[0] is not None:
-        found["extension"] = build_wheel(tmp_path_factory.mktemp("compiled"), sdist, VKD_KERNELS_BUILD="auto")
-    return found
+        built["extension"] = build_wheel(tmp_path_factory.mktemp("compiled"), sdist, VKD_KERNELS_BUILD="auto")
+    return built
 
 
 def record_and_names(wheel):
@@ -227,16 +227,16 @@ def test_a_pure_python_wheel_says_why(tmp_path, wheels, environment, reason):
 
 def needed(wheel):
     """Names of the packages that a wheel says it needs, and those that these need: of this environment, no extras."""
-    found, waiting = {}, [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
+    installed, waiting = {}, [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if name not in found and wanted:
-            found[name] = importlib.metadata.distribution(name)
-            assert requirement.specifier.contains(found[name].version, prereleases=True), requirement
-            waiting += [Requirement(line) for line in found[name].requires or ()]
-    return found.values()
+        if name not in installed and wanted:
+            installed[name] = importlib.metadata.distribution(name)
+            assert requirement.specifier.contains(installed[name].version, prereleases=True), requirement
+            waiting += [Requirement(line) for line in installed[name].requires or ()]
+    return installed.values()
 
 
 def clean_environment(folder, wheel):

@@ -191,14 +191,14 @@ def ddp_of_a_feature_distiller():
 
 def ddp_diagnostics_are_those_of_all_rows():
     mask = batch()[2]
-    found = feature_distiller()(batch()[0], masks={"0->0": mask}, metrics=True)[2]
-    assert len(found) == 6
+    metrics = feature_distiller()(batch()[0], masks={"0->0": mask}, metrics=True)[2]
+    assert len(metrics) == 6
     for first in FIRST.values():
         module = DistributedDataParallel(feature_distiller(dist.group.WORLD))
         x, mine = part((batch()[0], mask), first)
         theirs = module(x, masks={"0->0": mine}, metrics=True)[2]
-        assert theirs.keys() == found.keys()
-        same(theirs.values(), found.values())
+        assert theirs.keys() == metrics.keys()
+        same(theirs.values(), metrics.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
@@ -243,7 +243,7 @@ def fsdp_mixed_precision_keeps_the_projection_orthonormal():
 
     module = sharded(Watched(dist.group.WORLD, dtype=torch.float32), mp_policy=policy)
     losses, parameters = train(module, [part(batch(dtype=torch.float32), 4)] * 30)
-    assert all(found[:2] == (torch.bfloat16, torch.float32) and found[2] <= 1e-5 for found in seen)
+    assert all(state[:2] == (torch.bfloat16, torch.float32) and state[2] <= 1e-5 for state in seen)
     alone = train(Distiller(dtype=torch.float32), [batch(dtype=torch.float32)] * 30)
     assert all(p.dtype == torch.float32 for p in parameters)
     same(losses[-1:], alone[0][-1:], rtol=3e-2, atol=0)
@@ -338,9 +338,9 @@ def fsdp_of_a_feature_distiller_from_the_meta_device():
     for state in (*module.pair_losses.buffers(), *(whole(p) for p in module.pair_losses.parameters())):
         agree(state)
     assert whole(module.pair_losses.of("0->0").scale).item() == (9 / 5) ** 0.5
-    found = module(part(batch(), 4)[0], metrics=True)[2]
-    assert found["diagnostics/0->0/orthogonality_error"] < 1e-12
-    agree(found["loss"])
+    metrics = module(part(batch(), 4)[0], metrics=True)[2]
+    assert metrics["diagnostics/0->0/orthogonality_error"] < 1e-12
+    agree(metrics["loss"])
 
 
 CHECKS = {name: f for name, f in vars().copy().items() if re.match("(ddp|fsdp)_", name)}
@@ -361,12 +361,12 @@ def results(tmp_path_factory):
     """{check: what each rank says of it}; ranks stay together, so the first failure is the last result."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    folder, found = tmp_path_factory.mktemp("ranks"), {}
+    folder, reports = tmp_path_factory.mktemp("ranks"), {}
     try:
         processes.run_ranks(worker, folder, folder)
     except (AssertionError, TimeoutError) as error:
-        found["crash"] = str(error)
-    return found | {name: [path.read_text() for path in sorted(folder.glob(f"{name}-?"))] for name in CHECKS}
+        reports["crash"] = str(error)
+    return reports | {name: [path.read_text() for path in sorted(folder.glob(f"{name}-?"))] for name in CHECKS}
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -116,14 +116,14 @@ def make(pairs=(TOKENS_TO_MAP,), student=None, teacher=None, **options):
 
 def outputs_of(model, names, *args):
     """The definition of a tap: hooks of the test's own."""
-    found = {}
+    outputs = {}
     handles = [
-        model.get_submodule(n).register_forward_hook(lambda _, __, y, n=n: found.__setitem__(n, y)) for n in names
+        model.get_submodule(n).register_forward_hook(lambda _, __, y, n=n: outputs.__setitem__(n, y)) for n in names
     ]
     model(*args)
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 def hooks_on(model):

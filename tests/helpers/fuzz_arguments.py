@@ -394,15 +394,15 @@ def main():
     warnings.simplefilter("ignore")
     for function, good, _ in CALLS.values():
         function(**good)
-    found, wrong, seen = collections.Counter(), [], set()
+    endings, wrong, seen = collections.Counter(), [], set()
     for label, function, arguments, names in calls():
         assert label not in seen, label
         seen.add(label)
         ended, complaint = outcome(function, arguments, names)
-        found[ended] += 1
+        endings[ended] += 1
         if complaint:
             wrong.append(f"{label}: {complaint[:300]}")
-    print(f"{len(seen)} distinct bad calls of {len(CALLS)} functions: {dict(found)}; {len(wrong)} wrong")
+    print(f"{len(seen)} distinct bad calls of {len(CALLS)} functions: {dict(endings)}; {len(wrong)} wrong")
     print("\n".join(wrong))
     return bool(wrong)
 

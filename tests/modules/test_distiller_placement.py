@@ -183,9 +183,9 @@ def a_layer_dropped_on_the_first_rank(rank):
     ]
     student, teacher = Dropping(), layers(16).double()
     alone = vk.FeatureDistiller(copy.deepcopy(student), teacher, pairs, balance="running_mean")
-    together = vk.FeatureDistiller(student, teacher, pairs, balance="running_mean", process_group=dist.group.WORLD)
-    together.load_state_dict(alone.state_dict())
-    ranks = nn.parallel.DistributedDataParallel(together, find_unused_parameters=True)
+    over_ranks = vk.FeatureDistiller(student, teacher, pairs, balance="running_mean", process_group=dist.group.WORLD)
+    over_ranks.load_state_dict(alone.state_dict())
+    ranks = nn.parallel.DistributedDataParallel(over_ranks, find_unused_parameters=True)
     x = FEATURES.double()
     mine = x[:2] if rank == 0 else x[2:]
     student.dropped = rank == 0
@@ -193,7 +193,7 @@ def a_layer_dropped_on_the_first_rank(rank):
     losses["total"].backward()
     torch.testing.assert_close(losses["first"], alone(x)[1]["first"])
     torch.testing.assert_close(losses["second"], alone(x[2:])[1]["second"])  # the rows of the rank that ran it
-    for parameter in together.parameters():
+    for parameter in over_ranks.parameters():
         both = [torch.empty_like(parameter) for _ in range(2)]
         dist.all_gather(both, parameter.grad)
         assert torch.equal(*both) and both[0].any()

@@ -61,10 +61,10 @@ def test_another_input_for_the_teacher():
         output, losses = distiller(IMAGES, teacher_input=given)
         torch.testing.assert_close(output, distiller.student(IMAGES))
         x = outputs_of(distiller.student, ["norm"], IMAGES)["norm"]
-        found = outputs_of(distiller.teacher, ["relu", "fc"], large.bfloat16())
-        expected = loss_like(distiller, "norm->relu", 6, 10)(x[:, 1:].mean(1), found["relu"].mean((2, 3)))
+        outputs = outputs_of(distiller.teacher, ["relu", "fc"], large.bfloat16())
+        expected = loss_like(distiller, "norm->relu", 6, 10)(x[:, 1:].mean(1), outputs["relu"].mean((2, 3)))
         torch.testing.assert_close(losses["norm->relu"], expected)
-        expected = F.kl_div(F.log_softmax(output, 1), F.softmax(found["fc"].float(), 1), reduction="batchmean")
+        expected = F.kl_div(F.log_softmax(output, 1), F.softmax(outputs["fc"].float(), 1), reduction="batchmean")
         torch.testing.assert_close(losses["logits"], expected)
 
 

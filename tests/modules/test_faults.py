@@ -240,8 +240,8 @@ def test_threads_give_the_bits_of_one_thread(path):
     jobs = range(240)
     alone = [work(job) for job in jobs]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(work, jobs))
-    for ours, theirs in zip(together, alone, strict=True):
+        at_once = list(pool.map(work, jobs))
+    for ours, theirs in zip(at_once, alone, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -282,10 +282,10 @@ def test_streams_give_the_bits_of_one_stream():
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in data]
     for _ in range(20):
-        together = []
+        at_once = []
         for stream, batch in zip(streams, data, strict=True):
             with torch.cuda.stream(stream):
-                together.append(work(*batch))
+                at_once.append(work(*batch))
         torch.cuda.synchronize()
-        for ours, theirs in zip(together, alone, strict=True):
+        for ours, theirs in zip(at_once, alone, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -90,11 +90,11 @@ def test_trainer_accumulates_gradients_as_one_large_batch(tmp_path, lengths, lab
     data = sentences(lengths, labels)
     student, teacher = pair_of_models(KINDS[labels])
     model = example("huggingface_trainer").Distilled(student, 24)
-    together = {name: torch.stack([sample[name] for sample in data]) for name in data[0]}
-    known = {name: value for name, value in together.items() if name != "labels"}
+    batch = {name: torch.stack([sample[name] for sample in data]) for name in data[0]}
+    known = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         targets = teacher.eval()(**known, output_hidden_states=True).hidden_states[-1]
-    model.train()(targets=targets, **together)["loss"].backward()
+    model.train()(targets=targets, **batch)["loss"].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert any(name.startswith("distill.") for name in expected)
     model.zero_grad()
@@ -185,8 +185,8 @@ def test_trainer_with_a_distiller_whose_rows_are_counted(tmp_path):
 
     data = sentences([2, 2, 2, 2, 12, 12, 12, 12], "sentences")
     model = vk.FeatureDistiller(*pair_of_models("BertForSequenceClassification"), [TOKENS])
-    together = {name: torch.stack([sample[name] for sample in data]) for name in data[0]}
-    model(**together, masks={"tokens": together["attention_mask"].bool()})[1]["total"].backward()
+    batch = {name: torch.stack([sample[name] for sample in data]) for name in data[0]}
+    model(**batch, masks={"tokens": batch["attention_mask"].bool()})[1]["total"].backward()
     expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "cls": Counting}

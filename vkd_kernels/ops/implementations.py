@@ -211,17 +211,15 @@ def decide(
     device_type: str,
     dtype: torch.dtype,
     candidates: Sequence[Implementation],
-    lacking: str | None = None,
 ) -> Implementation:
     """The implementation that serves a call: the one asked for, or an error; else the first candidate that can.
 
     Args:
         candidates: the op's advice for these sizes, in order of preference; the last one always can.
-        lacking: the reason why the first candidate can't compute this call's options, if it can't.
     """
     asked, source = requested(op, backend)
     if asked is not None:
-        reason = why_not(op, asked, device_type, dtype) or (lacking if asked is candidates[0] else None)
+        reason = why_not(op, asked, device_type, dtype)
         if reason:
             raise RuntimeError(f"{source}={_word(asked)!r} was requested for {op}, but {reason}")
         return asked
@@ -230,7 +228,7 @@ def decide(
     first = candidates[0]
     if len(candidates) == 1 or not _is_meant_for(first, device_type, dtype):
         return candidates[-1]
-    reason = why_not(op, first, device_type, dtype) or lacking
+    reason = why_not(op, first, device_type, dtype)
     if reason is None:
         return first
     _warn_once(op, candidates[-1], reason)

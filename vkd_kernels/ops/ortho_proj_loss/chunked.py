@@ -31,11 +31,6 @@ from .spec import Coefficients, LossGroup, LossInputs, LossSpec, acc_dtype
 from .without_z import chunked_loss_without_z
 
 
-def unsupported(spec: LossSpec) -> str | None:
-    """The reason why this implementation can't compute the loss, or None: it computes all."""
-    return None
-
-
 def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE_BYTES) -> torch.Tensor:  # ()
     """The loss of spec.py, differentiable once in student, weight and bias."""
     row_weight, denominator = balanced(inputs)

@@ -64,7 +64,7 @@ def loss(
 ) -> torch.Tensor:  # ()
     """The loss of arguments that api.py has checked."""
     product_dtype = _product_dtype(student)
-    implementation = choose(spec, execution, student.device.type, product_dtype, [teacher])
+    implementation = choose(execution, student.device.type, product_dtype, [teacher])
     spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
         spec, (teacher,) = _targets_of_module(spec, [teacher], [mask])
@@ -106,7 +106,7 @@ def group_loss(
 ) -> torch.Tensor:  # (G,)
     """The losses of arguments that api.py has checked."""
     product_dtype = _product_dtype(students[0])
-    implementation = choose(spec, execution, students[0].device.type, product_dtype, teachers)
+    implementation = choose(execution, students[0].device.type, product_dtype, teachers)
     spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
         spec, teachers = _targets_of_module(spec, teachers, masks)
@@ -149,22 +149,17 @@ def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
 
 
 def choose(
-    spec: LossSpec,
     execution: Execution,
     device_type: str,
     product_dtype: torch.dtype,
     teachers: Sequence[torch.Tensor],
 ) -> Implementation:
-    """The implementation that serves: the table of implementations.py, for these sizes and options."""
+    """The implementation that serves: the table of implementations.py, for these sizes."""
     # Ranks, which may differ in size, all take the path with the same collectives.
     large = execution.process_group is not None or max(y.numel() for y in teachers) > CHUNKED_FROM
     in_torch = Implementation.CHUNKED if large else Implementation.REFERENCE
     candidates = (Implementation.TRITON, in_torch)
-    chosen = implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates)
-    lacking = _module(chosen).unsupported(spec) if chosen is Implementation.TRITON else None
-    if lacking is None:
-        return chosen
-    return implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates, lacking)
+    return implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates)
 
 
 def _module(implementation: Implementation) -> ModuleType:

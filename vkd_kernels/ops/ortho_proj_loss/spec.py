@@ -13,7 +13,6 @@ for the mean, 1 for the sum, and never 0. Rows of weight 0 count nowhere, whatev
 
 **What an implementation offers** (``chunked`` with ``statistics``, and ``triton``; ``reference`` has ``loss`` alone)::
 
-    unsupported(spec) -> str | None                                     the reason why it can't compute this, or None
     loss(spec, inputs) -> ()                                            differentiable in student, weight, bias
     group_loss(spec, group) -> (G,)                                     the loss of each of the group's inputs
     semi_orthogonal_loss(spec, inputs) -> ()                            differentiable in student, weight, scale

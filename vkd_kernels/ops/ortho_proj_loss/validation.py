@@ -84,7 +84,7 @@ def check_one(student: Any, teacher: Any, weight: Any, *, scale: Any, bias: Any,
     t = weight.shape[0]
     _check_channels("bias", bias, [(t,)], f"(T,) = ({t},)", student)
     _check_scale(scale, [(), (t,)], f"() or (T,) = ({t},)", student)
-    _check_mask("mask", mask, student)
+    checks.check_row_weights("mask", mask, student.shape[:-1], student)
 
 
 def check_group_of(
@@ -115,7 +115,7 @@ def check_group_of(
             if value.dtype != first.dtype:
                 raise TypeError(f"{name} must have one dtype; got {name}[0] {first.dtype}, {name}[{g}] {value.dtype}")
             checks.check_same_device(f"{name}[{g}]", value, f"{name}[0]", first)
-        _check_mask(f"masks[{g}]", mask, student)
+        checks.check_row_weights(f"masks[{g}]", mask, student.shape[:-1], student)
     _check_precision("students", students[0], "teachers", teachers[0], "weights", weights)
     checks.check_same_device("weights", weights, "students[0]", students[0])
     channels = tuple(weights.shape[:2])
@@ -185,7 +185,3 @@ def _check_scale(scale: Any, shapes: Sequence[tuple[int, ...]], said: str, stude
         checks.check_same_device("scale", scale, "student", student)
     elif scale is not None:
         checks.check_number("scale", scale)
-
-
-def _check_mask(name: str, mask: Any, student: torch.Tensor) -> None:
-    checks.check_row_weights(name, mask, student.shape[:-1], student)

@@ -5,7 +5,6 @@ from .entry import (
     loss,
     semi_orthogonal_group_loss,
     semi_orthogonal_loss,
-    unsupported,
 )
 from .statistics import column_square_sums, column_sums, student_scatters
 
@@ -17,5 +16,4 @@ __all__ = [
     "semi_orthogonal_group_loss",
     "semi_orthogonal_loss",
     "student_scatters",
-    "unsupported",
 ]

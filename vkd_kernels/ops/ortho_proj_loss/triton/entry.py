@@ -21,11 +21,6 @@ from .semi_orthogonal import fused_semi_orthogonal_loss
 from .statistics import all_or_none
 
 
-def unsupported(spec: LossSpec) -> str | None:
-    """The reason why this implementation can't compute the loss, or None: it computes all."""
-    return None
-
-
 def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE_BYTES) -> torch.Tensor:  # ()
     """The loss of spec.py, differentiable once in student, weight and bias.
 
