@@ -1,0 +1,162 @@
+"""The claims of docs/evidence.md, from the records: `python tools/evidence.py` writes their tables and figures.
+
+A claim is a paired difference over seeds. A family of claims is tested together: p-values of paired t-tests with Holm's
+correction. A test holds the committed page and figures to this script.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.figures import FAINT, IMAGES, INK, OURS, svg, text  # noqa: E402
+from vkd_kernels.recipes.report import holm, show_p  # noqa: E402
+
+PAGE = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results"
+LEVEL = 0.05
+FEWEST_SEEDS = 8
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    whose: str
+    arm: str  # is better than `over`
+    over: str
+    expected: str  # before the runs
+
+
+@dataclass(frozen=True)
+class Family:
+    """Claims that one record answers, corrected for each other."""
+
+    name: str  # of its table in the page, and of its figure
+    title: str
+    record: str
+    claims: Sequence[Claim]
+
+
+FAMILIES = [
+    Family(
+        "fashion-mnist",
+        "Fashion-MNIST, 1000 labels: difference of test accuracy, points, with 95 % intervals, eight seeds",
+        "fashion-mnist-8seeds.json",
+        [
+            Claim("A teacher's logits help.", "common knowledge", "logits", "alone", "+7"),
+            Claim("Its features help beyond its logits.", "popular belief", "linear", "logits", "+1.5"),
+            Claim("Semi-orthogonal is better than linear.", "the paper", "vkd", "linear", "+0.1"),
+            Claim('`scale="match"` is better than linear.', "this library", "vkd-match", "linear", "+0.8"),
+            Claim('`scale="match"` is better than scale 1.', "this library", "vkd-match", "vkd", "+0.7"),
+        ],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    claim: Claim
+    mean: float
+    low: float  # 95 % interval of the mean
+    high: float
+    better: int  # in so many seeds
+    seeds: int
+    p: float
+    p_holm: float
+    cost: float  # processor time of a run, as a multiple of the other arm's
+
+    @property
+    def verdict(self) -> str:
+        if self.p_holm < LEVEL:
+            return "holds" if self.mean > 0 else "does not hold"
+        return "not settled"
+
+
+def outcomes(family: Family) -> list[Outcome]:
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in json.loads((RESULTS / family.record).read_text())["runs"]:
+        runs.setdefault(run["arm"], {})[run["seed"]] = run
+    rows, ps = [], []
+    for claim in family.claims:
+        ours, theirs = runs[claim.arm], runs[claim.over]
+        assert ours.keys() == theirs.keys() and len(ours) >= FEWEST_SEEDS, (family.record, claim)
+        differences = [ours[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in sorted(ours)]
+        test = stats.ttest_1samp(differences, 0.0)
+        interval = test.confidence_interval(0.95)
+        cost = statistics.fmean(ours[seed]["cpu_seconds"] / theirs[seed]["cpu_seconds"] for seed in ours)
+        better = sum(difference > 0 for difference in differences)
+        rows.append((claim, statistics.fmean(differences), interval.low, interval.high, better, len(differences), cost))
+        ps.append(float(test.pvalue))
+    corrected = holm(ps)
+    return [
+        Outcome(claim, mean, float(low), float(high), better, seeds, p=p, p_holm=p_holm or 0.0, cost=cost)
+        for (claim, mean, low, high, better, seeds, cost), p, p_holm in zip(rows, ps, corrected, strict=True)
+    ]
+
+
+HEAD = "claim | whose | expected | measured, points | 95 % interval | better for | p | p Holm | cost | verdict"
+
+
+def table(family: Family) -> str:
+    lines = [f"| {HEAD} |", "|---" * (HEAD.count("|") + 1) + "|"]
+    for o in outcomes(family):
+        cells = [o.claim.text, o.claim.whose, o.claim.expected, f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
+        cells += [f"{o.better} of {o.seeds}", show_p(o.p), show_p(o.p_holm), f"{o.cost:.2f} x", f"**{o.verdict}**"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(family: Family) -> str:
+    """Every claim's difference with its interval, and the line of no difference."""
+    rows = outcomes(family)
+    left, right, step = 330, 830, 40
+    low, high = math.floor(min(0.0, *(o.low for o in rows))), math.ceil(max(o.high for o in rows))
+
+    def at(points: float) -> float:
+        return left + (right - left) * (points - low) / (high - low)
+
+    bottom = 62 + step * len(rows)
+    body = [text(24, 32, family.title, size=15, anchor="start")]
+    for tick in range(low, high + 1, 1 if high - low <= 10 else 2):
+        color = INK if tick == 0 else "#e5e7eb"
+        body.append(f"<line x1='{at(tick):g}' y1='52' x2='{at(tick):g}' y2='{bottom - 8}' stroke='{color}'/>")
+        body.append(text(at(tick), bottom + 10, f"{tick:+d}" if tick else "0", size=12, color=FAINT))
+    for index, o in enumerate(rows):
+        y, color = 74 + step * index, OURS if o.verdict == "holds" else FAINT
+        name = escape(o.claim.text.replace("`", ""))
+        body.append(text(left - 14, y + 5, name, size=13, anchor="end"))
+        ends = f"x1='{at(o.low):.1f}' y1='{y}' x2='{at(o.high):.1f}' y2='{y}'"
+        body.append(f"<line {ends} stroke='{color}' stroke-width='3'/>")
+        body.append(f"<circle cx='{at(o.mean):.1f}' cy='{y}' r='6' fill='{color}'/>")
+        body.append(text(right + 14, y + 5, f"{o.mean:+.2f}, {o.verdict}", size=13, color=color, anchor="start"))
+    return svg(980, bottom + 28, family.title, body)
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables between its marks `<!-- claims: NAME -->` and `<!-- end -->` computed anew."""
+    for family in FAMILIES:
+        before, rest = page.split(f"<!-- claims: {family.name} -->\n")
+        _, after = rest.split("<!-- end -->\n", 1)
+        page = f"{before}<!-- claims: {family.name} -->\n\n{table(family)}\n\n<!-- end -->\n{after}"
+    return page
+
+
+def figures() -> dict[str, str]:
+    return {f"evidence-{family.name}.svg": figure(family) for family in FAMILIES}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
+    for name, drawing in figures().items():
+        (IMAGES / name).write_text(drawing)
+        print(IMAGES / name)
