@@ -17,6 +17,7 @@ from torch import nn
 
 import vkd_kernels as vk
 from tests.helpers import processes
+from tools import evidence
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -160,6 +161,28 @@ def test_the_figures_are_those_of_their_script():
     draw = runpy.run_path(str(ROOT / "tools" / "figures.py"))
     for name, figure in draw["FIGURES"].items():
         assert (ROOT / "docs" / "images" / name).read_text() == figure(), f"run: python tools/figures.py ({name})"
+
+
+def test_the_claims_are_those_of_the_records():
+    page = evidence.PAGE.read_text()
+    assert page == evidence.with_tables(page), "run: python tools/evidence.py"
+    for name, drawing in evidence.figures().items():
+        assert (ROOT / "docs" / "images" / name).read_text() == drawing, f"run: python tools/evidence.py ({name})"
+
+
+def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch):
+    """Holm's p below 0.05 implies it; the same differences with one more doubtful claim are not settled."""
+    gains = {"a": [1.0, 1.2, 0.8, 1.1, 0.9, 1.0, 1.3, 0.7], "b": [0.5, -0.4, 0.2, -0.1, 0.3, 0.6, -0.2, 0.1]}
+    runs = [{"arm": "zero", "seed": seed, "accuracy": 80.0, "cpu_seconds": 10.0} for seed in range(8)]
+    for arm, values in gains.items():
+        runs += [{"arm": arm, "seed": s, "accuracy": 80.0 + v, "cpu_seconds": 12.0} for s, v in enumerate(values)]
+    (tmp_path / "record.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    claims = [evidence.Claim("", "", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
+    holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", "record.json", claims))
+    assert (holds.verdict, doubtful.verdict, opposite.verdict) == ("holds", "not settled", "does not hold")
+    assert holds.low > 0 > doubtful.low and holds.better == 8 and holds.cost == pytest.approx(1.2)
+    assert holds.p_holm == pytest.approx(3 * holds.p) and doubtful.p_holm == doubtful.p
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
