@@ -1,0 +1,18 @@
+"""`examples/released_projector.py`: a task of one's own, with the projector of the released code."""
+
+import json
+
+from vkd_kernels.cli import main
+
+
+def test_the_released_projector_collapses_under_weight_decay_and_the_librarys_does_not(tmp_path, capsys):
+    command = ["distill", "examples.released_projector:ReleasedProjector", "--arms", "vkd,released", "--seeds", "1"]
+    command += ["--jobs", "0", "--quiet", "--output", str(tmp_path / "run"), "optim.steps=3", "teacher.steps=2"]
+    assert main([*command, "run.tensorboard=false"]) == 0
+    assert "V_kD, the released projector" in capsys.readouterr().out
+    errors = {}
+    for arm in ("vkd", "released"):
+        result = json.loads((tmp_path / "run" / arm / "seed-00" / "result.json").read_text())
+        errors[arm] = result["diagnostics"]["max |PᵀP - I|"]
+    assert errors["vkd"] < 1e-5
+    assert errors["released"] == 1.0  # a matrix of zeros
