@@ -49,14 +49,14 @@ CORE_TOOLS := "pytest>=9" hypothesis psutil scipy "setuptools>=77" wheel
 
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet "torch==2.8.*" "triton==3.4.*" numpy $(CORE_TOOLS)
+	.venv-lowest/bin/python -m pip install --quiet "torch==2.8.*" "triton==3.4.*" "numpy<2.4" $(CORE_TOOLS)
 	.venv-lowest/bin/python -m benchmarks.lowest_versions $(CORE_TESTS)
 
 # The kernels as the oldest supported Triton compiles and launches them, with the PyTorch that brought it; `make test`
 # does the same with the newest.
 test-triton:
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet "torch==2.11.*" "triton==3.6.*" numpy $(CORE_TOOLS)
+	.venv-triton/bin/python -m pip install --quiet "torch==2.11.*" "triton==3.6.*" "numpy<2.4" $(CORE_TOOLS)
 	.venv-triton/bin/python -m pytest -q tests/ops/test_ortho_proj_loss_aot.py tests/ops/test_host_time.py
 
 PIP_INDEX ?=
