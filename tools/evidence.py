@@ -127,7 +127,9 @@ def figure(family: Family) -> str:
 
     bottom = 62 + step * len(rows)
     body = [text(24, 32, family.title, size=15, anchor="start")]
-    for tick in range(low, high + 1, 1 if high - low <= 10 else 2):
+    for tick in range(low, high + 1):
+        if tick % (1 if high - low <= 8 else 2):
+            continue
         color = INK if tick == 0 else "#e5e7eb"
         body.append(f"<line x1='{at(tick):g}' y1='52' x2='{at(tick):g}' y2='{bottom - 8}' stroke='{color}'/>")
         body.append(text(at(tick), bottom + 10, f"{tick:+d}" if tick else "0", size=12, color=FAINT))
