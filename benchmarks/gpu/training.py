@@ -33,14 +33,10 @@ FINAL_DIFFERENCE = 0.01
 LossFunction = Callable[[LossSpec, LossInputs], torch.Tensor]
 
 
-def implementations(spec: LossSpec, semi_orthogonal: bool) -> dict[str, LossFunction]:
-    """Those that can compute it."""
-    modules = {"chunked": chunked, "triton": triton}
-    return {
-        name: module.semi_orthogonal_loss if semi_orthogonal else module.loss
-        for name, module in modules.items()
-        if module.unsupported(spec) is None
-    }
+def implementations(semi_orthogonal: bool) -> dict[str, LossFunction]:
+    if semi_orthogonal:
+        return {"chunked": chunked.semi_orthogonal_loss, "triton": triton.semi_orthogonal_loss}
+    return {"chunked": chunked.loss, "triton": triton.loss}
 
 
 def by_reference(spec: LossSpec, inputs: LossInputs) -> torch.Tensor:
@@ -102,7 +98,7 @@ def side_by_side(setting: Setting, spec: LossSpec, semi_orthogonal: bool, steps:
     """The largest errors over a training whose steps the reference takes."""
     student = copy.deepcopy(setting.student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
-    functions = implementations(spec, semi_orthogonal) | {"reference": by_reference}
+    functions = implementations(semi_orthogonal) | {"reference": by_reference}
     worst = {name: [0.0, 0.0, 0.0] for name in functions}
     wrong = []
     for step in range(steps):
@@ -119,7 +115,7 @@ def side_by_side(setting: Setting, spec: LossSpec, semi_orthogonal: bool, steps:
         optimizer.zero_grad()
         by_reference(spec, inputs_of(features, teacher, student.projection.weight)).backward()
         optimizer.step()
-    for name in implementations(spec, semi_orthogonal):
+    for name in implementations(semi_orthogonal):
         for what, error, allowed in zip(("loss", "student", "weight"), worst[name], worst["reference"], strict=True):
             if not error <= MOST_TIMES_REFERENCE * max(allowed, LEAST_ERROR):
                 wrong.append(f"{name}: {what} is off by {error:.1e}, the reference by {allowed:.1e}")
@@ -129,7 +125,7 @@ def side_by_side(setting: Setting, spec: LossSpec, semi_orthogonal: bool, steps:
 def on_its_own(setting: Setting, spec: LossSpec, semi_orthogonal: bool, steps: int) -> dict:
     """Each implementation's mean loss over its last tenth of steps."""
     final, wrong = {}, []
-    for name, function in ({"reference": by_reference} | implementations(spec, semi_orthogonal)).items():
+    for name, function in ({"reference": by_reference} | implementations(semi_orthogonal)).items():
         student = copy.deepcopy(setting.student)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
         losses = []
