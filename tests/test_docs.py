@@ -151,6 +151,8 @@ def test_a_command_of_a_page_is_one(words):
         assert module is not None and Path(module.origin).exists(), words
         if words[2] == "vkd_kernels.info":
             processes.run([sys.executable, *words[1:]], seconds=100).check_returncode()
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
     elif words[0] == "pip":
         assert "." in words or not [word for word in words if word.startswith("vkd_kernels") and "[" not in word]
     else:
