@@ -180,7 +180,7 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
         runs += [{"arm": arm, "seed": s, "accuracy": 80.0 + v, "cpu_seconds": 12.0} for s, v in enumerate(values)]
     (tmp_path / "record.json").write_text(json.dumps({"runs": runs}))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
-    claims = [evidence.Claim("", "", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
+    claims = [evidence.Claim("", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
     holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", "record.json", claims))
     assert (holds.verdict, doubtful.verdict, opposite.verdict) == ("holds", "not settled", "does not hold")
     assert holds.low > 0 > doubtful.low and holds.better == 8 and holds.cost == pytest.approx(1.2)

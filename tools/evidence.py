@@ -31,7 +31,6 @@ FEWEST_SEEDS = 8
 @dataclass(frozen=True)
 class Claim:
     text: str
-    whose: str
     arm: str  # is better than `over`
     over: str
     expected: str  # before the runs
@@ -53,11 +52,11 @@ FAMILIES = [
         "Fashion-MNIST, 1000 labels: difference of test accuracy, points, with 95 % intervals, eight seeds",
         "fashion-mnist-8seeds.json",
         [
-            Claim("A teacher's logits help.", "common knowledge", "logits", "alone", "+7"),
-            Claim("Its features help beyond its logits.", "popular belief", "linear", "logits", "+1.5"),
-            Claim("Semi-orthogonal is better than linear.", "the paper", "vkd", "linear", "+0.1"),
-            Claim('`scale="match"` is better than linear.', "this library", "vkd-match", "linear", "+0.8"),
-            Claim('`scale="match"` is better than scale 1.', "this library", "vkd-match", "vkd", "+0.7"),
+            Claim("A teacher's logits help.", "logits", "alone", "+7"),
+            Claim("Its features help beyond its logits.", "linear", "logits", "+1.5"),
+            Claim("Semi-orthogonal is better than linear.", "vkd", "linear", "+0.1"),
+            Claim('`scale="match"` is better than linear.', "vkd-match", "linear", "+0.8"),
+            Claim('`scale="match"` is better than scale 1.', "vkd-match", "vkd", "+0.7"),
         ],
     ),
 ]
@@ -104,14 +103,14 @@ def outcomes(family: Family) -> list[Outcome]:
     ]
 
 
-HEAD = "claim | whose | expected | measured, points | 95 % interval | better for | p | p Holm | cost | verdict"
+HEAD = "claim | verdict | expected | measured, points | 95 % interval | better for | p Holm | cost"
 
 
 def table(family: Family) -> str:
     lines = [f"| {HEAD} |", "|---" * (HEAD.count("|") + 1) + "|"]
     for o in outcomes(family):
-        cells = [o.claim.text, o.claim.whose, o.claim.expected, f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
-        cells += [f"{o.better} of {o.seeds}", show_p(o.p), show_p(o.p_holm), f"{o.cost:.2f} x", f"**{o.verdict}**"]
+        cells = [o.claim.text, f"**{o.verdict}**", o.claim.expected, f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
+        cells += [f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
