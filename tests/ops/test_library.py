@@ -1,5 +1,6 @@
 """Operators: their function is called where only autograd looks on, PyTorch's dispatcher where something else does."""
 
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import processes
 from vkd_kernels.ops import library
 
 
@@ -152,6 +154,19 @@ def test_without_gradients_there_is_no_graph(arguments, dispatched):
 
 def test_a_node_has_the_name_of_its_operator(arguments):
     assert scaled_sum_for_a_test(**arguments)[0].grad_fn.name() == "scaled_sum_for_a_testBackward"
+
+
+def test_where_pytorch_has_moved_a_private_name_the_dispatcher_serves():
+    program = (
+        "import torch; del torch._C._functorch.is_legacy_batchedtensor; import vkd_kernels as vk\n"
+        "from vkd_kernels.ops import library\n"
+        "assert not library.CAN_TELL\n"
+        "weight = torch.randn(5, 3, requires_grad=True)\n"
+        "vk.cayley(weight).sum().backward()\n"
+        "assert weight.grad.isfinite().all()"
+    )
+    ended = processes.run([sys.executable, "-c", program], seconds=100)
+    assert ended.returncode == 0, ended.stderr
 
 
 # ------------------------------------------------------------------------------------------------- something looks on

@@ -31,7 +31,7 @@ class Operator:
         self.node: type[torch.autograd.Function] | None = None  # made by ``differentiable``
 
     def __call__(self, **inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched():
+        if not CAN_TELL or torch.compiler.is_compiling() or _is_watched():
             return self.overload(**inputs)
         names, tensors = self.tensors_of(inputs)
         for tensor in tensors:
@@ -68,10 +68,16 @@ class Operator:
         return self.node.apply(compute, inputs, names, *tensors)
 
 
-# Looked up once: an operator is called for every loss.
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-_is_profiling, _is_batched = torch.autograd._profiler_enabled, torch._C._functorch.is_legacy_batchedtensor
+# Looked up once: an operator is called for every loss. They are private to PyTorch: where a version has moved one,
+# every call takes the dispatcher.
+try:
+    _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    _transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+    _is_profiling, _is_batched = torch.autograd._profiler_enabled, torch._C._functorch.is_legacy_batchedtensor
+    _is_zero = torch.Tensor._is_zerotensor
+    CAN_TELL = True
+except AttributeError:
+    CAN_TELL = False
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 
@@ -92,7 +98,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (kind is _Tensor or kind is _Parameter) and not (
         tensor.is_meta
         or tensor.is_neg()  # a negation that is yet to come: the gradient of an imaginary part may be one
-        or tensor._is_zerotensor()  # in no memory
+        or _is_zero(tensor)  # in no memory
         or _is_batched(tensor)  # torch.autograd.grad(..., is_grads_batched=True)
     )
 
