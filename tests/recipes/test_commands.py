@@ -89,6 +89,15 @@ def test_unknown_tasks(name, capsys):
     assert name != "os" or before == set(sys.modules)
 
 
+def test_a_task_of_the_folder_where_one_stands(tmp_path, monkeypatch, capsys):
+    """The script `vkd` finds it, though it does not search that folder as `python -m` does."""
+    (tmp_path / "task_of_this_folder.py").write_text("from toy_task import Toy\n\n\nclass Mine(Toy):\n    pass\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    assert vkd("distill", "task_of_this_folder:Mine", "--dry-run") == 0
+    assert "task: task_of_this_folder:Mine" in capsys.readouterr().out
+
+
 def test_help_shows_every_value(capsys):
     assert vkd("distill", TOY, "--help", "optim.lr=0.5") == 0
     text = " ".join(capsys.readouterr().out.split())

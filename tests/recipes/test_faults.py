@@ -1,14 +1,16 @@
-"""What can go wrong in a run: disks, files, folders, images that cannot be read."""
+"""What can go wrong in a run: disks, files, folders, worker processes, images that cannot be read."""
 
+import multiprocessing
 import os
 import resource
 import signal
+import time
 
 import pytest
 import torch
 
 from tests.recipes.toy import TOY, StopAt, distill, train
-from vkd_kernels.recipes import engine, loading, runs
+from vkd_kernels.recipes import engine, jobs, loading, runs, task
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
 
@@ -149,3 +151,29 @@ def test_an_error_in_a_training_is_the_commands(tmp_path, capsys, processes):
     assert f"vkd: error: data.missing: there is no folder {tmp_path}/nowhere" in capsys.readouterr().err
     (tmp_path / "nowhere").mkdir()  # put right, it continues
     assert distill(tmp_path / "run", "--resume", "optim.steps=30") == 0
+
+
+# ---- worker processes and draws --------------------------------------------------------------------------------------
+
+
+def test_a_failed_worker_ends_no_process_of_the_caller(tmp_path):
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    bystander.start()
+    try:
+        with pytest.raises(TypeError, match="monitor"):
+            jobs.perform([jobs.Job("fails", tmp_path / "result", work=print)], processes=1, quiet=True)
+        assert bystander.is_alive()
+    finally:
+        bystander.kill()
+        bystander.join()
+
+
+def test_seeds_of_several_numbers():
+    """The same draws as from a generator of these numbers, which a global seed gives."""
+    task.seed_all(3, 1)
+    first = torch.rand(4)
+    assert torch.equal(first, torch.rand(4, generator=task.generator(3, 1)))
+    torch.manual_seed(task.mixed_seed(3, 1))
+    assert torch.equal(first, torch.rand(4))
+    task.seed_all(3, 2)
+    assert not torch.equal(first, torch.rand(4))

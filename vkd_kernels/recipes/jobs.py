@@ -57,6 +57,7 @@ def in_workers(jobs: list[Job], waiting: list[Job], processes: int, quiet: bool)
     def interrupt(number: int) -> None:
         raise Interrupted(number)
 
+    others = {*multiprocessing.active_children()}  # of whoever called
     done, running = {job.name for job in jobs if job.result.exists()}, dict[Future, Job]()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
     bar = progress(total=len(jobs), initial=len(done), unit="run", disable=quiet)
@@ -74,7 +75,7 @@ def in_workers(jobs: list[Job], waiting: list[Job], processes: int, quiet: bool)
                     done.add(running.pop(future).name)
                     bar.update()
         except BaseException as error:
-            for process in multiprocessing.active_children():
+            for process in {*multiprocessing.active_children()} - others:
                 process.kill()
             if isinstance(error, BrokenProcessPool):
                 raise RunError("a worker process was killed (out of memory?): continue with --resume") from error

@@ -278,6 +278,9 @@ def generator(*numbers: int) -> torch.Generator:
 
 def seed_all(*numbers: int) -> None:
     seed = mixed_seed(*numbers)
-    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)  # the same draws; manual_seed takes a traceback first
     numpy.random.seed(seed % 2**32)
     random.seed(seed)

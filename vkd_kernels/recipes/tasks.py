@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ def load(name: str) -> type[Task]:
         raise OptionError(
             f"TASK: unknown {name!r}{nearest(name, NAMES)}; a task of your own is named package.module:Class"
         )
+    if (folder := os.getcwd()) not in sys.path:  # as `python -m` has it; the script `vkd` does not
+        sys.path.insert(0, folder)
     try:
         task = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
