@@ -1,4 +1,4 @@
-# make demo: a student learns from a teacher on real images.   make test: every test.   Both set up .venv first.
+# make demo: a student learns from a teacher on real images.   make test: lint, docs, tests.   Both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

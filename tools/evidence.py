@@ -76,9 +76,9 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        if self.p_holm < LEVEL:
-            return "holds" if self.mean > 0 else "does not hold"
-        return "not settled"
+        if self.p_holm < LEVEL and self.mean > 0:
+            return "holds"
+        return "does not hold" if self.high < 0 else "not settled"
 
 
 def outcomes(family: Family) -> list[Outcome]:
