@@ -1,8 +1,9 @@
-"""A small teacher and its data, for tests of feature stores; as a command, a slow build that tests kill.
+"""A small teacher and its data, for tests of feature stores; as a command, a build that stops after so many images, for tests to kill.
 
-python -m tests.helpers.stored_teachers FOLDER SECONDS_PER_BATCH
+python -m tests.helpers.stored_teachers FOLDER IMAGES
 """
 
+import math
 import sys
 import time
 
@@ -23,17 +24,18 @@ TAPS = [
 class Teacher(nn.Sequential):
     """Tokens (N, 5, 6) from images (N, 5, 4), and logits (N, 3). It sleeps in every forward pass, and counts images."""
 
-    def __init__(self, seconds=0.0):
+    def __init__(self, stops_after=math.inf):
         generator = torch.Generator().manual_seed(3)
         layers = [nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 6), nn.Flatten(), nn.Dropout(0.5), nn.Linear(30, 3)]
         super().__init__(*layers)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) / 2
-        self.seconds, self.images = seconds, 0
+        self.stops_after, self.images = stops_after, 0  # images
 
     def forward(self, images):
         self.images += len(images)
-        time.sleep(self.seconds)
+        if self.images > self.stops_after:
+            time.sleep(3600)  # until it is killed
         tokens = self[2](self[1](self[0](images)))
         return self[5](self[4](self[3](tokens)))
 
@@ -61,4 +63,4 @@ def build(folder, teacher=None, data=None, taps=({"teacher": "2", "teacher_pool"
 
 
 if __name__ == "__main__":
-    build(sys.argv[1], Teacher(float(sys.argv[2])), progress=True)
+    build(sys.argv[1], Teacher(stops_after=int(sys.argv[2])), progress=True)

@@ -172,8 +172,9 @@ def test_reading_needs_no_safetensors_and_building_says_what_to_install(tmp_path
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
-def start_slow_build(folder):
-    command = [sys.executable, "-m", "tests.helpers.stored_teachers", str(folder), "0.1"]
+def start_build_that_stops(folder):
+    """In a process of its own: its teacher stops in the middle of the fourth shard."""
+    command = [sys.executable, "-m", "tests.helpers.stored_teachers", str(folder), str(3 * SHARD + 4)]
     return processes.popen(command, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -192,7 +193,7 @@ def finished(folder):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_killed_while_building_it_continues_and_no_finished_shard_is_lost(tmp_path, sent):
     folder = tmp_path / "store"
-    process = start_slow_build(folder)
+    process = start_build_that_stops(folder)
     wait_for_shards(process, folder, 2)
     process.send_signal(sent)
     process.communicate(timeout=60)
