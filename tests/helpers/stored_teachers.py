@@ -1,4 +1,4 @@
-"""A small teacher and its data, for tests of feature stores; as a command, a build that stops after so many images, for tests to kill.
+"""A small teacher and its data, for tests of feature stores; as a command, a build that stops, for tests to kill.
 
 python -m tests.helpers.stored_teachers FOLDER IMAGES
 """
