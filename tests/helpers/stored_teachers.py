@@ -22,20 +22,19 @@ TAPS = [
 
 
 class Teacher(nn.Sequential):
-    """Tokens (N, 5, 6) from images (N, 5, 4), and logits (N, 3). It sleeps in every forward pass, and counts images."""
+    """Tokens (N, 5, 6) from images (N, 5, 4), and logits (N, 3). It counts images; may be slow; may stop."""
 
-    def __init__(self, stops_after=math.inf):
+    def __init__(self, *, seconds=0.0, stops_after=math.inf):
         generator = torch.Generator().manual_seed(3)
         layers = [nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 6), nn.Flatten(), nn.Dropout(0.5), nn.Linear(30, 3)]
         super().__init__(*layers)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) / 2
-        self.stops_after, self.images = stops_after, 0  # images
+        self.seconds, self.stops_after, self.images = seconds, stops_after, 0
 
     def forward(self, images):
         self.images += len(images)
-        if self.images > self.stops_after:
-            time.sleep(3600)  # until it is killed
+        time.sleep(3600 if self.images > self.stops_after else self.seconds)  # an hour: until it is killed
         tokens = self[2](self[1](self[0](images)))
         return self[5](self[4](self[3](tokens)))
 
