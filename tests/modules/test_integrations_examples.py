@@ -162,7 +162,7 @@ def test_example_embedding_model(tmp_path):
 
 
 def test_every_example_is_tested():
-    of_the_recipes = {"released_projector"}  # tests/recipes/test_released_projector.py
+    of_the_recipes = {"released_projector", "projector_study"}  # tests/recipes/test_released_projector.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS) | of_the_recipes
 
 

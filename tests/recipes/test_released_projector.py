@@ -1,7 +1,9 @@
-"""`examples/released_projector.py`: a task of one's own, with the projector of the released code."""
+"""`examples/released_projector.py` and `projector_study.py`: tasks of one's own, with the released code's projector."""
 
 import json
+import math
 
+from examples.projector_study import ProjectorStudy
 from vkd_kernels.cli import main
 
 
@@ -16,3 +18,9 @@ def test_the_released_projector_collapses_under_weight_decay_and_the_librarys_do
         errors[arm] = result["diagnostics"]["max |PᵀP - I|"]
     assert errors["vkd"] < 1e-5
     assert errors["released"] == 1.0  # a matrix of zeros
+
+
+def test_the_strong_arms_pull_as_hard_as_match_does():
+    config = ProjectorStudy.Config()
+    weights = {arm: ProjectorStudy.arms[arm].apply(config, {}).distill.weight for arm in ("vkd-match", "vkd-strong")}
+    assert math.isclose(weights["vkd-strong"] / weights["vkd-match"], math.sqrt(192 / 64))

@@ -5,6 +5,7 @@ Whatever is drawn depends on (seed, step, rank) alone, so that an interrupted tr
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -276,9 +277,13 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
+# Asked for every image that is read: PyTorch looks for the driver's library at each call.
+gpu_available = functools.cache(torch.cuda.is_available)
+
+
 def seed_all(*numbers: int) -> None:
     seed = mixed_seed(*numbers)
-    if torch.cuda.is_available():
+    if gpu_available():
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)  # the same draws; manual_seed takes a traceback first
