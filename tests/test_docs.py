@@ -178,13 +178,21 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     runs = [{"arm": "zero", "seed": seed, "accuracy": 80.0, "cpu_seconds": 10.0} for seed in range(8)]
     for arm, values in gains.items():
         runs += [{"arm": arm, "seed": s, "accuracy": 80.0 + v, "cpu_seconds": 12.0} for s, v in enumerate(values)]
-    (tmp_path / "record.json").write_text(json.dumps({"runs": runs}))
+    teachers = [{"seed": 0, "accuracy": 90.0}]
+    for name, arms in {"record.json": ("zero", "a"), "further.json": ("zero", "b")}.items():
+        chosen = [run for run in runs if run["arm"] in arms]
+        (tmp_path / name).write_text(json.dumps({"teachers": teachers, "runs": chosen}))
+    (tmp_path / "other.json").write_text(json.dumps({"teachers": [{"seed": 0, "accuracy": 90.1}], "runs": []}))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    records = ["record.json", "further.json"]
     claims = [evidence.Claim("", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
-    holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", "record.json", claims))
+    holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", records, claims))
     assert (holds.verdict, doubtful.verdict, opposite.verdict) == ("holds", "not settled", "does not hold")
-    assert holds.low > 0 > doubtful.low and holds.better == 8 and holds.cost == pytest.approx(1.2)
+    assert holds.low > 0 > doubtful.low and holds.better == 8
+    assert holds.cost == pytest.approx(1.2) and doubtful.cost is None  # two runs may have had unlike machines
     assert holds.p_holm == pytest.approx(3 * holds.p) and doubtful.p_holm == doubtful.p
+    with pytest.raises(AssertionError, match="another teacher for seed 0"):
+        evidence.read(["record.json", "other.json"])
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)

@@ -38,11 +38,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Family:
-    """Claims that one record answers, corrected for each other."""
+    """Claims that are corrected for each other, and the records of their arms. Seeds have the same teachers in all."""
 
     name: str  # of its table in the page, and of its figure
     title: str
-    record: str
+    records: Sequence[str]
     claims: Sequence[Claim]
 
 
@@ -50,7 +50,7 @@ FAMILIES = [
     Family(
         "fashion-mnist",
         "Fashion-MNIST, 1000 labels: difference of test accuracy, points, with 95 % intervals, eight seeds",
-        "fashion-mnist-8seeds.json",
+        ["fashion-mnist-8seeds.json"],
         [
             Claim("A teacher's logits help.", "logits", "alone", "+7"),
             Claim("Its features help beyond its logits.", "linear", "logits", "+1.5"),
@@ -72,7 +72,7 @@ class Outcome:
     seeds: int
     p: float
     p_holm: float
-    cost: float  # processor time of a run, as a multiple of the other arm's
+    cost: float | None  # processor time of a run, as a multiple of the other arm's in the same record
 
     @property
     def verdict(self) -> str:
@@ -81,18 +81,35 @@ class Outcome:
         return "does not hold" if self.high < 0 else "not settled"
 
 
+Runs = dict[str, dict[int, dict[str, Any]]]  # {arm: {seed: its line of the record}}
+
+
+def read(records: Sequence[str]) -> Runs:
+    """The arms of all records, those of the first one where two have the same. Every run knows its record."""
+    runs: Runs = {}
+    teachers: dict[int, float] = {}
+    for name in records:
+        record = json.loads((RESULTS / name).read_text())
+        for teacher in record["teachers"]:
+            accuracy = teachers.setdefault(teacher["seed"], teacher["accuracy"])
+            assert accuracy == teacher["accuracy"], f"{name}: another teacher for seed {teacher['seed']}"
+        for arm in dict.fromkeys(run["arm"] for run in record["runs"] if run["arm"] not in runs):
+            runs[arm] = {run["seed"]: run | {"record": name} for run in record["runs"] if run["arm"] == arm}
+    return runs
+
+
 def outcomes(family: Family) -> list[Outcome]:
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for run in json.loads((RESULTS / family.record).read_text())["runs"]:
-        runs.setdefault(run["arm"], {})[run["seed"]] = run
+    runs = read(family.records)
     rows, ps = [], []
     for claim in family.claims:
         ours, theirs = runs[claim.arm], runs[claim.over]
-        assert ours.keys() == theirs.keys() and len(ours) >= FEWEST_SEEDS, (family.record, claim)
+        assert ours.keys() == theirs.keys() and len(ours) >= FEWEST_SEEDS, (family.name, claim)
         differences = [ours[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in sorted(ours)]
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(0.95)
-        cost = statistics.fmean(ours[seed]["cpu_seconds"] / theirs[seed]["cpu_seconds"] for seed in ours)
+        cost = None
+        if all(ours[seed]["record"] == theirs[seed]["record"] for seed in ours):
+            cost = statistics.fmean(ours[seed]["cpu_seconds"] / theirs[seed]["cpu_seconds"] for seed in ours)
         better = sum(difference > 0 for difference in differences)
         rows.append((claim, statistics.fmean(differences), interval.low, interval.high, better, len(differences), cost))
         ps.append(float(test.pvalue))
@@ -110,7 +127,7 @@ def table(family: Family) -> str:
     lines = [f"| {HEAD} |", "|---" * (HEAD.count("|") + 1) + "|"]
     for o in outcomes(family):
         cells = [o.claim.text, f"**{o.verdict}**", o.claim.expected, f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
-        cells += [f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x"]
+        cells += [f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x" if o.cost else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
