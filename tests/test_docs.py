@@ -261,7 +261,15 @@ def test_code_of_the_migration_page():
 def test_every_page_with_code_has_a_test_that_runs_it():
     """Pages of recipes: code for a file of a user's own, run by the tests of tests/recipes."""
     run = {*STANDALONE, "integrations", "migration", "README"}
-    of_recipes = {"classification", "detection", "generation", "foundation_models", "teachers", "architecture"}
+    of_recipes = {
+        "recipes",
+        "classification",
+        "detection",
+        "generation",
+        "foundation_models",
+        "teachers",
+        "architecture",
+    }
     assert {page.stem for page in PAGES if snippets(page)} <= run | of_recipes
 
 

@@ -40,7 +40,7 @@ class Config(Section):
     student: Student = section(Student)
     distill: DistillConfig = section(DistillConfig)
     optim: Optim = section(Optim, source="a guess", steps=30, batch_size=8, lr=1e-2, warmup=0.1, ema=0.9)
-    run: Slow = section(Slow, accelerator="cpu", log_every=7, eval_every=10, save_every=9, tensorboard=False)
+    run: Slow = section(Slow, accelerator="cpu", log_every=7, eval_every=10, save_every=9)
 
     @model_validator(mode="after")
     def _checked(self) -> "Config":
@@ -136,9 +136,3 @@ class Toy(Task):
 
     def pictures(self, student: nn.Module, folder: Path) -> None:
         runs.write_text(folder / "outputs.txt", str(student(self.test[:3]).tolist()))
-
-    @classmethod
-    def describe(cls, config: Any) -> dict[str, Any]:
-        size = sum(p.numel() for p in Net(config.student.width).parameters())
-        widths = [config.student.width, config.teacher.width]
-        return {"student": f"{size} parameters", "features": widths, "steps": config.optim.steps}

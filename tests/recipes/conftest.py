@@ -6,7 +6,7 @@ import pytest
 import torch
 
 NEEDED = ("lightning_fabric", "yaml", "pydantic", "filelock", "safetensors", "sklearn", "scipy", "matplotlib", "tqdm")
-NEEDED += ("tensorboard", "timm", "torchvision", "torchmetrics")
+NEEDED += ("timm", "torchvision", "torchmetrics")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 

@@ -9,7 +9,7 @@ from PIL import Image
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes import engine, images, task, tasks
 
-RUN = ["run.tensorboard=false", "run.save_every=3", "run.eval_every=3"]
+RUN = ["run.save_every=3", "run.eval_every=3"]
 TINY = {
     "classification": ["optim.steps=6", "teacher.steps=6", "digits.views=2", "teacher.widths=8,16", "student.width=16"],
     "detection": ["scenes.train=40", "scenes.val=8", "data.labeled=32", "teacher.steps=3", "teacher.batch_size=8"],

@@ -94,8 +94,8 @@ def test_a_task_of_the_folder_where_one_stands(tmp_path, monkeypatch, capsys):
     (tmp_path / "task_of_this_folder.py").write_text("from toy_task import Toy\n\n\nclass Mine(Toy):\n    pass\n")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     monkeypatch.chdir(tmp_path)
-    assert vkd("distill", "task_of_this_folder:Mine", "--dry-run") == 0
-    assert "task: task_of_this_folder:Mine" in capsys.readouterr().out
+    assert vkd("distill", "task_of_this_folder:Mine", "--help") == 0
+    assert toy_task.Toy.title in capsys.readouterr().out
 
 
 def test_help_shows_every_value(capsys):
@@ -108,28 +108,16 @@ def test_help_shows_every_value(capsys):
     assert "--resume" in text and "student alone, equal time" in text
 
 
-def test_dry_run_prints_configuration_models_and_steps_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert vkd("distill", TOY, "--dry-run", "student.width=7", "--arms", "longer,vkd") == 0
-    text = capsys.readouterr().out
-    assert "student: {width: 7, dropout: 0.1}" in text and "features: [7, 12]" in text
-    assert "steps: 45" in text and "student: 87 parameters" in text
-    assert not list(tmp_path.iterdir())
-
-
 def test_recipes_files_and_overrides_in_that_order(tmp_path, monkeypatch, capsys):
     (tmp_path / "base.yaml").write_text('seeds: "3"\noptim:\n  lr: 5e-4  # the paper\n  steps: 100\n')
     (tmp_path / "paper.yaml").write_text("like: base\nstudent: {width: 9}\n")
     (tmp_path / "mine.yaml").write_text("optim: {steps: 50}\n")
     monkeypatch.setattr(toy_task.Toy, "recipes", tmp_path)
     words = ["distill", TOY, "--recipe", "paper", "--config", tmp_path / "mine.yaml", "student.width=4"]
-    assert vkd(*words, "--dry-run") == 0
-    text = capsys.readouterr().out
-    assert "steps: 50" in text and "lr: 0.0005" in text and "width: 4" in text and "arms: [vkd]" in text
-    assert "seeds: 3" in text and "baseline: vkd" in text
     assert vkd(*words, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "optim.lr=0.0005 peak learning rate; > 0 [the paper]" in text and "student.width=4 channels; >= 1" in text
+    assert "optim.steps=50 optimizer steps" in text
     (tmp_path / "paper.yaml").write_text("optim: {stepps: 3}\n")
     assert vkd("distill", TOY, "--recipe", "paper") == 2
     assert "recipe paper: unknown key 'optim.stepps'; did you mean 'optim.steps'" in capsys.readouterr().err

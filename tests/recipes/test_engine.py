@@ -55,15 +55,6 @@ def test_a_run_leaves_its_files(finished):
         assert part in text
 
 
-def test_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(tmp_path, run__tensorboard=True)
-    board = EventAccumulator(str(tmp_path / "vkd" / "seed-00" / "tensorboard"))
-    board.Reload()
-    assert [event.step for event in board.Scalars("eval/error")] == [10, 20, 30]
-
-
 # ---- stopping and continuing -----------------------------------------------------------------------------------------
 
 

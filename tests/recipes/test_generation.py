@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from tests.recipes import setups
-from vkd_kernels import cli
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes import engine, gan, pictures, runs
 from vkd_kernels.recipes.config import OptionError
@@ -214,15 +213,13 @@ def test_a_folder_of_images(folder):
 @pytest.mark.parametrize(
     ("name", "classes", "fraction"), [("vkd-biggan-cifar10-10pct", 10, 0.1), ("vkd-biggan-cifar100-20pct", 100, 0.2)]
 )
-def test_recipes_have_the_published_values_and_are_described_without_data(name, classes, fraction, capsys):
+def test_recipes_have_the_published_values(name, classes, fraction):
     values = configs.flatten(recipe(name))
-    expected = {"data.fraction": fraction, "augment.policy": ("translation", "cutout"), "optim.lr": 2e-4}
+    expected = {"data.classes": classes, "data.fraction": fraction, "optim.lr": 2e-4}
+    expected |= {"augment.policy": ("translation", "cutout")}
     expected |= {"optim.discriminator_steps": 4, "optim.batch_size": 50, "distill.method": "cholesky"}
     expected |= {"teacher.name": "vit_base_patch32_clip_224.openai", "distill.weight": 20.0, "student.width": 256}
     assert {key: values[key] for key in expected} == expected
-    assert cli.main(["distill", "generation", "--recipe", name, "--dry-run", "metric.download=true"]) == 0
-    text = capsys.readouterr().out
-    assert "features: 512" in text and "features: 256" in text and f"classes: {classes}" in text
 
 
 def test_one_step_of_the_papers_configuration(tmp_path, monkeypatch):
@@ -231,7 +228,7 @@ def test_one_step_of_the_papers_configuration(tmp_path, monkeypatch):
         "vkd-biggan-cifar100-20pct",
         **{"metric__features": "classifier", "teacher__widths": "4,8", "teacher__steps": 1, "metric__samples": 8},
         **{"optim__steps": 1, "optim__batch_size": 4, "optim__discriminator_steps": 2},
-        **{"run__accelerator": "cpu", "run__tensorboard": False},
+        run__accelerator="cpu",
     )
     data = pictures.Pictures.__new__(pictures.Pictures)
     data.pool, data.held_out = (torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8) for n in (12, 8))

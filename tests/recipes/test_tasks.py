@@ -36,6 +36,9 @@ def test_the_bundled_run_and_what_is_stored_of_it(name, arms, tmp_path):
     )
     assert (stored / "figures" / "samples.png").exists() == (name == "generation")
     assert not list(tmp_path.rglob("answers-*")), "what the teacher said is made again when needed"
+    if name == "classification":
+        names = {"open": lambda path: open(tmp_path / "run" / Path(path).relative_to("runs/classification"))}
+        assert [step for step, _ in run_code("recipes.md", names)["curve"]] == [3, 6]
 
 
 @pytest.mark.parametrize("name", ARMS)

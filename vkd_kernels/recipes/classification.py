@@ -287,22 +287,15 @@ class Classification(Task):
         return {"accuracy": 100 * right / count}
 
     @classmethod
-    def describe(cls, config: Any) -> dict[str, Any]:
-        """Opens a data set only to learn its number of classes."""
-        shape = models.Shape(10, 8, 1) if config.data.name == "digits" else models.Shape.of(Images(config, 0))
-        networks = {"student": models.make_student(config.student, shape, empty=True)}
-        if config.needs_teacher:
-            logits = bool(config.distill.logit_weight)
-            networks["teacher"] = models.make_teacher(config.teacher, shape, logits=logits, empty=True)
-        return {"classes": shape.classes, **{side: models.described(network) for side, network in networks.items()}}
-
-    @classmethod
     def check(cls, config: Any) -> None:
+        super().check(config)
+        shape = models.Shape(10, 8, 1)
         if config.data.name != "digits":
-            open_images(config.data)
+            shape = models.Shape(open_images(config.data)[2], config.data.size, config.data.channels)
+        models.make_student(config.student, shape, empty=True)
         if config.needs_teacher:
             trained_here(config)
-        super().check(config)
+            models.make_teacher(config.teacher, shape, logits=bool(config.distill.logit_weight), empty=True)
 
 
 class TeacherTraining(Classification):

@@ -111,7 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     about = "worker processes of one thread, on a CPU; 0: in this process, with its threads (default: %(default)s)"
     parser.add_argument("--jobs", type=int, metavar="N", default=cores, help=about)
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, model sizes and steps; do nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -198,8 +197,8 @@ def command(a: argparse.Namespace) -> int:
         if a.jobs < 0:
             raise OptionError(f"--jobs: must be at least 0, got {a.jobs}")
         experiment = resolve(a)
-        if a.help or a.dry_run:
-            (show_help if a.help else show_plan)(experiment, a)
+        if a.help:
+            show_help(experiment, a)
             return 0
         if a.resume:
             experiment = continued(folder, experiment, a)
@@ -234,15 +233,6 @@ def show_help(experiment: Experiment, a: argparse.Namespace) -> None:
         print(f"    {name:20}{arm.label}")
     print("\nconfiguration: `section.key=value`, what it means [where the value comes from]")
     print(configs.help_text(experiment.config, experiment.origins))
-
-
-def show_plan(experiment: Experiment, a: argparse.Namespace) -> None:
-    """What `--dry-run` prints."""
-    print(experiment.to_yaml())
-    for name, label in experiment.labels().items():
-        print(f"# {name}: {label}")
-        changes = {**experiment.arms[name].changes, **experiment.typed}
-        print(configs.dump({"changes": changes, **experiment.task.describe(experiment.config_of(name))}))
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------

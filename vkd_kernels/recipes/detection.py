@@ -27,7 +27,6 @@ from . import coco, engine, runs, scenes
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .detectors import FCOS, Detector
 from .loading import Key, Views, epochs, read
-from .models import described
 from .runs import RunError
 from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
 
@@ -312,19 +311,8 @@ class Detection(Task):
         return {"AP": values["map"], "AP50": values["map_50"], "AP75": values["map_75"]}
 
     @classmethod
-    def describe(cls, config: Any) -> dict[str, Any]:
-        """Reads annotations only to learn the number of classes."""
-        d = config.data
-        classes = d.classes or scenes.CLASSES
-        if d.train and not d.classes:
-            classes = len(coco.open_coco(d.train, d.train_annotations, d.channels).names)
-        networks = {"student": cls.detector(config.student, classes, d.channels, empty=True)}
-        if config.distill.weight:
-            networks["teacher"] = cls.detector(config.teacher, classes, d.channels, empty=True)
-        return {"classes": classes, **{side: described(network) for side, network in networks.items()}}
-
-    @classmethod
     def check(cls, config: Any) -> None:
+        super().check(config)
         d = config.data
         if config.distill.weight:
             trained_here(config)
@@ -333,7 +321,12 @@ class Detection(Task):
         for name in ("train", "train_annotations", "val", "val_annotations"):
             if d.train and not Path(getattr(d, name)).exists():
                 raise OptionError(f"data.{name}: there is no {getattr(d, name)}")
-        super().check(config)
+        classes = d.classes or scenes.CLASSES
+        if d.train and not d.classes:
+            classes = len(coco.open_coco(d.train, d.train_annotations, d.channels).names)
+        cls.detector(config.student, classes, d.channels, empty=True)
+        if config.distill.weight:
+            cls.detector(config.teacher, classes, d.channels, empty=True)
 
 
 class TeacherTraining(Detection):

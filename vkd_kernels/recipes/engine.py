@@ -125,7 +125,6 @@ class Loop:
         self.step = 0
         self.seconds = self.cpu_seconds = 0.0  # of the steps alone: no evaluation, no checkpoints
         self.records: list[dict[str, float]] = []  # the lines of metrics.jsonl
-        self.board: Any = None
 
     def fit(self) -> dict[str, Any]:
         task, options, monitor, rank = self.task, self.options, self.context.monitor, self.fabric.global_rank
@@ -193,22 +192,14 @@ class Loop:
 
     def open_log(self) -> None:
         """metrics.jsonl as of the checkpoint, which holds its lines: what came later, or is damaged, is gone."""
-        if not self.fabric.is_global_zero:
-            return
-        runs.write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in self.records))
-        if self.options.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with runs.writing(self.context.folder):
-                self.board = SummaryWriter(str(self.context.folder / "tensorboard"), purge_step=self.step + 1)
+        if self.fabric.is_global_zero:
+            runs.write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def log(self, line: Mapping[str, float]) -> None:
         self.records.append({"step": self.step, "seconds": self.seconds, **line})
         if self.fabric.is_global_zero:
             with runs.writing(self.log_path), open(self.log_path, "a") as file:
                 file.write(json.dumps(self.records[-1]) + "\n")
-            for name, value in line.items() if self.board else ():
-                self.board.add_scalar(name, value, self.step)
 
     def log_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Those of this step, on this rank; an error where one is NaN or infinite."""
@@ -261,8 +252,6 @@ class Loop:
             "evaluations": [{k: v for k, v in record.items() if k != "seconds"} for record in measured],
         }
         if self.fabric.is_global_zero:
-            if self.board:
-                self.board.close()
             runs.save_safetensors(self.weights, self.student.state_dict())
             runs.save_json(self.context.folder / "result.json", result)
             self.checkpoint.unlink(missing_ok=True)

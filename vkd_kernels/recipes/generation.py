@@ -36,7 +36,7 @@ import vkd_kernels as vk
 from . import gan, images, runs
 from .config import Channels, Ints, OptionError, Section, Words, option, section
 from .gan import as_bytes, as_float, make_discriminator, make_generator
-from .models import Shape, described
+from .models import Shape
 from .pictures import AT_ONCE, ClassifierFeatures, Pictures, make_classifier, make_encoder, train_classifier
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator
 
@@ -360,28 +360,21 @@ class Generation(Task):
         save_image(samples, folder / "samples.png", nrow=10, normalize=True, value_range=(-1, 1))
 
     @classmethod
-    def describe(cls, config: Any) -> dict[str, Any]:
-        """Sizes and shapes of the networks; opens a data set only to count its classes."""
-        d = config.data
-        shape = Shape(10, 8, 1)
-        if d.name != "digits":
-            shape = Shape(d.classes or images.open_images(d)[2], d.size, d.channels)
-        networks = {"generator": make_generator(config, shape), "discriminator": make_discriminator(config, shape)}
-        if config.distill.weight:
-            networks["teacher"] = make_encoder(config.teacher, shape, Path(), empty=True)
-        return {"classes": shape.classes, **{name: described(network) for name, network in networks.items()}}
-
-    @classmethod
     def check(cls, config: Any) -> None:
-        t, m = config.teacher, config.metric
+        super().check(config)
+        d, t, m = config.data, config.teacher, config.metric
         if config.distill.weight and t.name != "classifier" and not (t.weights or t.pretrained):
             raise OptionError(f"teacher.weights: give a file with those of {t.name}, or teacher.pretrained=true")
         if m.features == "inception":
-            if config.data.name == "digits" or config.data.channels != 3:
+            if d.name == "digits" or d.channels != 3:
                 raise OptionError("metric.features: inception needs images of three channels")
             if not (m.weights or m.download):
                 raise OptionError("metric.weights: give torch-fidelity's file of Inception, or metric.download=true")
             importlib.import_module("torch_fidelity")
-        if config.data.name != "digits":
-            images.open_images(config.data)
-        super().check(config)
+        shape = Shape(10, 8, 1)
+        if d.name != "digits":
+            shape = Shape(images.open_images(d)[2], d.size, d.channels)
+        make_generator(config, shape)
+        make_discriminator(config, shape)
+        if config.distill.weight:
+            make_encoder(config.teacher, shape, Path(), empty=True)

@@ -201,9 +201,3 @@ def positions(model: Model, features: Tensor) -> Tensor:
         last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         return (features if last else features.permute(0, 2, 3, 1)).flatten(1, 2)
     return features[:, getattr(model, "num_prefix_tokens", 0) :] if features.dim() == 3 else features.unsqueeze(1)
-
-
-def described(model: Model) -> dict[str, Any]:
-    """What `--dry-run` shows of a network."""
-    features = model.dims if hasattr(model, "dims") else model.num_features
-    return {"parameters": sum(p.numel() for p in model.parameters()), "features": features}

@@ -68,7 +68,6 @@ class Run(Section):
     log_every: int = option(50, "steps between two lines of metrics", ge=1)
     eval_every: int = option(0, "steps between two evaluations; 0: only at the end", ge=0)
     save_every: int = option(500, "steps between two checkpoints", ge=1)
-    tensorboard: bool = option(True, "write TensorBoard's files too")
 
 
 class DistillConfig(Section):
@@ -176,17 +175,11 @@ class Task:
         self.mine = slice(self.fabric.global_rank, None, self.fabric.world_size)  # this rank's share of a batch
 
     @classmethod
-    def describe(cls, config: Any) -> dict[str, Any]:
-        """Sizes of the models, shapes of the features, steps: what `--dry-run` shows, without data or weights."""
-        return {}
-
-    @classmethod
     def check(cls, config: Any) -> None:
         """An error about whatever can be known to be wrong before anything is trained."""
         for key, value in flatten(config).items():
             if key.endswith(".weights") and value and not Path(value).is_file():
                 raise OptionError(f"{key}: there is no file {value}")
-        cls.describe(config)
 
     def train_teacher(self) -> dict[str, Any]:
         """Make the seed's teacher, in `context.folder`; returns numbers to show."""
