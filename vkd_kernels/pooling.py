@@ -39,6 +39,20 @@ class ComparedRows:
     skipped: bool = False  # a masked row in place of an optional pair that did not run
 
 
+def masks_of_sides(pair: Pair, given: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What a caller gave as the mask of a pair, for the student and for the teacher: one object if it was one mask."""
+    masks = given if isinstance(given, (tuple, list)) else (given, given)
+    if len(masks) != 2 or not all(mask is None or isinstance(mask, torch.Tensor) for mask in masks):
+        raise TypeError(f"masks[{pair.name!r}] must be a tensor or two; got {checks.describe(given)}")
+    usable = []
+    for mask in masks if masks[0] is not masks[1] else masks[:1]:
+        if mask is not None:  # before masks are multiplied or resampled
+            checks.check_weights(f"masks[{pair.name!r}]", mask)
+            mask = checks.at_least_0(mask)
+        usable.append(mask)
+    return usable[0], usable[-1]
+
+
 def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
     """The rows of what a module returned: a tensor, or anything where ``side.pool`` is a function."""
     if callable(side.pool):

@@ -114,6 +114,13 @@ def test_masks_of_both_sides_and_one_mask_for_both():
     torch.testing.assert_close(loss, reference(as_map(x, 3, 3), whole, compared))
 
 
+def test_negative_weights_are_refused_before_two_masks_are_multiplied():
+    x, y, negative = torch.randn(4, S), torch.randn(4, T), torch.tensor([1.0, -1.0, 1.0, 1.0])
+    for mask in (negative, (negative, None), (negative, negative.clone())):
+        with pytest.raises(ValueError, match=r"^masks\['x'\] must hold bools, or finite weights of at least 0"):
+            distill(x, y, mask)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
+from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses, standardize, whiten
+from vkd_kernels.ops import checks
 from vkd_kernels.ops.ortho_proj_loss import api, dispatch
 
 
@@ -47,6 +48,49 @@ def test_float64_mask_weights_of_any_size(path, normalization, size):
     masks = [size * relative, None]
     values = ortho_proj_losses([student] * 2, [teacher] * 2, torch.stack([weight] * 2), masks=masks, **options)
     torch.testing.assert_close(values[0], value)
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1e-3, 2.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [1e38, 3e38, 1.0]])
+def test_weights_that_are_none_are_refused(path, weights):
+    """Negative, NaN, infinite, or of a sum that float32 has no number for: a mistake of the caller's in every case."""
+    student, teacher, weight = tensors(n=3)
+    mask = torch.tensor(weights)
+    with pytest.raises(ValueError, match=r"^mask must hold bools, or finite weights .* shape \(3,\)"):
+        ortho_proj_loss(student, teacher, weight, mask=mask)
+    with pytest.raises(ValueError, match=r"^masks\[1\] must hold bools"):
+        ortho_proj_losses([student] * 2, [teacher] * 2, torch.stack([weight] * 2), masks=[None, mask])
+    for function in (standardize, whiten):
+        with pytest.raises(ValueError, match="^mask must hold bools"):
+            function(teacher, mask=mask)
+
+
+@pytest.mark.parametrize("reduction", api.REDUCTIONS)
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_where_nobody_looks_a_negative_weight_is_0_and_nan_shows(path, monkeypatch, backend, normalization, reduction):
+    """On a GPU looking would stall: there, too, every implementation takes the weights for the same."""
+    monkeypatch.setattr(checks, "is_free_to_read", lambda tensor: False)
+    student, teacher, weight = tensors(n=30)
+    leaves = [student.requires_grad_(), weight.requires_grad_()]
+    options = {"normalization": normalization, "reduction": reduction, "eps": 0.1, "backend": backend}
+    mask = torch.rand(30) + 0.5
+    mask[4] = 0
+    negative = mask.clone()
+    negative[4] = -1
+    value, expected = (ortho_proj_loss(student, teacher, weight, mask=w, **options) for w in (negative, mask))
+    assert torch.equal(value, expected)
+    for got, want in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert torch.equal(got, want)
+    negative[5] = math.nan
+    assert ortho_proj_loss(student, teacher, weight, mask=negative, **options).isnan()
+
+
+def test_a_compiled_loss_takes_a_negative_weight_for_0():
+    student, teacher, weight = tensors()
+    loss = torch.compile(ortho_proj_loss, backend="aot_eager", fullgraph=True)
+    value = loss(student, teacher, weight, mask=torch.tensor([1.0, 2.0, -1.0, 1.0, 0.5, 3.0]))
+    mask = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 3.0])
+    torch.testing.assert_close(value, ortho_proj_loss(student, teacher, weight, mask=mask))
 
 
 def test_float64_mask_weights_of_nothing(path):

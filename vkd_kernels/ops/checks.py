@@ -1,13 +1,17 @@
 """Argument checks shared by the interfaces: every message names the argument and shows what came."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from .library import is_free_to_read
+
 FULL_PRECISION = (torch.float32, torch.float64)
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_WEIGHT = 1e32  # of all rows: times the number of channels it is still a float32
 
 
 def describe(value: Any) -> str:
@@ -82,10 +86,7 @@ def check_dim(name: str, value: Any) -> None:
 
 
 def check_row_weights(name: str, mask: Any, rows: Sequence[int], features: torch.Tensor) -> None:
-    """``mask``: None, or bool or non-negative float weights of the rows' shape; a constant.
-
-    That float weights are not negative is the caller's promise: looking would stall a GPU.
-    """
+    """``mask``: None, or bool or non-negative float weights of the rows' shape; a constant."""
     if mask is None:
         return
     check_tensor(name, mask, (torch.bool, *FLOATING), "; a 0/1 mask of integers becomes one of bools with mask.bool()")
@@ -94,6 +95,29 @@ def check_row_weights(name: str, mask: Any, rows: Sequence[int], features: torch
     check_same_device(name, mask, "the features", features)
     if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} is a constant, but the one given requires a gradient: pass its detach()")
+    check_weights(name, mask)
+
+
+def check_weights(name: str, mask: torch.Tensor) -> None:
+    """Float weights must not be negative, NaN or too large; looked at on a CPU alone, because it would stall a GPU."""
+    if not _are_weights(mask) or mask.numel() == 0 or not is_free_to_read(mask):
+        return
+    smallest, total = mask.amin().item(), mask.sum(dtype=torch.float64).item()
+    if not (smallest >= 0 and total <= (sys.float_info.max if mask.dtype == torch.float64 else MOST_WEIGHT)):
+        raise ValueError(
+            f"{name} must hold bools, or finite weights of at least 0; got {describe(mask)} whose smallest weight is "
+            f"{smallest:.3g} and whose sum is {total:.3g}"
+            + (f", more than {MOST_WEIGHT:.0e}: divide it by its largest" if MOST_WEIGHT < total < math.inf else "")
+        )
+
+
+def at_least_0(mask: torch.Tensor) -> torch.Tensor:
+    """The mask with 0 in place of negative weights, which nobody has looked for on a GPU; a NaN stays."""
+    return mask.clamp_min(0) if _are_weights(mask) else mask
+
+
+def _are_weights(mask: torch.Tensor) -> bool:
+    return mask.dtype in FLOATING and mask.layout == torch.strided and not mask.is_nested
 
 
 def row_weights(
@@ -101,4 +125,4 @@ def row_weights(
 ) -> torch.Tensor | None:
     """The mask, checked, as a flat tensor of weights in ``dtype``."""
     check_row_weights(name, mask, rows, features)
-    return None if mask is None else mask.detach().reshape(-1).to(dtype)
+    return None if mask is None else at_least_0(mask.detach().reshape(-1)).to(dtype)

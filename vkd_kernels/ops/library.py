@@ -103,6 +103,12 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_free_to_read(tensor: torch.Tensor) -> bool:
+    """Whether looking at its values stalls nothing and tells something: on a CPU, in plain eager mode."""
+    plain = CAN_TELL and not torch.compiler.is_compiling() and not _is_watched()
+    return plain and tensor.device.type == "cpu" and _is_plain(tensor)
+
+
 def operator(*, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:
     """Declares the function that follows as an operator of its name, for every device.
 

@@ -55,8 +55,9 @@ def ortho_proj_loss(
             constant.
         weight: any matrix; gradients are those of any matrix.
         scale, bias: multiply and shift Z; with the loss cosine alone any ``scale`` of all channels but 1.0 is an error.
-        mask: bool, or non-negative float weights (not checked: it would stall a GPU), a constant. Rows of weight 0
-            count nowhere, whatever they hold; with no row left the loss is 0 with zero gradients.
+        mask: bool, or finite float weights of at least 0, a constant. Rows of weight 0 count nowhere, whatever they
+            hold; with no row left the loss is 0 with zero gradients. Other weights are an error on a CPU; on a GPU and
+            in a compiled graph, where looking would stall, a negative one counts as 0, and NaN makes the loss NaN.
         normalization: of each teacher row: ``"layer_norm"`` (standardized over its channels), ``"l2"`` (divided by its
             norm) or ``"none"``; over the rows: ``"batch_norm"`` (each channel standardized, Z likewise, with gradients
             through its statistics) or ``"whiten"`` (ZCA with shrinkage ``eps``: choose it larger, 1e-3 say); or an

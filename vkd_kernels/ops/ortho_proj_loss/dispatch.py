@@ -219,7 +219,8 @@ def _constant(teacher: torch.Tensor) -> torch.Tensor:
 
 
 def _row_weight(mask: torch.Tensor, dtype: torch.dtype, relative: bool) -> torch.Tensor:  # (N,) -> (N,)
-    """The mask as weights; a float64 weight that float32 has no number for does not become 0."""
+    """The mask as weights; a float64 weight that float32 has no number for does not become 0, a negative one does."""
+    mask = checks.at_least_0(mask)
     if mask.dtype != torch.float64 or dtype == torch.float64 or mask.numel() == 0:
         return mask.to(dtype)
     if relative:  # a weighted mean does not depend on the weights' size
