@@ -19,7 +19,7 @@ from .ops.normalization.all_reduce import GroupHandle
 from .ops.ortho_proj_loss import api
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
 from .pairs import Pair, as_pairs
-from .pooling import ComparedRows, compared
+from .pooling import ComparedRows, compared, masks_of_sides
 from .store import FeatureStore
 from .store.source import SeveralSources, StoredTeacher
 from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped
@@ -116,6 +116,7 @@ class FeatureDistiller(nn.Module):
             raise ValueError(f"pairs must not be empty without a logit_weight: there must be a loss; got {pairs}")
         self._taps = {pair.name: Tap(pair.side("student")) for pair in self.pairs}
         self._handles: list = []
+        self._hooked: list[nn.Module] = []
         self._attached = False  # Dynamo can read it, which it can't the handles
         self._turn = Turn()
         self._modules_and_taps()  # are the names right?
@@ -183,16 +184,19 @@ class FeatureDistiller(nn.Module):
 
     def attach(self) -> "FeatureDistiller":
         """Puts the hooks on and keeps them there until ``remove()``. Outside ``forward`` they do nothing."""
-        if not self._attached:
-            self._handles = [module.register_forward_hook(tap) for module, tap in self._modules_and_taps()]
-            self._attached = True
+        hooks = self._modules_and_taps()
+        modules = [module for module, _ in hooks]
+        if not self._attached or [*map(id, modules)] != [*map(id, self._hooked)]:  # a module may have been replaced
+            self.remove()
+            self._handles = [module.register_forward_hook(tap) for module, tap in hooks]
+            self._hooked, self._attached = modules, True
         return self
 
     def remove(self) -> None:
         """Takes the hooks off the student's and the teacher's modules."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._attached = [], False
+        self._handles, self._hooked, self._attached = [], [], False
 
     def __enter__(self) -> "FeatureDistiller":
         return self.attach()
@@ -246,13 +250,12 @@ class FeatureDistiller(nn.Module):
     def _take_turn(self, step: Step) -> tuple:
         """Threads share the hooks, so they run one after another."""
         with self._turn:
-            if self._attached:
-                return self._losses(step)
+            stay = self._attached
             self.attach()
             try:
                 return self._losses(step)
             finally:
-                if not self._compiled():
+                if not (stay or self._compiled()):
                     self.remove()
 
     def _losses(self, step: Step) -> tuple:
@@ -308,18 +311,15 @@ class FeatureDistiller(nn.Module):
         self, pair: Pair, calls: list[Returned], answer: TeacherAnswer, masks: Mapping[str, Any]
     ) -> ComparedRows | None:
         """What a pair compares in this step; None if it is optional and one of its modules did not run."""
-        mask = masks.get(pair.name)
-        own_masks = mask if isinstance(mask, (tuple, list)) else (mask, mask)
-        if len(own_masks) != 2 or not all(given is None or isinstance(given, torch.Tensor) for given in own_masks):
-            raise TypeError(f"masks[{pair.name!r}] must be a tensor or two; got {checks.describe(mask)}")
+        student_mask, teacher_mask = masks_of_sides(pair, masks.get(pair.name))
         tap = self._taps[pair.name]
         returned = tap.chosen(calls)
         if returned is None and not pair.optional:
             raise RuntimeError(tap.missing(self.student, calls))
-        target = answer.rows(pair, own_masks[1])
+        target = answer.rows(pair, teacher_mask)
         if returned is None or target is None:
             return None
-        return compared(pair, tap.rows(returned, own_masks[0]), target, one_mask=own_masks[0] is own_masks[1])
+        return compared(pair, tap.rows(returned, student_mask), target, one_mask=student_mask is teacher_mask)
 
     def _check_options(self, step: Step) -> None:
         names = [*dict.fromkeys([*(term.name for term in self.terms), "logits"])]

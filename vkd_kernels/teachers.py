@@ -93,26 +93,29 @@ class FrozenTeacher:
             parameter.requires_grad_(False)
         self.name, self.model = name, model
         of_student = {*map(id, student.modules())}
-        self.modules = [module for module in model.modules() if hasattr(module, "training")]
-        self.shared = [module for module in self.modules if id(module) in of_student]
+        self.shared = [module for module in self.modules() if id(module) in of_student]
         with KeptModes(self.shared):
             try:
                 model.eval()
             except NotImplementedError:  # torch.export's modules compute in the mode that they were exported in
-                for module in self.modules:
+                for module in self.modules():
                     module.training = False
         self.stays = dispatched(model)
 
+    def modules(self) -> list[nn.Module]:
+        """Those that have a mode, as they are now: some may have been replaced since the distiller was made."""
+        return [module for module in self.model.modules() if hasattr(module, "training")]
+
     def answer(self, args: tuple, kwargs: dict) -> Any:
-        """The model's output. Modules that someone has set to training mode are set back, shared ones for a while."""
-        for module in self.modules:
+        """The output. Modules in training mode are set back to eval mode, those shared with the student for a while."""
+        for module in self.modules():
             if module.training:
                 return self._answer_of_eval_mode(args, kwargs)
         return self._answer(args, kwargs)
 
     def _answer_of_eval_mode(self, args: tuple, kwargs: dict) -> Any:
         with KeptModes(self.shared):
-            for module in self.modules:
+            for module in self.modules():
                 if module.training:
                     module.training = False
             return self._answer(args, kwargs)
@@ -229,7 +232,7 @@ class ModelTeachers(TeacherSource):
         return {pair: tap for pair, (owner, tap) in self.by_pair.items() if owner is teacher}
 
     def compiled(self) -> bool:
-        return any(is_compiled(module) for teacher in self.teachers.values() for module in teacher.modules)
+        return any(is_compiled(module) for teacher in self.teachers.values() for module in teacher.modules())
 
     def answer(self, call: TeacherCall) -> ModelAnswer:
         if call.indices is not None:

@@ -1,0 +1,71 @@
+"""Models that change after their FeatureDistiller was made: layers wrapped, replaced, set to another mode."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vkd_kernels as vk
+
+FEATURES = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+PAIR = {"student": "0", "teacher": "0", "dims": (8, 32), "name": "x"}
+
+
+class LowRank(nn.Module):
+    """A layer with a trained correction, as LoRA puts it in the layer's place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base = layer
+        self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def layers(width):
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+@pytest.fixture
+def distiller():
+    return vk.FeatureDistiller(layers(8), layers(32), [PAIR], logit_weight=1.0)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_layer_wrapped_afterwards_is_tapped_where_its_name_is(distiller, attached):
+    """The features are those of the wrapper, not of the layer inside, also where the hooks were on already."""
+    if attached:
+        distiller.attach()
+    distiller.student[0] = wrapped = LowRank(distiller.student[0])
+    losses = distiller(FEATURES)[1]
+    expected = distiller.pair_losses.of("x")(wrapped(FEATURES), distiller.teacher[0](FEATURES))
+    torch.testing.assert_close(losses["x"], expected)
+    losses["x"].backward()
+    assert wrapped.up.weight.grad.abs().sum() > 0
+    distiller.remove()
+    assert not any(module._forward_hooks for module in distiller.student.modules())
+
+
+def test_a_copy_with_its_hooks_on_follows_its_own_modules(distiller):
+    distiller.attach()
+    other = copy.deepcopy(distiller)
+    other.student[0] = LowRank(other.student[0])
+    other(FEATURES)[1]["x"].backward()
+    assert other.student[0].up.weight.grad.abs().sum() > 0
+    expected = distiller.pair_losses.of("x")(distiller.student[0](FEATURES), distiller.teacher[0](FEATURES))
+    torch.testing.assert_close(distiller(FEATURES)[1]["x"], expected)
+
+
+def test_a_layer_of_the_teacher_replaced_afterwards_is_in_eval_mode(distiller):
+    """New modules are in training mode: a dropout must not drop, and a batch norm's statistics must stay."""
+    norm = nn.BatchNorm1d(32)
+    distiller.teacher[1] = nn.Sequential(norm, nn.ReLU(), nn.Dropout(0.5))
+    first, second = (distiller(FEATURES)[1]["logits"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert norm.num_batches_tracked == 0 and not distiller.teacher[1][2].training
+    distiller.train()
+    assert not any(module.training for module in distiller.teacher.modules())
+    (first + second).backward()
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
