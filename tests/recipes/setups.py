@@ -32,15 +32,14 @@ def configured(name, *words, **values):
 
 
 def recipe(name, recipe_name, **values):
-    given, _ = tasks.read_recipe(load(name), recipe_name)
+    given = tasks.read_recipe(load(name), recipe_name)
     given = {key.replace(".", "__"): value for key, value in given.items() if "." in key}  # without the head
     return configured(name, **given | values)
 
 
-def job(name, config, folder, *, teacher=None, monitor=None):
+def job(name, config, folder, *, teacher=None):
     folder.mkdir(parents=True, exist_ok=True)
     context = task.Context(engine.make_fabric(config.run, config.optim), folder, 0, teacher or folder)
-    context.monitor = monitor or context.monitor
     return load(name)(config, context)
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from tests.recipes.toy import TOY, StopAt, distill, train
-from vkd_kernels.recipes import engine, jobs, loading, runs, task
+from tests.recipes.toy import TOY, distill, stopped_before, train
+from vkd_kernels.recipes import jobs, loading, runs, task
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
 
@@ -52,7 +52,7 @@ def test_batches_depend_on_seed_and_step_alone(workers):
     rows = [[index for index, _ in batch] for batch in whole]
     assert len({*rows[0], *rows[1]}) == len({*rows[2], *rows[3]}) == 8 and rows[0] != rows[2]
     assert [len(batch) for batch in read(map(loading.Key, range(9)), workers, at_once=5)] == [5, 4]
-    with pytest.raises(RunError, match=r"cannot read image 3 \(damaged\)"):
+    with pytest.raises(RunError, match=r"^cannot read image 3 \(damaged\)"):
         take(0, 3, workers, broken=(3,))
     with pytest.raises(OptionError, match=r"optim\.batch_size: 4, but there are only 3"):
         next(loading.epochs(3, 4, seed=3, start=0, mine=slice(None), key=loading.Key))
@@ -62,8 +62,8 @@ def test_batches_depend_on_seed_and_step_alone(workers):
 
 
 def test_a_full_disk_says_so_and_the_last_checkpoint_is_intact(tmp_path, finished):
-    with pytest.raises(engine.Interrupted):
-        train(tmp_path, StopAt(10))
+    with stopped_before(10), pytest.raises(jobs.Interrupted):
+        train(tmp_path)
     checkpoint = tmp_path / "vkd/seed-00/checkpoint.pt"
     before = checkpoint.read_bytes()
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -80,8 +80,8 @@ def test_a_full_disk_says_so_and_the_last_checkpoint_is_intact(tmp_path, finishe
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
-    with pytest.raises(engine.Interrupted):
-        train(tmp_path, StopAt(3))
+    with stopped_before(10), pytest.raises(jobs.Interrupted):
+        train(tmp_path)
     with pytest.raises(RunError, match=r"checkpoint\.pt: model is of another architecture: .*size mismatch"):
         train(tmp_path, student__width=6)
     path = tmp_path / "vkd/seed-00/checkpoint.pt"
@@ -101,15 +101,6 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(RunError, match=r"teacher\.weights: cannot read tensors from .*x\.safetensors"):
         runs.load_weights(tmp_path / "x.safetensors", "teacher.weights")
-
-    def fail(file):
-        file.write(b"half of the n")
-        raise OSError(28, "No space left on device")
-
-    runs.write_text(tmp_path / "file", "old")
-    with pytest.raises(RunError, match=r"cannot write .*file: No space left on device"):
-        runs.write_atomically(tmp_path / "file", fail)
-    assert (tmp_path / "file").read_text() == "old" and not list(tmp_path.glob(".*"))
 
 
 def test_folders_that_are_not_a_runs_are_not_touched(finished, tmp_path, monkeypatch, capsys):
@@ -156,12 +147,12 @@ def test_an_error_in_a_training_is_the_commands(tmp_path, capsys, processes):
 # ---- worker processes and draws --------------------------------------------------------------------------------------
 
 
-def test_a_failed_worker_ends_no_process_of_the_caller(tmp_path):
+def test_a_failed_worker_ends_no_process_of_the_caller():
     bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
     bystander.start()
     try:
-        with pytest.raises(TypeError, match="monitor"):
-            jobs.perform([jobs.Job("fails", tmp_path / "result", work=print)], processes=1, quiet=True)
+        with pytest.raises(TypeError, match="quiet"):
+            jobs.perform([[print]], processes=1, quiet=True)
         assert bystander.is_alive()
     finally:
         bystander.kill()

@@ -5,12 +5,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import toy_task
 
 from tests.helpers import processes
 from vkd_kernels import cli
-from vkd_kernels.recipes import compare, runs, task
+from vkd_kernels.recipes import compare, engine, jobs, runs
 from vkd_kernels.recipes import config as configs
 
 TESTS = Path(__file__).parents[1]
@@ -54,24 +55,22 @@ def outcome(folder):
     return [{k: v for k, v in r.items() if k not in clocks} for r in rows], lines, weights
 
 
-class StopAt(task.Monitor):
-    """Asks a training to stop before a step."""
+def stopped_before(step):
+    """A training that is asked to stop before a step."""
+    plain = engine.seed_all
 
-    signal = signal.SIGTERM
+    def seed_all(*numbers):
+        if len(numbers) == 3 and numbers[1] == step:  # seed, step, rank
+            jobs.interrupt(signal.SIGTERM, None)
+        plain(*numbers)
 
-    def __init__(self, step):
-        self.left = step
-
-    def should_stop(self):
-        self.left -= 1
-        return self.left < 0
+    return mock.patch.object(engine, "seed_all", seed_all)
 
 
-def train(folder, monitor=None, **values):
+def train(folder, **values):
     """One arm of the toy task, here; values are keys with __ for the dot."""
     config = configs.replace(toy_task.Config(), {k.replace("__", "."): v for k, v in values.items()})
-    monitor = monitor or task.Monitor()
     for arm in ("teacher", "vkd"):
         if arm != "teacher" or not (folder / "teacher").exists():
-            compare.train(task=TOY, config=config, arm=arm, seed=0, root=folder, monitor=monitor)
+            compare.train(task=TOY, config=config, arm=arm, seed=0, root=folder)
     return runs.load_json(folder / "vkd" / "seed-00" / "result.json")

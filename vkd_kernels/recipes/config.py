@@ -12,9 +12,11 @@ class Config(Section):
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -60,43 +62,25 @@ Channels = Annotated[Literal[1, 3], BeforeValidator(lambda x: int(x) if x in ("1
 # ---- values by key ---------------------------------------------------------------------------------------------------
 
 
-def fields(
-    config: Section, prefix: str = "", sources: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, Any, Any, str]]:
-    """("section.name", its field, its value, the source of its default) of every value, in order."""
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        extra: Any = field.json_schema_extra
-        if isinstance(value, Section):
-            yield from fields(value, f"{prefix}{name}.", extra["sources"])
-        else:
-            yield prefix + name, field, value, (sources or {}).get(name, extra["source"])
-
-
-def flatten(config: Section) -> dict[str, Any]:
+def flatten(config: Section | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"section.name": value}, in order."""
-    return {name: value for name, _, value, _ in fields(config)}
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        place = nested
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
-    return nested
+    flat: dict[str, Any] = {}
+    for name, value in (config.model_dump() if isinstance(config, Section) else config).items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def replace(config: C, values: Mapping[str, Any]) -> C:
     """The configuration with some values replaced by key: types converted, limits checked, unknown keys refused."""
-    known = flatten(config)
-    for name in values:
+    known, tree = flatten(config), config.model_dump()
+    for name, value in values.items():
         if name not in known:
             raise OptionError(f"unknown key {name!r}{nearest(name, known)}")
+        *path, last = name.split(".")
+        reduce(operator.getitem, path, tree)[last] = value
     try:
-        return type(config).model_validate(nest(known | dict(values)))
+        return type(config).model_validate(tree)
     except ValidationError as error:
         raise OptionError("; ".join(dict.fromkeys(_said(e, known) for e in error.errors()))) from error
 
@@ -122,72 +106,57 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # ---- YAML and help ---------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """({"section.name": text}, {"section.name": the comment behind it}). That comment is the value's source.
+class TextLoader(yaml.BaseLoader):
+    """Values are text, as typed on a command line: what one means is its option's matter, not YAML's."""
 
-    Values are text, as they would be typed on the command line: what one means is its option's matter, not YAML's.
-    """
-    flat: dict[str, Any] = {}
-    comments: dict[str, str] = {}
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in names[:number]:
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
+        return super().construct_mapping(node, deep)
 
-    def walk(node: Any, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f"line {node.start_mark.line + 1} must hold `section: {{key: value}}`")
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if isinstance(value, yaml.MappingNode):
-                walk(value, f"{name}.")
-                continue
-            if name in flat:
-                raise ValueError(f"line {key.start_mark.line + 1}: {name} is there twice")
-            flat[name] = [v.value for v in value.value] if isinstance(value, yaml.SequenceNode) else value.value
-            end = value.end_mark
-            behind = lines[end.line][end.column :].strip() if end.line < len(lines) else ""
-            if behind.startswith("#"):
-                comments[name] = behind.lstrip("# ")
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """{"section.name": text}"""
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        root = yaml.compose(text, yaml.SafeLoader)
-        if root is not None:
-            walk(root, "")
+        tree = yaml.load(path.read_text(encoding="utf-8"), TextLoader) or {}
+        if not isinstance(tree, dict):
+            raise ValueError("it must hold `section: {key: value}`")
     except OSError as error:
         raise OptionError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OptionError(f"{path} is not a configuration in YAML: {' '.join(str(error).split())[:300]}") from error
-    return flat, comments
+    return flatten(tree)
 
 
-def dump(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
-
-
-def to_yaml(config: Section, head: Mapping[str, Any]) -> str:
-    """The whole configuration, every value of it, below a head; `--config` reads it back."""
-    flat = {**head, **flatten(config)}
-    return dump(nest({name: list(v) if isinstance(v, tuple) else v for name, v in flat.items()}))
+def to_yaml(*configs: Section) -> str:
+    """Every value of one configuration after another; `read_yaml` reads them back."""
+    tree = {name: value for config in configs for name, value in config.model_dump(mode="json").items()}
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
 
 def show(value: Any) -> str:
     """A value as it is typed on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def help_text(config: Section, origins: Mapping[str, str]) -> str:
+def help_text(
+    config: Section, origins: Mapping[str, str], prefix: str = "", sources: Mapping[str, str] | None = None
+) -> str:
     """Every value: its key, what it is now, what it means, its limits, and where it comes from."""
     lines = []
-    for name, field, value, source in fields(config):
-        limits = [
-            f"{sign} {show(getattr(m, at))}" for m in field.metadata for at, sign in SIGNS.items() if hasattr(m, at)
-        ]
+    for name, field in type(config).model_fields.items():
+        key, value, extra = prefix + name, getattr(config, name), dict[str, Any](field.json_schema_extra)  # type: ignore
+        if isinstance(value, Section):
+            lines.append(help_text(value, origins, f"{key}.", extra["sources"]))
+            continue
+        limits = [f"{sign} {getattr(m, at)}" for m in field.metadata for at, sign in SIGNS.items() if hasattr(m, at)]
         literals = [a for a in (field.annotation, *get_args(field.annotation)) if get_origin(a) is Literal]
         limits += [" | ".join(map(str, get_args(literal))) for literal in literals]
-        about = "; ".join([field.description, *limits]) + f" [{origins.get(name, source)}]"
-        head = f"{name}={show(value)}".ljust(38)
-        lines.append(textwrap.fill(f"{head}  {about}", 110, initial_indent=" " * 4, subsequent_indent=" " * 44))
+        source = origins.get(key) or (sources or {}).get(name) or extra["source"]
+        text = f"{key}={show(value)}".ljust(38) + f"  {'; '.join([str(field.description), *limits])} [{source}]"
+        lines.append(textwrap.fill(text, 110, initial_indent=" " * 4, subsequent_indent=" " * 44))
     return "\n".join(lines)

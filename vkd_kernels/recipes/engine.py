@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -30,17 +28,6 @@ from .config import OptionError
 from .runs import RunError
 from .task import Optim, Run, Task, seed_all
 
-STOP_EVERY = 10  # steps between two times that ranks ask one another whether to stop
-
-
-class Interrupted(Exception):
-    """The run was asked to stop. Its checkpoints are on disk."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.exit_code = 128 + signal_number
-
-
 # ---- where it runs ---------------------------------------------------------------------------------------------------
 
 
@@ -59,15 +46,19 @@ def device_of(run: Run) -> str:
     return "cuda" if there and run.accelerator != "cpu" else "cpu"
 
 
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 where it started none."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def ranks() -> int:
-    """How many ranks torchrun started, in all."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def make_fabric(run: Run, optim: Optim, *, alone: bool = True, unused_parameters: bool = False) -> Fabric:
-    """A launched Fabric: one device, or one of torchrun's ranks."""
+def make_fabric(run: Run, optim: Optim, *, unused_parameters: bool = False) -> Fabric:
+    """A launched Fabric: one device, or one of torchrun's ranks, which wait for one another in their first one."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    device = device_of(run)
+    device, alone = device_of(run), ranks() == 1
     plugins: list[Any] = [LightningEnvironment()] if alone else []  # one process: whatever else started it
     if optim.precision != "32-true":
         plugins.append(Autocast(optim.precision, device=device))
@@ -127,17 +118,16 @@ class Loop:
         self.records: list[dict[str, float]] = []  # the lines of metrics.jsonl
 
     def fit(self) -> dict[str, Any]:
-        task, options, monitor, rank = self.task, self.options, self.context.monitor, self.fabric.global_rank
+        task, options, rank = self.task, self.options, self.fabric.global_rank
         if self.checkpoint.exists():
             self.load()
-        self.open_log()
+        if rank == 0:  # as of the checkpoint, which holds its lines: what came later, or is damaged, is gone
+            runs.write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in self.records))
         steps, batches = task.steps, iter(task.batches(self.step))
-        bar = progress(total=steps, initial=self.step, desc=self.context.name, unit="step", disable=monitor.quiet)
+        name = f"{self.context.folder.parent.name} {task.seed}"
+        bar = progress(total=steps, initial=self.step, desc=name, unit="step", disable=self.context.quiet)
         self.model.train()
         while self.step < steps:
-            if self.should_stop():
-                self.save()
-                raise Interrupted(monitor.signal or signal.SIGTERM)  # another rank was asked
             wall, cpu = time.perf_counter(), time.process_time()
             batch = next(batches)
             seed_all(self.context.seed, self.step, rank)  # dropout and the like
@@ -169,15 +159,6 @@ class Loop:
         optimizer.step()
         optimizer.zero_grad()
 
-    def should_stop(self) -> bool:
-        """Was this process asked to stop? With several ranks: was any? All of them ask at the same steps."""
-        if self.fabric.world_size == 1:
-            return self.context.monitor.should_stop()
-        if self.step % STOP_EVERY:
-            return False
-        flag = torch.tensor(float(self.context.monitor.should_stop()), device=self.fabric.device)
-        return bool(self.fabric.all_reduce(flag, reduce_op="max"))
-
     def validate(self, last: bool) -> None:
         self.student.eval()
         with torch.no_grad(), self.fabric.autocast():
@@ -190,11 +171,6 @@ class Loop:
 
     # ---- the log -----------------------------------------------------------------------------------------------------
 
-    def open_log(self) -> None:
-        """metrics.jsonl as of the checkpoint, which holds its lines: what came later, or is damaged, is gone."""
-        if self.fabric.is_global_zero:
-            runs.write_text(self.log_path, "".join(json.dumps(record) + "\n" for record in self.records))
-
     def log(self, line: Mapping[str, float]) -> None:
         self.records.append({"step": self.step, "seconds": self.seconds, **line})
         if self.fabric.is_global_zero:
@@ -202,25 +178,24 @@ class Loop:
                 file.write(json.dumps(self.records[-1]) + "\n")
 
     def log_losses(self, losses: Mapping[str, Tensor]) -> None:
-        """Those of this step, on this rank; an error where one is NaN or infinite."""
+        """Those of this step, on this rank."""
+        self.check_finite(losses, "loss")
         line = {f"train/{name}": loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, line.values())):
-            raise self.diverged(f"a loss of step {self.step} is not finite ({line})")
         one = len(self.raw_optimizers) == 1
         self.log(line | {"lr" if one else f"lr/{k}": o.param_groups[0]["lr"] for k, o in self.raw_optimizers.items()})
 
     # ---- what stays --------------------------------------------------------------------------------------------------
 
-    def diverged(self, what: str) -> RunError:
-        saved = "the last checkpoint is of before: " if self.checkpoint.exists() else ""
-        return RunError(f"{self.context.folder}: {what}; {saved}lower optim.lr or raise optim.warmup")
+    def check_finite(self, values: Mapping[str, Tensor], what: str) -> None:
+        """Nothing of a training that has gone wrong is stored: the last checkpoint is from before."""
+        for name, value in values.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                where = f"{self.context.folder}: step {self.step}"
+                raise RunError(f"{where}: the {what} {name!r} is not finite; lower optim.lr or raise optim.warmup")
 
     def check_weights(self) -> None:
-        """Nothing of a training that has gone wrong is stored."""
         for module in (self.task.model, self.student):
-            for name, value in module.state_dict().items():
-                if value.is_floating_point() and not value.isfinite().all():
-                    raise self.diverged(f"step {self.step} left {name} with values that are not finite")
+            self.check_finite(module.state_dict(), "weight")
 
     def save(self) -> None:
         """Everything that must continue; nothing random is in it, because every step is seeded."""
@@ -240,16 +215,18 @@ class Loop:
     def finish(self) -> dict[str, Any]:
         """Weights first, the result last: a folder with a result.json is complete."""
         self.check_weights()
-        measured = [record for record in self.records if any(name.startswith("eval/") for name in record)]
+        key = f"eval/{self.task.metric.key}"
+        measured = [record for record in self.records if key in record]
         last = measured[-1]
         result = {
-            **self.context.about,
+            "arm": self.context.folder.parent.name,
+            "seed": self.task.seed,
             "steps": self.step,
             **{name[5:]: value for name, value in last.items() if name.startswith("eval/")},
             "diagnostics": {name[12:]: value for name, value in last.items() if name.startswith("diagnostics/")},
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
-            "evaluations": [{k: v for k, v in record.items() if k != "seconds"} for record in measured],
+            "curve": [(record["step"], record[key]) for record in measured],
         }
         if self.fabric.is_global_zero:
             runs.save_safetensors(self.weights, self.student.state_dict())

@@ -12,18 +12,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .._version import __version__
-from .runs import write_atomically
+from .runs import write_bytes
 from .task import Metric
 
 # Okabe and Ito's palette: told apart with any color vision.
 COLORS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """Where the numbers were made."""
-    import torch
-
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text().splitlines()
@@ -34,7 +39,7 @@ def machine() -> dict[str, Any]:
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -81,19 +86,17 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def summarize(results: Sequence[Mapping[str, Any]], arms: Sequence[str], metric: Metric) -> dict[str, Any]:
-    """For every arm: the metric, its paired difference to every other arm, with Holm's correction for the comparisons
-    that the two p-values of a table with that baseline are of; diagnostics (the worst of the seeds), cost."""
+def summarize(
+    results: Sequence[Mapping[str, Any]], arms: Sequence[str], metric: Metric, baseline: str
+) -> dict[str, Any]:
+    """For every arm: the metric, its paired difference to the baseline, with Holm's correction for all arms that are
+    compared with it; diagnostics (the worst of the seeds), cost."""
     by_arm = {arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"]) for arm in arms}
     values = {arm: [r[metric.key] for r in rs] for arm, rs in by_arm.items()}
-    versus = {
-        baseline: {a: paired_difference(values[a], values[baseline], metric.higher_is_better) for a in arms}
-        for baseline in arms
-    }
-    for baseline, differences in versus.items():
-        del differences[baseline]
-        for difference, p in zip(differences.values(), holm([d["p"] for d in differences.values()]), strict=True):
-            difference["p_holm"] = p
+    others = [arm for arm in arms if arm != baseline]
+    versus = {arm: paired_difference(values[arm], values[baseline], metric.higher_is_better) for arm in others}
+    for difference, p in zip(versus.values(), holm([d["p"] for d in versus.values()]), strict=True):
+        difference["p_holm"] = p
     summary: dict[str, Any] = {}
     for arm, rs in by_arm.items():
         mean, std = mean_and_std(values[arm])
@@ -101,7 +104,7 @@ def summarize(results: Sequence[Mapping[str, Any]], arms: Sequence[str], metric:
             "mean": mean,
             "std": std,
             "values": values[arm],
-            "versus": {baseline: versus[baseline][arm] for baseline in arms if baseline != arm},
+            "versus": {baseline: versus[arm]} if arm in versus else {},
             "diagnostics": {name: max(r["diagnostics"][name] for r in rs) for name in rs[0]["diagnostics"]},
             "steps": rs[0]["steps"],
             **{name: statistics.fmean(r[name] for r in rs) for name in ("seconds", "cpu_seconds")},
@@ -182,4 +185,4 @@ def draw(
         axes.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    write_atomically(path, lambda file: file.write(image.getvalue()))
+    write_bytes(path, image.getvalue())

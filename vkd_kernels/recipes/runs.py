@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -19,6 +19,10 @@ PARTIAL = ".partial"  # .NAME.PID.partial: what a process is writing
 
 class RunError(Exception):
     """Something the user can put right; the message says how."""
+
+    def __init__(self, message: str) -> None:
+        # PyTorch raises it again with the traceback of a DataLoader's worker, which ends in "Name: message".
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -36,14 +40,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """The old file or the new one, never half of one: write beside it, flush to the disk, rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                write(file)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -55,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -65,12 +69,12 @@ def save_json(path: Path, value: Any) -> None:
 def save_tensors(path: Path, value: Any) -> None:
     buffer = io.BytesIO()  # torch.save into a file hides why the file could not be written
     torch.save(value, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    write_bytes(path, buffer.getbuffer())
 
 
 def save_safetensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    write_atomically(path, lambda file: file.write(save(plain, {"format": "pt"})))
+    write_bytes(path, save(plain, {"format": "pt"}))
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

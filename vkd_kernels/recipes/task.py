@@ -5,7 +5,6 @@ Whatever is drawn depends on (seed, step, rank) alone, so that an interrupted tr
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -88,14 +87,8 @@ class DistillConfig(Section):
     weight: float = option(1.0, "weight of the feature loss; 0: none", ge=0)
 
     def feature_loss(self, student_dim: int, teacher_dim: int, process_group: Any = None, **options: Any) -> nn.Module:
-        settings: dict[str, Any] = {
-            "projection": self.projection,
-            "normalization": self.normalization,
-            "loss": self.loss,
-            "beta": self.beta,
-            "scale": self.scale,
-            "eps": self.eps or (1e-3 if self.normalization == "whiten" else 1e-5),
-        }
+        settings = self.model_dump(include={"projection", "normalization", "loss", "beta", "scale"})
+        settings["eps"] = self.eps or (1e-3 if self.normalization == "whiten" else 1e-5)
         return vk.OrthoProjLoss(student_dim, teacher_dim, process_group=process_group, **settings | options)
 
 
@@ -110,9 +103,9 @@ class Arm:
     def apply(self, config: Any, typed: Mapping[str, Any]) -> Any:
         """`typed` are the command line's values, which stand above the arm's."""
         changed = replace(config, {**self.changes, **typed})
-        name = "steps" if changed.optim.steps else "epochs"
-        number = getattr(changed.optim, name) * self.longer
-        return replace(changed, {f"optim.{name}": round(number) if name == "steps" else number})
+        o = changed.optim
+        longer = {"optim.steps": round(o.steps * self.longer)} if o.steps else {"optim.epochs": o.epochs * self.longer}
+        return replace(changed, longer)
 
 
 @dataclass(frozen=True)
@@ -124,27 +117,14 @@ class Metric:
 
 
 @dataclass
-class Monitor:
-    """What a training knows of the process that started it."""
-
-    quiet: bool = True  # no progress bar
-    signal: int = 0  # which one asked for an end
-
-    def should_stop(self) -> bool:
-        return bool(self.signal)
-
-
-@dataclass
 class Context:
     """What a task is told of the place it runs in."""
 
     fabric: Any  # of lightning_fabric, launched
-    folder: Path  # of this training
+    folder: Path  # of this training: ARM/seed-NN
     seed: int
     teacher: Path | None = None  # the folder in which train_teacher() left what it made for this seed
-    monitor: Monitor = field(default_factory=Monitor)
-    name: str = ""  # in the progress bar
-    about: Mapping[str, Any] = field(default_factory=dict)  # goes into result.json: arm and seed
+    quiet: bool = True  # no progress bar
 
     @property
     def process_group(self) -> Any:
@@ -270,15 +250,10 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed_seed(*numbers))
 
 
-# Asked for every image that is read: PyTorch looks for the driver's library at each call.
-gpu_available = functools.cache(torch.cuda.is_available)
-
-
 def seed_all(*numbers: int) -> None:
     seed = mixed_seed(*numbers)
-    if gpu_available():
-        torch.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)  # the same draws; manual_seed takes a traceback first
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # otherwise torch.manual_seed takes a traceback at each call, for later
+        torch.cuda.manual_seed_all(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)

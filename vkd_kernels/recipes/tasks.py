@@ -49,13 +49,10 @@ def recipes(task: type[Task]) -> dict[str, Path]:
     return {path.stem: path for path in sorted(task.recipes.glob("*.yaml"))} if task.recipes else {}
 
 
-def read_recipe(task: type[Task], name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a recipe and where they come from. `like: NAME` begins with those of another."""
+def read_recipe(task: type[Task], name: str) -> dict[str, Any]:
+    """The values of a recipe. `like: NAME` begins with those of another."""
     known = recipes(task)
     if name not in known:
         raise OptionError(f"--recipe: unknown {name!r}; there is {', '.join(known) or 'none'}")
-    values, comments = read_yaml(known[name])
-    if like := values.pop("like", None):
-        base, sources = read_recipe(task, like)
-        values, comments = base | values, sources | comments
-    return values, {key: comments.get(key, f"recipe {name}") for key in values}
+    values = read_yaml(known[name])
+    return read_recipe(task, values.pop("like")) | values if "like" in values else values
