@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import box_iou
 
 from tests.recipes import setups
 from vkd_kernels import cli
@@ -30,42 +30,41 @@ job = partial(setups.job, "detection")
 
 @pytest.fixture(scope="module")
 def composed():
-    return scenes.composed(0, 30, 6)
+    return scenes.Scenes(0, 30, training=True), scenes.Scenes(0, 6, training=False)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, composed):
-    """Bundled scenes as COCO folders: the options that name them."""
-    root, options = tmp_path_factory.mktemp("coco"), {}
-    for name, part in zip(("train", "val"), composed, strict=True):
+    """Bundled scenes in COCO's layout: the option that names them."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for name, part in zip(("train2017", "val2017"), composed, strict=True):
         (root / name).mkdir()
         images = [{"id": n, "file_name": f"{n}.png"} for n in range(len(part))]
-        objects = [
-            {"image_id": n, "category_id": label, "bbox": box}
-            for n, (image, boxes, labels) in enumerate(part)
-            for box, label in zip(boxes, labels, strict=True)
-        ]
-        for n, (image, *_) in enumerate(part):
-            Image.fromarray(image.numpy()).save(root / name / f"{n}.png")
+        objects = []
+        for n, item in enumerate(part):
+            Image.fromarray(item["image"][0].numpy()).save(root / name / f"{n}.png")
+            for (x0, y0, x1, y1), label in zip(item["boxes"].tolist(), item["labels"].tolist(), strict=True):
+                objects.append({"image_id": n, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]})
         content = {"images": images, "annotations": objects}
         content["categories"] = [{"id": digit, "name": str(digit)} for digit in range(10)]
-        (root / f"{name}.json").write_text(json.dumps(content))
-        options |= {f"data__{name}": str(root / name), f"data__{name}_annotations": str(root / f"{name}.json")}
-    return options
+        coco.annotations(root, name).write_text(json.dumps(content))
+    return {"data__root": str(root)}
 
 
 # ---- scenes and the bundled run --------------------------------------------------------------------------------------
 
 
 def test_boxes_are_tight_inside_and_hardly_overlap(composed):
-    for image, boxes, labels in composed[0]:
-        assert 1 <= len(boxes) == len(labels) <= 4 and image.shape == (64, 64)
-        for x, y, w, h in boxes:
-            assert x >= 0 and y >= 0 and x + w <= 64 and y + h <= 64 and 4 <= max(w, h) <= 28
-        pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
-        assert all(scenes.overlap(a, b) <= scenes.OVERLAP for a, b in pairs)
-    again = scenes.composed(0, 2, 1)
-    assert torch.equal(again[0][1][0], composed[0][1][0]) and again[0][1][1:] == composed[0][1][1:]
+    for item in composed[0]:
+        boxes = item["boxes"]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        assert 1 <= len(boxes) == len(item["labels"]) <= 4 and item["image"].shape == (1, 64, 64)
+        assert boxes.min() >= 0 and boxes.max() <= 64 and sides.amax(1).min() >= 4 and sides.max() <= 28
+        assert (box_iou(boxes, boxes).fill_diagonal_(0) <= scenes.OVERLAP).all()
+    again, other = scenes.Scenes(0, 2, training=True)[1], scenes.Scenes(1, 2, training=True)[1]
+    assert torch.equal(again["image"], composed[0][1]["image"]) and torch.equal(again["boxes"], composed[0][1]["boxes"])
+    assert not torch.equal(other["image"], again["image"])
 
 
 def test_own_data_give_the_bundled_batches(written, tmp_path):
@@ -77,7 +76,9 @@ def test_own_data_give_the_bundled_batches(written, tmp_path):
         streams = one.batches(1), two.batches(1)
         for _ in range(4):  # into the second epoch
             a, b = map(next, streams)
-            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+            assert a.keys() == b.keys() and torch.equal(a["images"], b["images"])
+            for one_of, other_of in zip(a["targets"], b["targets"], strict=True):
+                assert all(torch.equal(one_of[name], other_of[name]) for name in ("boxes", "labels", "iscrowd"))
 
 
 # ---- COCO's format ---------------------------------------------------------------------------------------------------
@@ -86,9 +87,13 @@ IMAGE = {"id": 7, "file_name": "a.png"}
 BOX = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 10]}
 
 
-def opened(images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "name": "x"}, {"id": 1, "name": "y"})):
-    data = {"images": [*images], "annotations": [*annotations], "categories": [*categories]}
-    return coco.CocoImages(data, "f.json", lambda name: Image.new("L", (64, 48)), channels=1)
+def opened(folder, images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "name": "x"}, {"id": 1, "name": "y"})):
+    content = {"images": [*images], "annotations": [*annotations], "categories": [*categories]}
+    for name in ("annotations", "some"):
+        (folder / name).mkdir()
+    coco.annotations(folder, "some").write_text(json.dumps(content))
+    Image.new("L", (64, 48)).save(folder / "some" / "a.png")
+    return coco.CocoImages(folder, "some", channels=1)
 
 
 @pytest.mark.parametrize(
@@ -103,48 +108,43 @@ def opened(images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "name": "x
         {"categories": [None]},
     ],
 )
-def test_annotations_that_contradict_themselves_are_errors(bad):
-    with pytest.raises(RunError, match=r"f\.json is no annotation file in COCO's format: "):
-        opened(**bad)
+def test_annotations_that_contradict_themselves_are_errors(bad, tmp_path):
+    with pytest.raises(RunError, match=r"instances_some\.json is no annotation file in COCO's format: "):
+        opened(tmp_path, **bad)
 
 
-def test_boxes_are_cut_at_the_border_and_crowds_are_set_apart():
+def test_boxes_are_cut_at_the_border_and_crowds_are_set_apart(tmp_path):
     bad = {**BOX, "bbox": [0, 0, -1, 3]}
     outside, crowd = {**BOX, "bbox": [60, 40, 10, 10]}, {**BOX, "category_id": 1, "iscrowd": 1}
-    item = opened(annotations=[BOX, bad, outside, crowd])[0]
+    item = opened(tmp_path, annotations=[BOX, bad, outside, crowd])[0]
     assert item["boxes"].tolist() == [[1, 2, 11, 12], [60, 40, 64, 48], [1, 2, 11, 12]]
-    assert item["labels"].tolist() == [1, 1, -1] and item["crowds"].tolist() == [-1, -1, 0]
+    assert item["labels"].tolist() == [1, 1, 0] and item["iscrowd"].tolist() == [0, 0, 1]
+    assert detection.without_crowds(item)["labels"].tolist() == [1, 1]
 
 
 def test_files_that_are_missing_are_named(written, tmp_path):
-    with pytest.raises(OptionError, match=r"data\.train: there is no .*/no"):
-        Detection.check(configured(**{**written, "data__train": str(tmp_path / "no")}))
-    with pytest.raises(OptionError, match=r"data\.val: missing; own data need all of"):
-        configured(data__train="x", data__train_annotations="y")
+    with pytest.raises(OptionError, match=r"data\.root: there is no .*/annotations/instances_no\.json"):
+        Detection.check(configured(**written, data__val="no"))
     with pytest.raises(RunError, match=r"data\.classes: the categories differ: 10 in .*data\.classes=3"):
         _ = job(configured(**written, data__classes=3), tmp_path).data
 
 
-def test_augmented_boxes_stay_on_their_objects(monkeypatch):
+def test_augmented_boxes_stay_on_their_objects(monkeypatch, tmp_path):
     """A white rectangle on black, flipped, cropped and resized: its box stays on it."""
     torch.manual_seed(0)
     for name, value in (("CROP_SHORT_SIDES", (60, 80)), ("CROP_SIZES", (40, 60)), ("LONGEST", 120)):
         monkeypatch.setattr(coco, name, value)
     image = Image.new("L", (90, 60))
     image.paste(255, (30, 20, 60, 45))
-    data = opened(annotations=[{**BOX, "bbox": [30, 20, 30, 25]}])
-    data.open_image = lambda _: image.copy()
-    transform, sizes = (
-        coco.training_transform(
-            configured(augment__flip=0.5, augment__crop=0.7, augment__short_sides="48,64,96").augment
-        ),
-        set(),
-    )
+    data = opened(tmp_path, annotations=[{**BOX, "bbox": [30, 20, 30, 25]}])
+    image.save(tmp_path / "some" / "a.png")
+    augment = configured(augment__flip=0.5, augment__crop=0.7, augment__short_sides="48,64,96").augment
+    transform, sizes = coco.training_transform(augment), set()
     for _ in range(30):
         sample = transform(data[0])
         pixels = sample["image"][0]
         sizes.add(tuple(pixels.shape))
-        assert len(sample["boxes"]) == len(sample["labels"]) == len(sample["crowds"])
+        assert len(sample["boxes"]) == len(sample["labels"]) == len(sample["iscrowd"])
         for x0, y0, x1, y1 in sample["boxes"].tolist():
             rows, columns = (pixels > 127).any(1).nonzero().flatten(), (pixels > 127).any(0).nonzero().flatten()
             assert abs(int(columns[0]) - x0) <= 2 and abs(int(columns[-1]) + 1 - x1) <= 2
@@ -155,10 +155,15 @@ def test_augmented_boxes_stay_on_their_objects(monkeypatch):
 # ---- detectors and losses --------------------------------------------------------------------------------------------
 
 
-def test_a_location_answers_for_the_smallest_object_near_whose_center_it_is():
-    points = torch.tensor([[10.0, 10.0], [30.0, 10.0], [50.0, 50.0]])
-    boxes = torch.tensor([[[0.0, 0, 20, 20], [6, 6, 14, 14], [0, 0, 64, 64]]])
-    assert detectors.assigned(points, boxes, torch.tensor([[1, 2, -1]])).tolist() == [[1, -1, -1]]
+def fcos(classes):
+    return detectors.FCOS(detectors.convolutions(1, (4, 32)), 32, classes)
+
+
+PARTS = (slice(0, 3, 2), slice(0, 1), slice(2, 3))
+
+
+def arguments(batch):
+    return batch["images"], batch["inside"], [detection.without_crowds(target) for target in batch["targets"]]
 
 
 def batch_of(n=3, side=32, teacher_dim=7):
@@ -166,33 +171,33 @@ def batch_of(n=3, side=32, teacher_dim=7):
     inside = torch.zeros(n, side, side, dtype=torch.bool)
     for i in range(n):
         inside[i, : side - 4 * i, : side - 8 * i] = True
-    boxes = torch.tensor([[[2.0, 3, 14, 17], [8, 8, 12, 12]]]).repeat(n, 1, 1)
-    labels = torch.tensor([[1, 0], [2, -1], [-1, -1]])[:n]
+    boxes = torch.tensor([[2.0, 3, 14, 17], [8, 8, 12, 12]])
+    targets = [{"boxes": boxes[:count], "labels": torch.tensor([1, 0])[:count]} for count in (2, 1, 0)[:n]]
+    targets = [{**t, "iscrowd": torch.zeros_like(t["labels"])} for t in targets]
     images = torch.randn(n, 1, side, side) * inside[:, None]
     teacher = {"map": torch.randn(n, side // 4, side // 4, teacher_dim)}
-    return {"images": images, "inside": inside, "boxes": boxes, "labels": labels, "teacher": teacher}
+    return {"images": images, "inside": inside, "targets": targets, "teacher": teacher}
 
 
-def test_detection_losses_are_the_formulas_and_padding_has_no_part():
-    model, batch = detectors.FCOS((4,), 6, 3, 1).eval(), batch_of()
-    prediction = model.predict(*(batch[name] for name in ("images", "inside", "boxes", "labels")))
-    valid = coco.at_map(batch["inside"], 8, 8).flatten(1)
-    index = detectors.assigned(detectors.locations(torch.zeros(1, 1, 8, 8)), batch["boxes"], batch["labels"])
-    targets = torch.zeros(3, 64, 3)
-    for n in range(3):
-        for place in range(64):
-            if index[n, place] >= 0 and valid[n, place]:
-                targets[n, place, batch["labels"][n, index[n, place]]] = 1
-    expected = (sigmoid_focal_loss(prediction.logits, targets) * valid[..., None]).sum()
-    torch.testing.assert_close(prediction.losses["classes"], expected)
-    assert int(prediction.objects) == int(targets.sum()) > 0
+def test_ranks_average_to_the_whole_also_where_one_has_no_object(monkeypatch):
+    """Two ranks of one image each, the second without an object; all_reduce adds what the other has."""
+    model = DistilledDetector(fcos(3).eval(), configured(distill__weight=0).distill, {})
+    batch = batch_of()
+    whole, *halves = ({**{k: batch[k][part] for k in ("images", "inside", "targets")}} for part in PARTS)
+    expected, counts = model(whole), [model.student.predict(*arguments(half)).objects for half in halves]
+    assert int(counts[0]) > 0 == int(counts[1])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.copy_(sum(counts).float()))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    model.group = "two ranks"
+    for name, value in expected.items():
+        torch.testing.assert_close(sum(model(half)[name] for half in halves) / 2, value)
 
 
 @pytest.mark.parametrize("projection", ["orthogonal", "linear", "identity"])
 def test_feature_losses_are_the_formulas(projection):
     """Standardized on both sides over the compared locations; what is outside has no influence."""
     config = configured(distill__projection=projection, distill__where="image").distill
-    model = DistilledDetector(detectors.FCOS((4,), 6, 3, 1).eval(), config, {"map": 7})
+    model = DistilledDetector(fcos(3).eval(), config, {"map": 7})
     batch = batch_of()
     losses = model(batch)
     prediction = model.student.predict(batch["images"], batch["inside"])
@@ -202,23 +207,26 @@ def test_feature_losses_are_the_formulas(projection):
     z, y = ((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() for x in (z, y))
     expected = torch.nn.functional.smooth_l1_loss(z, y)
     torch.testing.assert_close(losses["features"].double(), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(losses["total"], losses["classes"] + losses["boxes"] + 4 * losses["features"])
+    of_boxes = sum(losses[name] for name in ("classification", "bbox_regression", "bbox_ctrness"))
+    torch.testing.assert_close(losses["total"], of_boxes + 4 * losses["features"])
     batch["teacher"]["map"][~rows] = 99.0
     torch.testing.assert_close(model(batch)["features"], losses["features"])
 
 
 def test_compared_locations_are_those_inside_boxes():
-    batch = batch_of(1)
-    rows = detection.compared(batch, 8, 8, "boxes")
-    assert rows[0].nonzero().min(0).values.tolist() == [1, 1] and rows[0].nonzero().max(0).values.tolist() == [3, 2]
-    assert detection.compared(batch, 8, 8, "image").all()
+    batch = batch_of()
+    boxes = [target["boxes"] for target in batch["targets"]]
+    rows = detection.in_boxes(boxes, batch["inside"], torch.zeros(3, 8, 8))
+    for image in rows[:2]:
+        assert image.nonzero().min(0).values.tolist() == [1, 1] and image.nonzero().max(0).values.tolist() == [3, 2]
+    assert not rows[2].any()
 
 
 def test_features_must_match():
     config = configured().distill
     with pytest.raises(OptionError, match=r"teacher\.name, student\.name: their features differ"):
-        DistilledDetector(detectors.FCOS((4,), 6, 3, 1), config, {"other": 7})
-    model, batch = DistilledDetector(detectors.FCOS((4,), 6, 3, 1), config, {"map": 7}), batch_of()
+        DistilledDetector(fcos(3), config, {"other": 7})
+    model, batch = DistilledDetector(fcos(3), config, {"map": 7}), batch_of()
     batch["teacher"]["map"] = torch.randn(3, 4, 4, 7)
     with pytest.raises(ValueError, match="student and teacher"):
         model(batch)
@@ -245,24 +253,25 @@ def test_average_precision_of_perfect_and_of_no_detections_and_without_any_objec
     assert training.evaluate(Perfect(truth)) == {"AP": 100, "AP50": 100, "AP75": 100}
     nothing = [{name: value[:0] for name, value in answer.items()} for answer in truth]
     assert training.evaluate(Perfect(nothing)) == {"AP": 0, "AP50": 0, "AP75": 0}
-    training.data[1].objects = [x[:0] for x in training.data[1].objects]
-    training.data[1].kept.clear()
+    for item in items:
+        item |= {name: item[name][:0] for name in ("boxes", "labels", "iscrowd")}
     with pytest.raises(RunError, match="without any object there is no average precision"):
         training.evaluate(Perfect(nothing))
 
 
 def test_detections_are_the_best_of_their_place_and_inside_the_image():
-    model = detectors.FCOS((4,), 6, 2, 1)
-    inside = torch.ones(1, 16, 16, dtype=torch.bool)
+    model = fcos(2).eval()
+    images, inside = torch.zeros(1, 1, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
     inside[:, :, 12:] = False
-    logits = torch.full((1, 16, 2), -9.0)
-    logits[0, 5, 1], logits[0, 6, 1], logits[0, 0, 0] = 3.0, 2.0, 1.0  # the second is of the same object
-    logits[0, 3, 0] = 4.0  # in the padding
-    boxes = torch.tensor([[2.0, 2, 10, 10]]).repeat(1, 16, 1)
-    boxes[0, 0] = torch.tensor([-4.0, 8, 20, 30])
-    (detections,) = model.detections(detectors.Prediction(logits, boxes, {"map": torch.zeros(1, 4, 4, 6)}), inside)
+    outputs, anchors = model.predict(images, inside).outputs
+    outputs["cls_logits"] = torch.full((1, 16, 2), -9.0)
+    outputs["cls_logits"][0, 5, 1], outputs["cls_logits"][0, 6, 1], outputs["cls_logits"][0, 0, 0] = 3.0, 2.0, 1.0
+    corners = torch.tensor([2.0, 2, 10, 10]).repeat(16, 1)  # 5 and 6 are of the same object
+    corners[0] = torch.tensor([-4.0, 8, 20, 30])
+    outputs["bbox_regression"] = model.net.box_coder.encode(anchors[0], corners)[None]
+    (detections,) = model.detections(detectors.Prediction((outputs, anchors), {}), inside)
     assert detections["labels"].tolist() == [1, 0]
-    assert detections["boxes"].tolist() == [[2, 2, 10, 10], [0, 8, 12, 16]]
+    torch.testing.assert_close(detections["boxes"], torch.tensor([[2.0, 2, 10, 10], [0, 8, 12, 16]]))
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
@@ -306,17 +315,18 @@ def test_detr_losses_features_and_a_batch_without_any_object(detr):
     config = configured(student__name=str(detr[0] / "detr"))
     model = Detection.detector(config.student, 3, 3)
     batch = detr_batch()
-    prediction = model.predict(*(batch[name] for name in ("images", "inside", "boxes", "labels")))
+    prediction = model.predict(*arguments(batch))
     assert {*prediction.features} == {"map0", "map1", "map2", "map3", "queries", "decoder"} == {*model.dims}
-    assert prediction.features["decoder"].shape == (2, 2, 5, 64) and prediction.boxes.shape == (2, 5, 4)
+    assert prediction.features["decoder"].shape == (2, 2, 5, 64)
     student = DistilledDetector(model, config.distill, model.dims)
     batch["teacher"] = {name: torch.randn_like(x) for name, x in prediction.features.items()}
-    for labels in (batch["labels"], torch.full_like(batch["labels"], -1)):
-        losses = student({**batch, "labels": labels})
+    nothing = [{name: value[:0] for name, value in target.items()} for target in batch["targets"]]
+    for targets in (batch["targets"], nothing):
+        losses = student({**batch, "targets": targets})
         assert all(loss.isfinite() for loss in losses.values()) and len(losses) == 4 + 6
         losses["total"].backward()
     for detections in model.detections(prediction, batch["inside"]):
-        assert (detections["boxes"] >= 0).all() and len(detections["labels"]) == len(detections["scores"])
+        assert detections["boxes"].shape == (15, 4) and len(detections["labels"]) == len(detections["scores"])
     assert Detection.detector(config.student, 4, 3).classes == 4  # with a new class head
 
 
@@ -344,7 +354,7 @@ def test_one_step_of_the_recipe_at_full_size():
     batch = detr_batch(1, 480)
     with torch.no_grad():
         prediction = teacher.predict(batch["images"], batch["inside"])
-    assert float(prediction.logits.sigmoid().mean()) < 0.05  # it begins sure of background
+    assert float(prediction.outputs.logits.sigmoid().mean()) < 0.05  # it begins sure of background
     losses = model({**batch, "teacher": prediction.features})
     losses["total"].backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -7,7 +7,9 @@ decoder with box refinement, on Swin. What ViDT has and this has not: detection 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from .config import OptionError
-from .detectors import KEPT, LOGIT, Detector, Prediction, image_sizes
+from .detectors import KEPT, Detector, Prediction, image_sizes
 from .runs import RunError
 
 Net: Any = transformers.DeformableDetrForObjectDetection
@@ -28,6 +30,7 @@ SWIN = {  # channels after the first stage, blocks and heads of the four stages
     "swin-base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
 }
 STAGES = ["stage2", "stage3", "stage4"]
+LOGIT = math.log(0.01 / 0.99)  # of any class at the start: nearly everything is background
 
 
 class Deformable(Detector):
@@ -40,42 +43,37 @@ class Deformable(Detector):
         super().__init__(config.num_labels, dict.fromkeys(names, config.d_model))
         self.net: Any = net
 
-    def predict(
-        self, images: Tensor, inside: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None
-    ) -> Prediction:
-        sides = image_sizes(inside).repeat(1, 2)[:, None]  # (N, 1, 4)
-        targets = objects = None
-        if boxes is not None and labels is not None:
-            objects = (labels >= 0).sum()
-            shares = box_convert(boxes / sides, "xyxy", "cxcywh")
-            targets = [
-                {"class_labels": ours[ours >= 0], "boxes": share[ours >= 0]}
-                for ours, share in zip(labels, shares, strict=True)
+    def predict(self, images: Tensor, inside: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Prediction:
+        wanted = None
+        if targets is not None:
+            sizes = image_sizes(inside).flip(1).repeat(1, 2)  # (N, 4)
+            wanted = [
+                {"class_labels": t["labels"], "boxes": box_convert(t["boxes"] / size, "xyxy", "cxcywh")}
+                for t, size in zip(targets, sizes, strict=True)
             ]
         with captured(self.net.model.input_proj) as maps:
-            outputs = self.net(pixel_values=images, pixel_mask=inside.long(), labels=targets)
+            outputs = self.net(pixel_values=images, pixel_mask=inside.long(), labels=wanted)
         states = outputs.intermediate_hidden_states  # (N, layers, queries, dim)
         features = {f"map{level}": x.permute(0, 2, 3, 1) for level, x in enumerate(maps)}
         features |= {"queries": states[:, 0], "decoder": states}
-        predicted = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * sides
-        losses = {} if objects is None else self.losses(outputs.loss_dict, objects)
-        return Prediction(outputs.logits, predicted, features, losses, objects)
+        if targets is None:
+            return Prediction(outputs, features)
+        objects = torch.tensor(sum(len(t["labels"]) for t in targets), device=images.device)
+        return Prediction(outputs, features, self.losses(outputs.loss_dict), objects)
 
-    def losses(self, parts: dict[str, Tensor], objects: Tensor) -> dict[str, Tensor]:
-        """The library's losses of all decoder layers, with its weights; it has divided them by the number of boxes."""
-        c, sums = self.net.config, {}
+    def losses(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The library's losses of all decoder layers, with its weights."""
+        c = self.net.config
         weights = {"loss_ce": 1, "loss_bbox": c.bbox_loss_coefficient, "loss_giou": c.giou_loss_coefficient}
-        for kind, weight in weights.items():
-            sums[kind] = weight * objects.clamp(min=1) * torch.stack([v for k, v in parts.items() if kind in k]).sum()
+        sums = {name: w * torch.stack([v for k, v in parts.items() if name in k]).sum() for name, w in weights.items()}
         return {"classes": sums["loss_ce"], "boxes": sums["loss_bbox"] + sums["loss_giou"]}
 
     def detections(self, prediction: Prediction, inside: Tensor) -> list[dict[str, Tensor]]:
-        scores, order = prediction.logits.float().sigmoid().flatten(1).topk(min(KEPT, prediction.logits[0].numel()))
-        detections = []
-        for score, index, boxes, size in zip(scores, order, prediction.boxes, image_sizes(inside), strict=True):
-            kept = boxes[index // self.classes].float().clamp(min=0).minimum(size.repeat(2))
-            detections.append({"boxes": kept, "scores": score, "labels": index % self.classes})
-        return detections
+        outputs = prediction.outputs
+        exact = SimpleNamespace(logits=outputs.logits.float(), pred_boxes=outputs.pred_boxes.float())
+        processor: Any = transformers.DeformableDetrImageProcessor()
+        sizes = image_sizes(inside)
+        return processor.post_process_object_detection(exact, threshold=0.0, target_sizes=sizes, top_k=KEPT)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Object detection: a student learns from boxes and from a teacher's features of maps and queries (V_kD).
 
     vkd distill detection                                       scenes of digits, small FCOS detectors
-    vkd distill detection --recipe vkd-deformable-detr-coco data.train=... teacher.weights=...
+    vkd distill detection --recipe vkd-deformable-detr-coco data.root=... teacher.weights=...
 
     L = the detector's losses + weight * sum over features of smooth_l1(norm(X P^T), norm(Y))
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import coco, engine, runs, scenes
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
-from .detectors import FCOS, Detector
+from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
 from .runs import RunError
 from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
@@ -36,10 +36,9 @@ BUNDLED_AT_ONCE = 50  # scenes of an evaluation batch; of images of one's own, w
 
 
 class Data(Section):
-    train: str = option("", "folder of training images; default: scenes composed from scikit-learn's digits")
-    train_annotations: str = option("", "their COCO annotations, instances_*.json")
-    val: str = option("", "folder of evaluation images")
-    val_annotations: str = option("", "their COCO annotations")
+    root: str = option("", "folder as COCO has it; none: scenes composed from scikit-learn's digits")
+    train: str = option("train2017", "training: images in root/NAME, objects in root/annotations/instances_NAME.json")
+    val: str = option("val2017", "evaluation")
     labeled: int = option(300, "only the first so many training images are the student's; 0: all", ge=0)
     classes: int = option(0, "number of categories; 0: what the data say", ge=0)
     channels: Channels = option(1, "of the images: 3 for color")
@@ -64,7 +63,7 @@ class DetectorConfig(Section):
     name: str = option("fcos", "fcos (bundled), deformable-detr, or a folder or hub name of one of transformers")
     weights: str = option("", "weights to begin with: student.safetensors of a run, or another state dict")
     widths: Ints = option((12, 24, 32), "fcos: channels before the map", source=TRIED)
-    channels: int = option(32, "fcos: channels of the map and the heads", source=TRIED, ge=1)
+    channels: int = option(32, "fcos: channels of the map and the heads", source=TRIED, multiple_of=32, ge=32)
     backbone: str = option("swin-nano", "deformable-detr: swin-nano, -tiny, -small or -base", source="the paper")
     backbone_weights: str = option("", "a folder or hub name of transformers' Swin with the backbone's weights")
 
@@ -91,13 +90,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
-        d, paths = self.data, ("train", "train_annotations", "val", "val_annotations")
+        d = self.data
         if not len(d.mean) == len(d.std) == d.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {d.channels}; got {d.mean} and {d.std}")
-        missing = [name for name in paths if not getattr(d, name)]
-        if missing and len(missing) < 4:
-            raise OptionError(f"data.{missing[0]}: missing; own data need all of {', '.join(paths)}")
-        if not d.train and d.labeled > self.scenes.train:
+        if not d.root and d.labeled > self.scenes.train:
             raise OptionError(f"data.labeled: {d.labeled} of scenes.train={self.scenes.train}")
         return self
 
@@ -122,16 +118,18 @@ class DistilledDetector(nn.Module):
             self.feature_losses[name] = distill.feature_loss(student.dims[name], dim, group)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        prediction = self.student.predict(*(batch[name] for name in ("images", "inside", "boxes", "labels")))
-        share = share_of_ranks(prediction.objects, self.group)
-        losses = {name: loss / share for name, loss in prediction.losses.items()}
+        targets = [without_crowds(target) for target in batch["targets"]]
+        prediction = self.student.predict(batch["images"], batch["inside"], targets)
+        weight = weight_of_rank(prediction.objects, self.group)
+        losses = {name: loss * weight for name, loss in prediction.losses.items()}
         total = torch.stack([*losses.values()]).sum()
         features: dict[str, Tensor] = {}
         for name, feature_loss in self.feature_losses.items():
-            ours, theirs = prediction.features[name], batch["teacher"][name]
-            mask = None
+            ours, theirs, mask = prediction.features[name], batch["teacher"][name], None
             if name.startswith("map"):
-                mask = compared(batch, ours.shape[1], ours.shape[2], self.distill.where)
+                mask = coco.at_map(batch["inside"], ours.shape[1], ours.shape[2])
+                if self.distill.where == "boxes":
+                    mask = mask & in_boxes([target["boxes"] for target in targets], batch["inside"], mask)
             features[name] = feature_loss(ours, theirs, mask=mask)
         if features:
             losses["features"] = torch.stack([*features.values()]).sum()
@@ -140,29 +138,32 @@ class DistilledDetector(nn.Module):
         return {**losses, "total": total}
 
 
-def share_of_ranks(count: Tensor, group: Any) -> Tensor:
-    """The number of objects of all ranks by the number of ranks: what a rank's sum is to be divided by. At least 1."""
-    total, ranks = count.detach().float(), 1
-    if group is not None:
-        ranks = torch.distributed.get_world_size(group)
-        torch.distributed.all_reduce(total, group=group)
-    return total.clamp(min=1) / ranks
+def without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is trained on: crowds count in evaluation alone."""
+    return {name: target[name][target["iscrowd"] == 0] for name in ("boxes", "labels")}
 
 
-def compared(batch: dict[str, Any], height: int, width: int, where: str) -> Tensor:
-    """Which locations of maps of this size are compared: (N, height, width) bool."""
-    valid = coco.at_map(batch["inside"], height, width)
-    if where == "image":
-        return valid
+def weight_of_rank(count: Tensor, group: Any) -> Tensor:
+    """What this rank's means over `count` objects are multiplied by, so that the mean of the ranks is that of all."""
+    count = count.detach().float()
+    if group is None:
+        return torch.ones_like(count)
+    total = count.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return count.clamp(min=1) * torch.distributed.get_world_size(group) / total.clamp(min=1)
+
+
+def in_boxes(boxes: list[Tensor], pixels: Tensor, cells: Tensor) -> Tensor:
+    """Which cells of a map have their center in a box: (N, height, width) bool, as `cells` is; `pixels` (N, H, W)."""
     y, x = (
-        (torch.arange(cells, device=valid.device) + 0.5) * (pixels / cells)
-        for cells, pixels in zip((height, width), batch["images"].shape[-2:], strict=True)
+        (torch.arange(cells.shape[side], device=cells.device) + 0.5) * (pixels.shape[side] / cells.shape[side])
+        for side in (1, 2)
     )
-    x0, y0, x1, y1 = batch["boxes"].unbind(-1)  # each (N, M)
-    in_x = (x > x0[..., None]) & (x < x1[..., None])  # (N, M, width)
-    in_y = (y > y0[..., None]) & (y < y1[..., None])
-    within = in_y[..., :, None] & in_x[..., None, :] & (batch["labels"] >= 0)[..., None, None]
-    return valid & within.any(dim=1)
+    masks = []
+    for x0, y0, x1, y1 in (of_image.T[..., None] for of_image in boxes):  # (M, 1) each
+        in_y, in_x = (y > y0) & (y < y1), (x > x0) & (x < x1)
+        masks.append((in_y[:, :, None] & in_x[:, None]).any(dim=0))
+    return torch.stack(masks)
 
 
 class Detection(Task):
@@ -183,7 +184,8 @@ class Detection(Task):
         """Of the `student` or the `teacher` section; `empty`: to look at its size. A subclass may have others."""
         if config.name == "fcos":
             with torch.device("meta" if empty else "cpu"):
-                return FCOS(config.widths, config.channels, classes, channels)
+                body = convolutions(channels, (*config.widths, config.channels))
+                return FCOS(body, config.channels, classes)
         if channels != 3:
             raise OptionError(f"data.channels: {config.name} takes images of 3 channels, got {channels}")
         from .deformable import make_deformable  # needs transformers
@@ -203,15 +205,16 @@ class Detection(Task):
         return self.config.data.labeled
 
     @cached_property
-    def data(self) -> tuple[coco.CocoImages, coco.CocoImages]:
+    def data(self) -> tuple[Any, Any]:
         """Training and evaluation images; the scenes of a seed where there are none of one's own."""
         d = self.config.data
-        if d.train:
-            train = coco.open_coco(d.train, d.train_annotations, d.channels)
-            val = coco.open_coco(d.val, d.val_annotations, d.channels)
+        train: Any
+        val: Any
+        if d.root:
+            train, val = (coco.CocoImages(Path(d.root), name, d.channels) for name in (d.train, d.val))
         else:
-            both = scenes.composed(self.seed, self.labeled or self.config.scenes.train, self.config.scenes.val)
-            train, val = (scenes.in_memory(part, f"scenes of seed {self.seed}") for part in both)
+            train = scenes.Scenes(self.seed, self.labeled or self.config.scenes.train, training=True)
+            val = scenes.Scenes(self.seed, self.config.scenes.val, training=False)
         if train.names != val.names or d.classes not in (0, len(train.names)):
             counts = f"{len(train.names)} in {train.where}, {len(val.names)} in {val.where}"
             raise RunError(f"data.classes: the categories differ: {counts}, data.classes={d.classes}")
@@ -270,7 +273,7 @@ class Detection(Task):
     def teach(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The teacher's features of a batch, from memory where they are of scenes that are always the same."""
         a = self.config.augment
-        if not (self.config.data.train or a.flip or a.crop or len(a.short_sides) > 1):
+        if not (self.config.data.root or a.flip or a.crop or len(a.short_sides) > 1):
             return {name: stored[batch["index"]] for name, stored in self.stored.items()}
         return self.ask(batch)
 
@@ -302,9 +305,9 @@ class Detection(Task):
         val, metric = self.data[1], self.fabric.to_device(MeanAveragePrecision())
         views = Views(val, coco.evaluation_transform(self.config.augment))
         mine = map(Key, range(len(val))[self.mine])
-        for batch in self.read(views, mine, 1 if self.config.data.train else BUNDLED_AT_ONCE):
+        for batch in self.read(views, mine, 1 if self.config.data.root else BUNDLED_AT_ONCE):
             detected = student.detections(student.predict(batch["images"], batch["inside"]), batch["inside"])
-            metric.update(detected, objects(batch))
+            metric.update(detected, batch["targets"])
         values = {name: 100 * float(value) for name, value in metric.compute().items() if name[:3] == "map"}
         if values["map"] < 0:
             raise RunError(f"{val.where}: without any object there is no average precision")
@@ -316,14 +319,14 @@ class Detection(Task):
         d = config.data
         if config.distill.weight:
             trained_here(config)
-        if not d.train and d.channels != 1:
-            raise OptionError("data.train: missing; without it the data are gray scenes (data.channels=1)")
-        for name in ("train", "train_annotations", "val", "val_annotations"):
-            if d.train and not Path(getattr(d, name)).exists():
-                raise OptionError(f"data.{name}: there is no {getattr(d, name)}")
-        classes = d.classes or scenes.CLASSES
-        if d.train and not d.classes:
-            classes = len(coco.open_coco(d.train, d.train_annotations, d.channels).names)
+        if not d.root and d.channels != 1:
+            raise OptionError("data.root: missing; without it the data are gray scenes (data.channels=1)")
+        for path in [coco.annotations(Path(d.root), name) for name in (d.train, d.val)] if d.root else []:
+            if not path.exists():
+                raise OptionError(f"data.root: there is no {path}")
+        classes = d.classes or len(scenes.Scenes.names)
+        if d.root and not d.classes:
+            classes = len(coco.CocoImages(Path(d.root), d.train, d.channels).names)
         cls.detector(config.student, classes, d.channels, empty=True)
         if config.distill.weight:
             cls.detector(config.teacher, classes, d.channels, empty=True)
@@ -339,16 +342,6 @@ class TeacherTraining(Detection):
 
     def make_student(self) -> nn.Module:
         return self.make_detector("teacher", self.config.teacher)
-
-
-def objects(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """The ground truth of every image, as torchmetrics takes it: crowds are ignored, but for what lies in them."""
-    truth = []
-    for boxes, labels, crowds in zip(batch["boxes"], batch["labels"], batch["crowds"], strict=True):
-        real = (labels >= 0) | (crowds >= 0)
-        kinds = torch.maximum(labels, crowds)[real]
-        truth.append({"boxes": boxes[real], "labels": kinds, "iscrowd": (crowds[real] >= 0).long()})
-    return truth
 
 
 def trained_here(config: Any) -> bool:
