@@ -13,7 +13,7 @@ RUN = ["run.save_every=3", "run.eval_every=3"]
 TINY = {
     "classification": ["optim.steps=6", "teacher.steps=6", "digits.views=2", "teacher.widths=8,16", "student.width=16"],
     "detection": ["scenes.train=40", "scenes.val=8", "data.labeled=32", "teacher.steps=3", "teacher.batch_size=8"],
-    "generation": ["teacher.steps=4", "teacher.widths=4,4,8", "student.widths=8,8,4", "student.critic_widths=4,4,8"],
+    "generation": ["teacher.steps=4", "teacher.widths=4,4,8", "student.width=8"],
 }
 TINY["classification"] += ["student.depth=1", *RUN]
 TINY["detection"] += ["optim.steps=6", "optim.batch_size=8", *RUN]

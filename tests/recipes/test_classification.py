@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.recipes import setups
-from tests.recipes.setups import of_folder, same, take
-from vkd_kernels.recipes import classification, digits, engine, models, runs, task
+from tests.recipes.setups import of_folder
+from vkd_kernels.recipes import classification, engine, models, runs, task
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.classification import DistilledStudent
 from vkd_kernels.recipes.config import OptionError
@@ -20,30 +20,6 @@ configured = partial(setups.configured, "classification")
 recipe = partial(setups.recipe, "classification")
 job = partial(setups.job, "classification")
 RECIPES = {"vkd-deit-ti-imagenet": "vkd_deit_tiny", "vkd-deit-s-imagenet": "vkd_deit_small"}
-
-
-def test_split_keeps_test_images_out_of_the_pool():
-    data = digits.Digits(classification.Config(), 3)
-    assert len(data.pool) == 1000 and len(data.test) == 797 and data.labeled == 100
-    assert torch.bincount(data.pool_labels[:100]).tolist() == [10] * 10
-    everything = torch.cat([data.pool, data.test]).flatten(1).unique(dim=0)
-    assert len(everything) == len(data.pool.flatten(1).unique(dim=0)) + len(data.test.flatten(1).unique(dim=0))
-
-
-def test_digits_batches_depend_on_seed_step_and_ranks_alone():
-    data = digits.Digits(configured(digits__views=3), 0)
-    views = data.every_view()
-    for learner in ("distilled", "alone", "teacher"):
-        whole = take(data, learner, 0, 3)
-        assert same(take(data, learner, 2, 1), whole[2:]) and not same(whole[:1], whole[1:2])
-        for rank in (0, 1):
-            part = take(data, learner, 0, 3, rank, 2)
-            assert same(part, [(x[rank::2], t[rank::2]) for x, t, _ in whole])
-        if learner != "teacher":
-            assert all(torch.equal(views[rows], x) for x, _, rows in whole)
-    (x, targets, _), (alone, labels, _) = take(data, "distilled", 5, 1)[0], take(data, "alone", 5, 1)[0]
-    assert torch.equal(alone, x[:4]) and torch.equal(labels, targets[:4])
-    torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -184,7 +160,7 @@ def saved_teacher(folder, classes=2):
 
 
 def test_stored_answers_are_those_of_the_teacher(folder):
-    values = {"augment__views": 2, "augment__mixup": 0, "augment__cutmix": 0, "optim__batch_size": 8}
+    values = {"augment__views": 2, "optim__batch_size": 8}
     values |= saved_teacher(folder / "teacher")
     for kind in ("pooled", "tokens"):
         training = job(of_folder(folder, distill__features=kind, **values), folder / "run")
@@ -193,7 +169,7 @@ def test_stored_answers_are_those_of_the_teacher(folder):
         for name, answer in training.ask(batch["images"]).items():
             torch.testing.assert_close(batch[name], answer)
     with pytest.raises(OptionError, match=r"augment\.mixup, augment\.cutmix: 0 with fixed augment\.views"):
-        of_folder(folder, augment__views=2)
+        of_folder(folder, augment__views=2, augment__mixup=0.8)
 
 
 def test_a_teacher_of_other_classes_teaches_by_its_features(folder):

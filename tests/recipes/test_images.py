@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.recipes import setups
 from tests.recipes.setups import image_data, picture, recipe, same, take
 from vkd_kernels.recipes import images
 from vkd_kernels.recipes.config import OptionError
@@ -18,15 +19,14 @@ def test_image_batches_depend_on_seed_and_step_alone(folder):
     assert same(take(image_data(folder, run__workers=2), "distilled", 0, 3), whole)
     assert same(take(image_data(folder), "distilled", 2, 1), whole[2:])
     assert not same(take(image_data(folder, seed=1), "distilled", 0, 1), whole[:1])
-    plain = {"augment__mixup": 0, "augment__cutmix": 0}
-    whole = take(image_data(folder, **plain), "distilled", 0, 3)
+    assert not same(take(image_data(folder, augment__mixup=0.8), "distilled", 0, 1), whole[:1])
     for rank in (0, 1):
-        part = take(image_data(folder, **plain), "distilled", 0, 3, rank, 2)
+        part = take(image_data(folder), "distilled", 0, 3, rank, 2)
         assert same(part, [(x[rank::2], t[rank::2]) for x, t, _ in whole])
 
 
 def test_fixed_views_are_the_images_of_the_batches(folder):
-    data = image_data(folder, augment__views=3, augment__mixup=0, augment__cutmix=0)
+    data = image_data(folder, augment__views=3)
     everything = data.every_view()
     assert len(everything) == 12 * 3
     batches = take(data, "distilled", 0, 4)
@@ -35,8 +35,7 @@ def test_fixed_views_are_the_images_of_the_batches(folder):
 
 
 def test_a_share_of_the_labels(folder):
-    few = {"data__labels": 1 / 3, "augment__views": 2, "augment__mixup": 0, "augment__cutmix": 0, "augment__pad": 2}
-    data = image_data(folder, **few)
+    data = image_data(folder, data__labels=1 / 3, augment__views=2, augment__pad=2)
     assert len(data.labeled) == 4 and [data.opened[0].targets[i] for i in data.labeled] == [0, 0, 1, 1]
     (x, targets, rows), (alone, labels, _) = take(data, "distilled", 3, 1)[0], take(data, "alone", 3, 1)[0]
     torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
@@ -44,7 +43,37 @@ def test_a_share_of_the_labels(folder):
     assert torch.isin(rows[:4] % 12, data.labeled).all() and not torch.isin(rows[4:] % 12, data.labeled).any()
     assert take(data, "teacher", 0, 1)[0][1].sum() == pytest.approx(8)
     with pytest.raises(OptionError, match=r"augment\.mixup.*0 with .* data\.labels below 1"):
-        image_data(folder, data__labels=0.5)
+        image_data(folder, data__labels=0.5, augment__mixup=0.8)
+
+
+def test_digits_are_split_by_the_seed_and_have_fixed_views_and_few_labels():
+    config = setups.configured("classification", digits__views=3)
+    data = images.Images(config, 3)
+    train, test, _ = data.opened
+    assert len(train) == 1000 and len(test) == 797 and 95 <= len(data.labeled) <= 105
+    pixels = [part.pixels.flatten(1).unique(dim=0) for part in (train, test, images.Images(config, 4).opened[0])]
+    assert len(torch.cat(pixels[:2]).unique(dim=0)) == len(pixels[0]) + len(pixels[1])
+    assert len(torch.cat(pixels[::2]).unique(dim=0)) > 1000, "another seed has another split"
+    everything = data.every_view()
+    (x, targets, rows), (alone, labels, _) = take(data, "distilled", 5, 1)[0], take(data, "alone", 5, 1)[0]
+    assert all(torch.equal(everything[int(row)], image) for row, image in zip(rows, x, strict=True))
+    assert torch.equal(alone, x[:4]) and torch.equal(labels, targets[:4])
+    torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
+    pictures, truth = next(data.held_out(0, 1))
+    assert truth.tolist() == test.targets[: len(truth)]
+    gray = pictures[0] * torch.tensor(data.data.std).view(3, 1, 1) + torch.tensor(data.data.mean).view(3, 1, 1)
+    torch.testing.assert_close(gray, test.pixels[0].expand(3, 8, 8))
+
+
+def test_labels_of_data_sets_that_call_them_otherwise(folder):
+    class Other(list):
+        pass
+
+    pairs = [(None, 2), (None, 0)]
+    other = Other(pairs)
+    assert images.labels_of(other).tolist() == [2, 0]
+    other.labels = torch.tensor([1, 1]).numpy()  # as SVHN has them
+    assert images.labels_of(other).tolist() == [1, 1]
 
 
 def test_evaluation_sees_the_center(folder):
@@ -62,7 +91,7 @@ def test_an_image_that_cannot_be_read_is_named(folder):
     first, *_ = sorted((folder / "train" / "class-0").iterdir())
     first.write_bytes(first.read_bytes()[:200])
     with pytest.raises(RunError, match=f"cannot read {first}"):
-        _ = image_data(folder, augment__views=1, augment__mixup=0, augment__cutmix=0).every_view()[0]
+        _ = image_data(folder, augment__views=1).every_view()[0]
     (folder / "val" / "class-1" / "1.png").write_text("no image")
     with pytest.raises(RunError, match=r"cannot read .*1\.png"):
         list(image_data(folder).held_out(0, 1))
@@ -70,7 +99,7 @@ def test_an_image_that_cannot_be_read_is_named(folder):
 
 def test_what_is_wrong_with_folders_is_named(folder):
     with pytest.raises(OptionError, match=r"optim\.batch_size: 13, but there are only 12 training images"):
-        next(image_data(folder, augment__mixup=0, augment__cutmix=0).batches("alone", 0, 13, 0, 1))
+        next(image_data(folder).batches("alone", 0, 13, 0, 1))
     with pytest.raises(RunError, match=r"data\.root=.*nowhere data\.name=folder: .*No such file"):
         _ = image_data(folder / "nowhere").images
     with pytest.raises(RunError, match=r"data\.classes is 3, but .* has 2 classes"):

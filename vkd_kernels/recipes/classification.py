@@ -27,8 +27,7 @@ import vkd_kernels as vk
 
 from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
-from .digits import Digits
-from .images import Images, open_images
+from .images import Images
 from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
 
 RELEASED = "released code"
@@ -57,12 +56,12 @@ class Augment(Section):
     flip: float = option(0.5, "probability of a horizontal flip", source=RELEASED, ge=0, le=1)
     three_augment: bool = option(True, "one of grayscale, solarize, Gaussian blur", source="DeiT III")
     color_jitter: float = option(0.3, "change of brightness, contrast, saturation", source=RELEASED, ge=0)
-    mixup: float = option(0.8, "alpha of mixup; 0: none. Where both are on, half of the batches", source=RELEASED, ge=0)
-    cutmix: float = option(1.0, "alpha of CutMix; 0: none", source=RELEASED, ge=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: none. Where both are on, half of the batches", ge=0)
+    cutmix: float = option(0.0, "alpha of CutMix; 0: none", ge=0)
 
 
 class DigitsConfig(Section):
-    labels_per_class: int = option(10, "labeled training images per digit, for the students", ge=1, le=50)
+    labels: float = option(0.1, "share of the training images whose labels a student may see", gt=0, le=1)
     views: int = option(16, "fixed augmented views of every image", ge=1)
 
 
@@ -110,15 +109,27 @@ class Config(Section):
         data, augment = self.data, self.augment
         if not len(data.mean) == len(data.std) == data.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {data.channels}; got {data.mean} and {data.std}")
-        if (augment.mixup or augment.cutmix) and (augment.views or data.labels < 1):
+        if (augment.mixup or augment.cutmix) and (self.views or self.labels < 1):
             raise OptionError("augment.mixup, augment.cutmix: 0 with fixed augment.views, or data.labels below 1")
         return self
 
     @property
+    def size(self) -> int:
+        return 8 if self.data.name == "digits" else self.data.size
+
+    @property
+    def views(self) -> int:
+        return self.digits.views if self.data.name == "digits" else self.augment.views
+
+    @property
+    def labels(self) -> float:
+        return self.digits.labels if self.data.name == "digits" else self.data.labels
+
+    @property
     def labeled_share(self) -> float:
         """Of a batch."""
-        few = self.data.name == "digits" or self.data.labels < 1
-        return round(self.data.labeled_share * self.optim.batch_size) / self.optim.batch_size if few else 1.0
+        size = self.optim.batch_size
+        return round(self.data.labeled_share * size) / size if self.labels < 1 else 1.0
 
     @property
     def needs_teacher(self) -> bool:
@@ -193,8 +204,8 @@ class Classification(Task):
     recipes = Path(__file__).parent / "configs" / "classification"
 
     @cached_property
-    def data(self) -> Digits | Images:
-        return (Digits if self.config.data.name == "digits" else Images)(self.config, self.seed)
+    def data(self) -> Images:
+        return Images(self.config, self.seed)
 
     # ---- the teacher -------------------------------------------------------------------------------------------------
 
@@ -289,9 +300,7 @@ class Classification(Task):
     @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
-        shape = models.Shape(10, 8, 1)
-        if config.data.name != "digits":
-            shape = models.Shape(open_images(config.data)[2], config.data.size, config.data.channels)
+        shape = models.Shape.of(Images(config, 0))
         models.make_student(config.student, shape, empty=True)
         if config.needs_teacher:
             trained_here(config)

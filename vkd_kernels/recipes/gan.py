@@ -1,10 +1,7 @@
 """The networks of the generation task, and DiffAugment.
 
-A generator is called with latents and labels and gives images from -1 to 1. A discriminator gives its pooled features,
-which are what is distilled, and one logit per image: real where it is large.
-
 BigGAN (Brock et al. 2019) as it is used at 32x32: residual blocks, class-conditional batch norm, spectral norm,
-projection discriminator (Miyato & Koyama 2018). 4.3 and 4.2 million parameters at width 256 with ten classes.
+projection discriminator (Miyato & Koyama 2018). 4.3 and 4.2 million parameters at 32x32 with width 256 and ten classes.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .models import Shape
 
-SLOPE = 0.2  # of the leaky ReLUs
 INITIAL_STD = 0.02  # BigGAN's N02
 GRID = 4  # side of BigGAN's first map
 SHIFT, CUT = 0.125, 0.5  # of DiffAugment, as shares of the side
@@ -33,53 +29,14 @@ class Verdict(NamedTuple):
 
 def as_float(images: Tensor) -> Tensor:
     """From -1 to 1."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
 def as_bytes(images: Tensor) -> Tensor:
     return images if images.dtype == torch.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-# ---- small -----------------------------------------------------------------------------------------------------------
-
-
-class SmallGenerator(nn.Module):
-    """Latents to a quarter of the size by a linear layer, then twice upsampling and a 3x3 convolution; no classes."""
-
-    def __init__(self, latent: int, widths: tuple[int, ...], shape: Shape) -> None:
-        super().__init__()
-        first, second, third = widths
-        self.grid, self.num_features = shape.size // 4, third
-        self.project = nn.Linear(latent, first * self.grid**2)
-        layers: list[nn.Module] = [nn.BatchNorm2d(first), nn.ReLU()]
-        for before, after in ((first, second), (second, third)):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
-            layers += [nn.BatchNorm2d(after), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Conv2d(third, shape.channels, 3, padding=1), nn.Tanh())
-        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
-
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (N, latent), (N,) -> (N, C, H, W)
-        return self.body(self.project(latents).unflatten(1, (-1, self.grid, self.grid)))
-
-
-class SmallDiscriminator(nn.Module):
-    """Convolutions with spectral norm: 3x3, then 4x4 with stride 2, one per width; mean over the positions; linear."""
-
-    def __init__(self, widths: tuple[int, ...], shape: Shape) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index, (before, width) in enumerate(zip((shape.channels, *widths[:-1]), widths, strict=True)):
-            convolution = nn.Conv2d(before, width, 4, 2, 1) if index else nn.Conv2d(before, width, 3, 1, 1)
-            layers += [spectral_norm(convolution), nn.LeakyReLU(SLOPE)]
-        self.body, self.head = nn.Sequential(*layers), spectral_norm(nn.Linear(widths[-1], 1))
-        self.num_features = widths[-1]
-
-    def forward(self, images: Tensor, labels: Tensor) -> Verdict:  # (N, C, H, W), (N,)
-        features = self.body(images).mean(dim=(2, 3))
-        return Verdict(features, self.head(features).squeeze(1))
-
-
-# ---- BigGAN ----------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 def normed(layer: Any) -> Any:
@@ -135,7 +92,9 @@ class DownBlock(nn.Module):
         return F.avg_pool2d(y, 2) if self.down else y
 
 
-class BigGenerator(nn.Module):
+class Generator(nn.Module):
+    """Latents and labels to images from -1 to 1."""
+
     def __init__(self, latent: int, width: int, shape: Shape) -> None:
         super().__init__()
         self.num_features = width
@@ -143,15 +102,16 @@ class BigGenerator(nn.Module):
         self.blocks = nn.ModuleList(UpBlock(width, shape.classes) for _ in range(int(math.log2(shape.size // GRID))))
         self.norm, self.out = nn.BatchNorm2d(width), convolution(width, shape.channels, 3)
 
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (N, latent), (N,) -> (N, C, H, W) from -1 to 1
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:  # (N, latent), (N,) -> (N, C, H, W)
         x = self.project(latents).unflatten(1, (-1, GRID, GRID))
         for block in self.blocks:
             x = block(x, labels)
         return self.out(F.relu(self.norm(x))).tanh()
 
 
-class BigDiscriminator(nn.Module):
-    """Blocks down to 8x8, two more there, ReLU, the sum over the positions; logit: linear plus class embedding."""
+class Discriminator(nn.Module):
+    """Blocks down to 8x8 or, of images of that size, 4x4; further ones there, ReLU, the sum over the positions: the
+    features that are distilled. The logit, large for a real image, is linear in them plus a class embedding."""
 
     def __init__(self, width: int, shape: Shape) -> None:
         super().__init__()
@@ -189,12 +149,11 @@ def diff_augment(images: Tensor, policy: tuple[str, ...]) -> Tensor:  # (N, C, H
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:  # (N, C, H, W), (N, 2) whole rows and columns
     """out[y, x] = in[y - shift_y, x - shift_x], background where that is outside."""
-    n, c, h, w = images.shape
+    n, _, h, w = images.shape
+    padded, number = F.pad(images, (1, 1, 1, 1), value=BACKGROUND), torch.arange(n, device=images.device)
     rows, columns = (torch.arange(side, device=images.device) - shift[:, i : i + 1] for i, side in enumerate((h, w)))
-    moved = images.gather(2, rows.clamp(0, h - 1)[:, None, :, None].expand(n, c, h, w))
-    moved = moved.gather(3, columns.clamp(0, w - 1)[:, None, None].expand(n, c, h, w))
-    inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None]
-    return torch.where(inside[:, None], moved, BACKGROUND)
+    rows, columns = rows.clamp(-1, h)[:, :, None] + 1, columns.clamp(-1, w)[:, None] + 1
+    return padded[number[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
 def cut_out(images: Tensor, corner: Tensor, length: int) -> Tensor:  # (N, C, H, W), (N, 2) first row and column
@@ -202,16 +161,3 @@ def cut_out(images: Tensor, corner: Tensor, length: int) -> Tensor:  # (N, C, H,
     rows, columns = (torch.arange(side, device=images.device) - corner[:, i : i + 1] for i, side in sides)
     covered = [(place >= 0) & (place < length) for place in (rows, columns)]
     return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], BACKGROUND)
-
-
-# ---- by name ---------------------------------------------------------------------------------------------------------
-
-
-def make_generator(config: Any, shape: Shape) -> Any:
-    s, small = config.student, config.student.name == "small"
-    return SmallGenerator(s.latent, s.widths, shape) if small else BigGenerator(s.latent, s.width, shape)
-
-
-def make_discriminator(config: Any, shape: Shape) -> Any:
-    s, small = config.student, config.student.name == "small"
-    return SmallDiscriminator(s.critic_widths, shape) if small else BigDiscriminator(s.width, shape)

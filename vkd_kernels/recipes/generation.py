@@ -35,12 +35,12 @@ import vkd_kernels as vk
 
 from . import gan, images, runs
 from .config import Channels, Ints, OptionError, Section, Words, option, section
-from .gan import as_bytes, as_float, make_discriminator, make_generator
+from .gan import Discriminator, Generator, as_bytes, as_float
 from .models import Shape
-from .pictures import AT_ONCE, ClassifierFeatures, Pictures, make_classifier, make_encoder, train_classifier
+from .pictures import AT_ONCE, Pictures, classifier_features, make_encoder, train_classifier
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator
 
-TRIAL, BIGGAN = "tried on the digits", "BigGAN at 32x32"
+TRIAL = "tried on the digits"
 BATCH, _, SAMPLES, PICTURE = range(4)  # what a draw is for, beside the seed and the step
 WHITENING = "whitening.safetensors"
 SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a picture
@@ -52,8 +52,8 @@ class Data(Section):
     download: bool = option(False, "let torchvision fetch what is missing")
     classes: int = option(0, "number of classes; 0: what the data say", ge=0)
     fraction: float = option(0.1, "share of the training images that the GAN sees", source=TRIAL, gt=0, le=1)
-    size: int = option(32, "side of the images in pixels; digits have 8", ge=8)
-    channels: Channels = option(3, "of the images; digits have 1")
+    size: int = option(8, "side of the images in pixels: 8, 16, 32, 64, ...", ge=8)
+    channels: Channels = option(1, "of the images: 3 for color")
 
 
 class Augment(Section):
@@ -74,13 +74,10 @@ class Teacher(Section):
 
 
 class Student(Section):
-    """Generator and discriminator."""
+    """Generator and discriminator: BigGAN's."""
 
-    name: Literal["small", "biggan"] = option("small", "generator and discriminator")
-    latent: int = option(32, "numbers an image is made from", ge=1)
-    widths: Ints = option((64, 48, 24), "channels of small", min_length=3, max_length=3)
-    critic_widths: Ints = option((16, 32, 48), "channels of small's discriminator", source=TRIAL, min_length=1)
-    width: int = option(256, "channels of biggan and its discriminator", source=BIGGAN, ge=8)
+    latent: int = option(32, "numbers an image is made from", source=TRIAL, ge=1)
+    width: int = option(32, "channels of both networks", source=TRIAL, ge=8)
 
 
 class Distill(DistillConfig):
@@ -101,7 +98,6 @@ class GanOptim(Optim):
 
     discriminator_lr: float = option(1e-3, "learning rate of discriminator and projection", source=TRIAL, gt=0)
     discriminator_steps: int = option(1, "discriminator steps per generator step", source=TRIAL, ge=1)
-    loss: Literal["non_saturating", "hinge"] = option("non_saturating", "adversarial loss", source=TRIAL)
 
 
 class Config(Section):
@@ -118,7 +114,7 @@ class Config(Section):
         betas=(0.5, 0.99),
         weight_decay=0.0,
         schedule="constant",
-        steps=2500,
+        steps=1500,
         batch_size=32,
         ema=0.99,
     )
@@ -126,15 +122,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Config:
-        size, least = 8 if self.data.name == "digits" else self.data.size, 2 ** len(self.student.critic_widths)
-        if self.optim.clip_norm:
-            raise OptionError("optim.clip_norm: a GAN's steps know none; leave it at 0")
         if unknown := {*self.augment.policy} - {"translation", "cutout"}:
             raise OptionError(f"augment.policy: unknown {min(unknown)!r}; there are translation and cutout")
-        if self.student.name == "biggan" and (size < 16 or size & (size - 1)):
-            raise OptionError(f"data.size: biggan makes images of 16, 32, 64, ... pixels; got {size}")
-        if self.student.name == "small" and (size % 4 or size < least):
-            raise OptionError(f"data.size: must be a multiple of 4, and at least {least} for student.critic_widths")
+        if self.data.size.bit_count() != 1:
+            raise OptionError(f"data.size: the networks make images of 8, 16, 32, ... pixels; got {self.data.size}")
         return self
 
 
@@ -157,21 +148,20 @@ class DistilledGAN(nn.Module):
 
     def forward(self, real: Tensor | None = None, labels: Any = None, *, count: int) -> dict[str, Tensor]:
         """`count`: images to generate."""
-        device, hinge = next(self.generator.parameters()).device, self.config.optim.loss == "hinge"
+        device = next(self.generator.parameters()).device
         latents = torch.randn(count, self.config.student.latent, device=device)
         fake_labels = torch.randint(self.classes, (count,), device=device)
         policy = self.config.augment.policy
         if real is None:
             fake = gan.diff_augment(self.generator(latents, fake_labels), policy)
             logits = self.discriminator(fake, fake_labels).logits.float()
-            return {"generator": -logits.mean() if hinge else F.softplus(-logits).mean()}
+            return {"generator": -logits.mean()}
         with torch.no_grad():
             fake = self.generator(latents, fake_labels)
         pictures = gan.diff_augment(torch.cat([real, fake]), policy)  # the real ones first
         verdict = self.discriminator(pictures, torch.cat([labels, fake_labels]))
         of_real, of_fake = verdict.logits.float().chunk(2)
-        cost, margin = (F.relu, 1.0) if hinge else (F.softplus, 0.0)
-        total = cost(margin - of_real).mean() + cost(margin + of_fake).mean()
+        total = F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
         losses = {"discriminator": total}
         if self.feature_loss is not None:
             with torch.no_grad():
@@ -274,8 +264,7 @@ class Generation(Task):
             runs.load_weights(Path(m.weights), "metric.weights")
         if m.features == "classifier":
             path = self.teacher_folder / "judge.safetensors"
-            classifier = make_classifier(self.config.teacher, self.data.shape, path)
-            network["feature"] = ClassifierFeatures(classifier).requires_grad_(False).eval()
+            network["feature"] = classifier_features(self.config.teacher, self.data.shape, path)
         network["feature_extractor_weights_path"] = m.weights or None
         judge: Any = FrechetInceptionDistance(reset_real_features=False, **network).to(self.fabric.device)
         for part in self.data.held_out[self.mine].split(SAMPLES_AT_ONCE):
@@ -285,7 +274,8 @@ class Generation(Task):
     def measure(self, judge: Any, pictures: Tensor, *, real: bool) -> None:
         pictures = self.fabric.to_device(pictures)
         with torch.autocast(pictures.device.type, enabled=False):
-            judge.update(as_bytes(pictures) if self.config.metric.features == "inception" else pictures, real=real)
+            as_it_takes = as_bytes if self.config.metric.features == "inception" else as_float
+            judge.update(as_it_takes(pictures), real=real)
 
     @torch.no_grad()
     def distance(self, pictures: Any) -> float:
@@ -297,11 +287,11 @@ class Generation(Task):
     # ---- the GAN -----------------------------------------------------------------------------------------------------
 
     def make_student(self) -> nn.Module:
-        return make_generator(self.config, self.data.shape)
+        return Generator(self.config.student.latent, self.config.student.width, self.data.shape)
 
     def make_model(self, student: nn.Module) -> nn.Module:
         c, shape = self.config, self.data.shape
-        discriminator = make_discriminator(c, shape)
+        discriminator = Discriminator(c.student.width, shape)
         if not c.distill.weight:
             return DistilledGAN(c, shape, student, discriminator)
         loss = {"teacher_dim": self.encoder.num_features, "process_group": self.context.process_group}
@@ -366,15 +356,11 @@ class Generation(Task):
         if config.distill.weight and t.name != "classifier" and not (t.weights or t.pretrained):
             raise OptionError(f"teacher.weights: give a file with those of {t.name}, or teacher.pretrained=true")
         if m.features == "inception":
-            if d.name == "digits" or d.channels != 3:
+            if d.channels != 3:
                 raise OptionError("metric.features: inception needs images of three channels")
             if not (m.weights or m.download):
                 raise OptionError("metric.weights: give torch-fidelity's file of Inception, or metric.download=true")
             importlib.import_module("torch_fidelity")
-        shape = Shape(10, 8, 1)
-        if d.name != "digits":
-            shape = Shape(images.open_images(d)[2], d.size, d.channels)
-        make_generator(config, shape)
-        make_discriminator(config, shape)
+        classes = images.open_images(d, 0)[2]
         if config.distill.weight:
-            make_encoder(config.teacher, shape, Path(), empty=True)
+            make_encoder(config.teacher, Shape(classes, d.size, d.channels), Path(), empty=True)

@@ -1,4 +1,4 @@
-"""Real images: any data set of torchvision by name, or folders of images per class (ImageNet's layout).
+"""Images with labels: scikit-learn's digits, data sets of torchvision by name, folders of images per class.
 
 Augmentation is timm's, or torchvision's for small images. Every view has a seed of its own: (seed, epoch, image), or
 with fixed views (seed, image, view); batches come out the same whatever the number of workers, and after --resume.
@@ -24,6 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from .config import OptionError, nearest
+from .digits import Digits, DigitViews
 from .loading import Key, Views, epochs, read
 from .runs import RunError
 from .task import generator, mixed_seed
@@ -33,16 +34,16 @@ AT_ONCE = 64  # images of a batch that nothing is learned from
 
 
 class Images:
-    """Training and held-out images of `data.name`, augmented as `augment` says. With `data.labels` below 1 a batch is
-    made of images with labels and of others, drawn with replacement, whose targets are zero."""
+    """Training and held-out images of `data.name`, augmented as `augment` says. With few labels a batch has images
+    with labels and others, drawn with replacement, whose targets are zero."""
 
     def __init__(self, config: Any, seed: int) -> None:
         self.config, self.data, self.augment, self.seed = config, config.data, config.augment, seed
-        self.size, self.channels, self.views = self.data.size, self.data.channels, self.augment.views
+        self.size, self.channels, self.views, self.labels = config.size, self.data.channels, config.views, config.labels
 
     @cached_property
     def opened(self) -> tuple[Any, Any, int]:
-        return open_images(self.data)
+        return open_images(self.data, self.seed)
 
     @property
     def images(self) -> int:
@@ -50,23 +51,32 @@ class Images:
 
     @property
     def classes(self) -> int:
-        return self.data.classes or self.opened[2]
+        return self.opened[2]
 
     @cached_property
     def labeled(self) -> Tensor:
         """The images whose labels a student may see: a share of every class, at least one."""
-        labels = torch.as_tensor(self.opened[0].targets)
-        return share_of_classes(labels, self.classes, self.data.labels, generator(self.seed, SPLIT))
+        return share_of_classes(labels_of(self.opened[0]), self.classes, self.labels, generator(self.seed, SPLIT))
 
     @cached_property
-    def training(self) -> Views:
-        return Views(self.opened[0], self.transform(training=True))
+    def training(self) -> Any:
+        return self.seen(self.opened[0], training=True)
+
+    def seen(self, images: Any, *, training: bool) -> Any:
+        """What a network sees of a data set: `Views`."""
+        if isinstance(images, Digits):
+            return DigitViews(images, self.views if training else 0, self.data)
+        return Views(images, self.transform(training=training))
 
     def batches(
         self, learner: str, start: int, batch_size: int, rank: int, ranks: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(images, targets, rows): this rank's share of the batches start, start + 1, ...; see `Digits.batches`."""
-        few, mine = learner != "teacher" and self.data.labels < 1, slice(rank, None, ranks)
+        """(images, targets, rows among all fixed views): this rank's share of the batches start, start + 1, ...
+
+        `learner`: "distilled" (from labels where there are any, and from a teacher), "alone" (from the labeled images
+        of the same batches), or "teacher" (the teacher itself, with the labels of all images).
+        """
+        few, mine = learner != "teacher" and self.labels < 1, slice(rank, None, ranks)
         smoothing = self.config.distill.label_smoothing
         if few:
             keys = self.few(learner, start, batch_size, mine)
@@ -89,6 +99,8 @@ class Images:
     def few(self, learner: str, start: int, batch_size: int, mine: slice) -> Iterator[list[Key]]:
         """Labeled images, then unlabeled ones; a student alone sees the labeled ones of the same batches."""
         labeled = round(batch_size * self.config.labeled_share)
+        if labeled % mine.step:
+            raise OptionError(f"data.labeled_share: {labeled} labeled images are not equal parts for {mine.step} ranks")
         hidden = torch.ones(self.images, dtype=torch.bool)
         hidden[self.labeled] = False
         others = hidden.nonzero().flatten()
@@ -113,8 +125,8 @@ class Images:
 
     def held_out(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
         test, workers = self.opened[1], self.config.run.workers
-        views = Views(test, self.transform(training=False))
         mine = map(Key, range(rank, len(test), ranks))
+        views = self.seen(test, training=False)
         for images, labels, _ in read(views, mine, collate, workers=workers, at_once=AT_ONCE):
             yield images, labels
 
@@ -124,16 +136,15 @@ class Images:
         a, d = self.augment, self.data
         common: dict[str, Any] = {"interpolation": "bicubic", "mean": d.mean, "std": d.std}
         if not training:
-            of_image = create_transform(d.size, is_training=False, crop_pct=d.crop, **common)
+            of_image = create_transform(self.size, is_training=False, crop_pct=d.crop, **common)
         elif a.pad:
-            shifted = [transforms.Resize(d.size), transforms.RandomCrop(d.size, padding=a.pad)]
+            shifted = [transforms.Resize(self.size), transforms.RandomCrop(self.size, padding=a.pad)]
             to_tensor = [transforms.ToTensor(), transforms.Normalize(d.mean, d.std)]
             of_image = transforms.Compose([*shifted, transforms.RandomHorizontalFlip(a.flip), *to_tensor])
         else:
             common |= {"scale": (a.crop_min, 1.0), "hflip": a.flip, "color_jitter": a.color_jitter}
-            of_image = create_transform(
-                d.size, is_training=True, auto_augment="3a" if a.three_augment else None, **common
-            )
+            policy = "3a" if a.three_augment else None
+            of_image = create_transform(self.size, is_training=True, auto_augment=policy, **common)
         return partial(transformed, of_image, "RGB" if self.channels == 3 else "L")
 
 
@@ -162,6 +173,14 @@ def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[Key]]:
     return torch.stack(images), torch.tensor(labels), list(keys)
 
 
+def labels_of(dataset: Any) -> Tensor:
+    """By either of torchvision's names for them; of data sets that hide them, item by item."""
+    for name in ("targets", "labels"):
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name))
+    return torch.tensor([label for _, label in dataset])
+
+
 def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Generator) -> Tensor:
     """Row numbers of a random share of every class, at least one of each."""
     order = torch.randperm(len(labels), generator=draw)
@@ -169,8 +188,10 @@ def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Gen
     return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in rows])
 
 
-def open_images(data: Any) -> tuple[Any, Any, int]:
-    """Training images, held-out images, number of classes of `data.name`."""
+def open_images(data: Any, seed: int) -> tuple[Any, Any, int]:
+    """Training images, held-out images, number of classes of `data.name`; the digits are split by the seed."""
+    if data.name == "digits":
+        return Digits(seed, training=True), Digits(seed, training=False), len(Digits.classes)
     kind: Any = getattr(torchvision.datasets, data.name, None)
     if data.name != "folder" and kind is None:
         known = ["digits", "folder", *torchvision.datasets.__all__]

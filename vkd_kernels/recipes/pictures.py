@@ -14,7 +14,6 @@ from torchvision.transforms import v2
 
 from . import images, runs
 from .config import OptionError
-from .digits import POOL, read_digits
 from .gan import as_float
 from .loading import Key, Views, read
 from .models import Shape, SmallCNN
@@ -28,20 +27,14 @@ Learned = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Shape]  # images a
 
 class Pictures:
     """All images in memory: the pool is for training, of which the GAN sees `data.fraction` of every class (`seen`,
-    rows of the pool); generated images are compared with the held-out ones. uint8, or float from -1 to 1."""
+    rows of the pool); generated images are compared with the held-out ones. uint8."""
 
     def __init__(self, data: Any, seed: int) -> None:
-        if data.name == "digits":
-            pictures, labels = read_digits()
-            order = torch.randperm(len(labels), generator=generator(seed, SPLIT))
-            parts = [(pictures[rows] * 2 - 1, labels[rows]) for rows in (order[:POOL], order[POOL:])]
-            classes = 10
-        else:
-            train, test, classes = images.open_images(data)
-            parts = [in_memory(part, data) for part in (train, test)]
-        (self.pool, self.labels), (self.held_out, _) = parts
-        self.shape, self.parts = Shape(classes, self.pool.shape[-1], self.pool.shape[1]), parts
-        draw = generator(seed, SPLIT, 1)
+        train, test, classes = images.open_images(data, seed)
+        self.parts = [in_memory(part, data) for part in (train, test)]
+        (self.pool, self.labels), (self.held_out, _) = self.parts
+        self.shape = Shape(classes, data.size, data.channels)
+        draw = generator(seed, SPLIT)
         self.seen = images.share_of_classes(self.labels, classes, data.fraction, draw)
 
 
@@ -57,47 +50,38 @@ def in_memory(dataset: Any, data: Any) -> tuple[Tensor, Tensor]:
 
 
 class Encoder(nn.Module):
-    """Images from -1 to 1 to features: three channels, enlarged (nearest), normalized, then a network of timm."""
+    """Images from -1 to 1 to features: as many channels as its network takes, enlarged (nearest), normalized."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, network: Any, width: int, about: dict[str, Any]) -> None:
         super().__init__()
-        self.network, self.num_features, self.size = network, width, about["input_size"][1:]
+        self.network, self.num_features, (self.channels, *self.size) = network, width, about["input_size"]
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(about[name]).view(-1, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
 
-    def forward(self, pictures: Tensor) -> Tensor:  # (N, 1 or 3, H, W) -> (N, T)
-        pictures = F.interpolate(pictures.expand(-1, 3, -1, -1), self.size, mode="nearest")
+    def forward(self, pictures: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T)
+        pictures = F.interpolate(pictures.expand(-1, self.channels, -1, -1), self.size, mode="nearest")
         return self.network(((pictures + 1) / 2 - self.mean) / self.std)
 
 
-class ClassifierFeatures(nn.Module):
-    """A classifier's features of images, uint8 or from -1 to 1, in float32 also under autocast."""
-
-    def __init__(self, classifier: SmallCNN) -> None:
-        super().__init__()
-        self.classifier, self.num_features = classifier, classifier.num_features
-
-    def forward(self, pictures: Tensor) -> Tensor:  # (N, C, H, W) -> (N, F)
-        with torch.autocast(pictures.device.type, enabled=False):
-            return self.classifier.forward_features(as_float(pictures).float()).mean(dim=(2, 3)).double()
-
-
-def make_classifier(config: Any, shape: Shape, weights: Path | None = None) -> SmallCNN:
+def classifier_features(config: Any, shape: Shape, weights: Path | None) -> Encoder:
+    """The mean of a classifier's last maps; `weights`: a file with those of the classifier."""
     classifier = SmallCNN(config.widths, shape, pools=(1,))
     if weights is not None:
         runs.load_state(classifier, runs.load_weights(weights), str(weights))
-    return classifier
+    network = nn.Sequential(classifier.body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    about = {"input_size": (shape.channels, shape.size, shape.size), "mean": [0.5], "std": [0.5]}
+    return Encoder(network, classifier.num_features, about)
 
 
-def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = False) -> Any:
+def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = False) -> Encoder:
     """`teacher.name`, frozen: the classifier with weights of a file, or one of timm; `empty`: to see its size."""
     with torch.device("meta" if empty else "cpu"):
         if config.name == "classifier":
-            encoder: Any = ClassifierFeatures(make_classifier(config, shape, None if empty else weights))
-            return encoder.requires_grad_(False).eval()
+            return classifier_features(config, shape, None if empty else weights)
         options: dict[str, Any] = {} if config.features == "head" else {"num_classes": 0}
         try:
             network: Any = timm.create_model(config.name, pretrained=config.pretrained and not empty, **options)
@@ -108,8 +92,7 @@ def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = Fals
             state = {name: tensor for name, tensor in state.items() if name in wanted}  # there may be another head
             runs.load_state(network, state, f"teacher.weights: {config.weights}")
         width = network.num_classes if config.features == "head" else network.head_hidden_size
-        encoder = Encoder(network, width, timm.data.resolve_model_data_config(network))
-        return encoder.requires_grad_(False).eval()
+        return Encoder(network, width, timm.data.resolve_model_data_config(network))
 
 
 def train_classifier(config: Any, seed: int, data: Learned, device: Any) -> tuple[SmallCNN, float]:
