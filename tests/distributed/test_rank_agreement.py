@@ -68,11 +68,20 @@ def distiller_with_a_sharded_student(rank):
     refused(lambda: distiller(x))
 
 
+def bare_scale_and_bias_of_a_projection_that_is_not_trained(rank, options, said):
+    torch.manual_seed(0)
+    student = DistributedDataParallel(nn.Linear(6, S))
+    loss = vk.OrthoProjLoss(S, T, projection="identity", process_group=dist.group.WORLD, **options)
+    with pytest.raises(RuntimeError, match=f"the {said} of the 2 ranks of process_group differ"):
+        train(student, loss, rank)
+
+
 def both_wrapped(rank):
     torch.manual_seed(rank)
-    student = DistributedDataParallel(nn.Linear(6, S))
-    loss = DistributedDataParallel(vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD))
-    assert train(student, loss, rank, steps=70) == 0.0
+    for options in ({}, {"affine": True, "scale": "learned"}):
+        student = DistributedDataParallel(nn.Linear(6, S))
+        loss = DistributedDataParallel(vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD, **options))
+        assert train(student, loss, rank, steps=70) == 0.0
 
 
 def counted_collectives(rank):
@@ -85,9 +94,9 @@ def counted_collectives(rank):
         loss = vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD)
         for _ in range(3):
             loss(torch.randn(5, S), torch.randn(5, T))
-        assert sizes == [1, 4] * 3
+        assert sizes == [1, 3] * 3
         vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD, reduction="sum")(torch.randn(5, S), torch.randn(5, T))
-        assert sizes == [1, 4] * 3 + [4]
+        assert sizes == [1, 3] * 3 + [3]
     finally:
         dist.all_reduce = all_reduce
 
@@ -108,6 +117,8 @@ def worker(rank):
     bare_loss_beside_ddp(rank, seed=0)  # the same at the start, apart after some steps
     bare_loss_beside_fully_shard(rank)
     distiller_with_a_sharded_student(rank)
+    bare_scale_and_bias_of_a_projection_that_is_not_trained(rank, {"scale": "learned"}, "scales")
+    bare_scale_and_bias_of_a_projection_that_is_not_trained(rank, {"affine": True, "loss": "mse"}, "scales|the biases")
     both_wrapped(rank)
     counted_collectives(rank)
     evaluation_on_one_rank(rank)

@@ -90,7 +90,8 @@ def loss(
             share = _module(implementation).loss(replace(spec, normalization="none"), inputs)
         else:
             share = _module(implementation).loss(spec, _scaled(inputs))
-        return all_ranks_loss(share, weight, execution.process_group, execution.agreement)
+        trained = {"projections": weight, "scales": scale, "biases": bias}
+        return all_ranks_loss(share, trained, execution.process_group, execution.agreement)
 
 
 def group_loss(
@@ -134,7 +135,8 @@ def group_loss(
             share = _module(implementation).group_loss(replace(spec, normalization="none"), group)
         else:
             share = _module(implementation).group_loss(spec, _scaled_group(group))
-        return all_ranks_loss(share, weights, execution.process_group, execution.agreement)
+        trained = {"projections": weights, "scales": scale, "biases": bias}
+        return all_ranks_loss(share, trained, execution.process_group, execution.agreement)
 
 
 def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:

@@ -1,17 +1,18 @@
 """The loss over the ranks of a process group, and whether they train the same projection."""
 
-import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..normalization.all_reduce import global_loss
 
-DRIFTED = 1e-3  # of the weight's root mean square
+DRIFTED = 1e-3  # of a tensor's root mean square
 
 
 class RankAgreement:
-    """Asks now and then whether the ranks of a group hold the same weight; a module keeps one for each of its losses.
+    """Asks now and then whether the ranks hold the same weight, scale and bias; a module keeps one for each loss.
 
     A checksum rides in the collective that adds up the loss: at the first call, the 2nd, 4th, ... 64th, and then every
     64th. Only those calls wait for the device. Under torch.compile and in a CUDA graph's capture, which can't wait, the
@@ -31,40 +32,48 @@ class RankAgreement:
 
 def all_ranks_loss(
     share: torch.Tensor,  # () or (G,): of the rows of this rank
-    weight: torch.Tensor,  # (..., T, S)
+    trained: Mapping[str, Any],  # what the ranks must hold alike, by its name; tensors count alone
     process_group: "dist.ProcessGroup | None",
     agreement: RankAgreement | None,
 ) -> torch.Tensor:
-    """The sum of the ranks' shares, on every rank, in one collective; an error where their weights differ."""
+    """The sum of the ranks' shares, on every rank, in one collective; an error where what they train differs."""
     if process_group is None or agreement is None:
         return global_loss(share, process_group)
-    asks = agreement.due(weight)
-    mine = checksum(weight).to(share.dtype) if asks else share.new_zeros(3)  # a collective's size is the same on all
+    tensors = {name: value for name, value in trained.items() if isinstance(value, torch.Tensor)}
+    asks = agreement.due(next(iter(tensors.values())))
+    mine = sizes = share.new_zeros(1 + len(tensors))  # a collective's size is the same on all
+    if asks:
+        values, sizes = (x.to(share.dtype) for x in checksums([*tensors.values()]))
+        mine = torch.cat([share.new_ones(1), values])
     total = global_loss(torch.cat([share.reshape(-1), mine]), process_group)
     losses, sums = total[: share.numel()].view(share.shape), total[share.numel() :].detach()
     if asks:
-        _compare(mine, sums, dist.get_world_size(process_group))
+        (_, *own), (asked, *of_all) = mine.tolist(), sums.tolist()
+        ranks = dist.get_world_size(process_group)
+        if asked == ranks:
+            for name, value, size, total_value in zip(tensors, own, sizes.tolist(), of_all, strict=True):
+                _compare(name, value, size, total_value / ranks, ranks)
     return losses
 
 
 @torch.no_grad()
-def checksum(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S) -> (3,)
-    """(1, uᵀ W v for fixed unit vectors u and v, the root mean square of W)."""
-    matrix = weight.reshape(-1, weight.shape[-1]).float()
-    u, v = (torch.arange(1, n + 1, device=matrix.device, dtype=torch.float32).sin() for n in matrix.shape)
-    value = (matrix @ (v / v.norm())).dot(u / u.norm())
-    return torch.stack([torch.ones_like(value), value, matrix.square().mean().sqrt()])
+def checksums(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # -> (K,), (K,)
+    """Of every tensor W (..., C): uᵀ W v for fixed unit vectors u and v, and its root mean square."""
+    values, sizes = [], []
+    for tensor in tensors:
+        matrix = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1).float()
+        u, v = (torch.arange(1, n + 1, device=matrix.device, dtype=torch.float32).sin() for n in matrix.shape)
+        values.append((matrix @ (v / v.norm())).dot(u / u.norm()))
+        sizes.append(matrix.square().mean().sqrt())
+    return torch.stack(values), torch.stack(sizes)
 
 
-def _compare(mine: torch.Tensor, sums: torch.Tensor, ranks: int) -> None:
-    """An error if this rank's checksum is not the mean of all ranks'; nothing unless all of them were asked."""
-    (_, value, size), (asked, total, _) = mine.tolist(), sums.tolist()
-    if asked != ranks or math.isnan(total):
-        return
-    if abs(value - total / ranks) > DRIFTED * size:
+def _compare(name: str, value: float, size: float, mean: float, ranks: int) -> None:
+    """An error if this rank's checksum is not the mean of all ranks'; a NaN is no difference."""
+    if abs(value - mean) > DRIFTED * size:
         raise RuntimeError(
-            f"the projections of the {ranks} ranks of process_group differ (checksum {value:.6g} on this rank, "
-            f"{total / ranks:.6g} on average): the gradients of the loss's own parameters are not reduced over the "
-            "ranks, or the ranks started from different ones. Put student and loss into one module and wrap that, or "
-            "wrap the loss too: DistributedDataParallel(loss), or fully_shard(loss)"
+            f"the {name} of the {ranks} ranks of process_group differ (checksum {value:.6g} on this rank, "
+            f"{mean:.6g} on average): the gradients of the loss's own parameters are not reduced over the ranks, or "
+            "the ranks started from different ones. Put student and loss into one module and wrap that, or wrap the "
+            "loss too: DistributedDataParallel(loss), or fully_shard(loss)"
         )
