@@ -10,13 +10,13 @@ from .balance import LossTerm
 from .ops import checks
 from .ops.normalization.all_reduce import all_reduce, global_loss
 from .ops.normalization.reference import without_masked_rows
-from .taps import as_tensor, selected
+from .taps import as_tensor, entries_of, selected
 
 
 def logits_of(output: Any, key: int | str | tuple | None, side: str) -> torch.Tensor:  # (..., classes)
     """The logits in what a model returned: itself, the entry ``key``, or by default ``"logits"``."""
     where, option = f"the {side}'s output", f"{side}_logits"
-    if key is None and isinstance(output, Mapping) and "logits" in output:
+    if key is None and "logits" in entries_of(output):
         key = "logits"
     return as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
 

@@ -45,8 +45,8 @@ class Pair:
             ``(N, tokens, C)``; ``"spatial_mean"`` or ``"spatial"`` of a map; ``None`` of ``(N, C)``; or a function from
             whatever the module returned to rows ``(..., C)``.
         student_skip, teacher_skip: leading tokens (class, registers) that ``"mean_tokens"`` and ``"tokens"`` leave out.
-        student_output, teacher_output: which entry of an output that is a tuple, a dict or a Hugging Face output; a
-            path for one inside of another, ``("hidden_states", 3)``.
+        student_output, teacher_output: which entry of an output that is a tuple, a dict, a dataclass or a Hugging Face
+            output; a path for one inside of another, ``("hidden_states", 3)``.
         student_call, teacher_call: which call of a module that runs several times in a pass; 0 the first, -1 the last.
         student_layout, teacher_layout: of maps: ``"NCHW"``, or ``"NHWC"`` as Swin's.
         student_grid, teacher_grid: ``(H, W)`` of ``"tokens"`` that are a map, where that is not a square.

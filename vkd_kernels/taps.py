@@ -1,5 +1,6 @@
 """Taps: the forward hooks that see what named modules return, and why one may not have seen anything."""
 
+import dataclasses
 import difflib
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -156,9 +157,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of what a module returned, inside of tuples, lists and dicts too."""
+    """The tensors of what a module returned, inside of tuples, lists, dicts and dataclasses too."""
     if isinstance(value, torch.Tensor):
         return [value]
+    value = as_mapping(value)
     if isinstance(value, Mapping):
         value = list(value.values())
     return [x for item in value for x in tensors_in(item)] if isinstance(value, (tuple, list)) else []
@@ -169,11 +171,22 @@ def copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, Mapping):
-        return type(value)(**{name: copied(item) for name, item in value.items()})
+        items_by_name = {name: copied(item) for name, item in value.items()}
+        return items_by_name if type(value) is dict else type(value)(**items_by_name)
     if isinstance(value, (tuple, list)):
         items = [copied(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    fields = as_mapping(value)
+    if fields is value:
+        return value
+    return dataclasses.replace(value, **{name: copied(item) for name, item in fields.items()})
+
+
+def as_mapping(value: Any) -> Any:
+    """The fields of a dataclass by name, where it is no mapping itself as Hugging Face's outputs are; or the value."""
+    if isinstance(value, Mapping) or isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def selected(output: Any, key: int | str | tuple | None, *, where: str, option: str) -> Any:
@@ -197,7 +210,8 @@ def selected(output: Any, key: int | str | tuple | None, *, where: str, option: 
 
 
 def entries_of(value: Any) -> dict[int | str, Any]:
-    """The entries of a tuple, a list, a dict or a Hugging Face output, by name and by position."""
+    """The entries of a tuple, a list, a dict, a dataclass or a Hugging Face output, by name and by position."""
+    value = as_mapping(value)
     if isinstance(value, Mapping):
         return {**value, **dict(enumerate(value.values()))}
     if isinstance(value, (tuple, list)):

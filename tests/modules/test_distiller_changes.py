@@ -1,6 +1,7 @@
-"""Models that change after their FeatureDistiller was made: layers wrapped, replaced, set to another mode."""
+"""Models that change after their FeatureDistiller was made (layers wrapped or replaced), or return their own types."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -69,3 +70,65 @@ def test_a_layer_of_the_teacher_replaced_afterwards_is_in_eval_mode(distiller):
     assert not any(module.training for module in distiller.teacher.modules())
     (first + second).backward()
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+
+
+# ------------------------------------------------------------------------------------------ what people's models return
+
+
+@dataclass
+class Answer:
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+class Answering(nn.Module):
+    """A model that returns an object of its own, as people write them; ``spoil`` changes the features afterwards."""
+
+    def __init__(self, width, kind, spoil=False):
+        super().__init__()
+        self.body = nn.Linear(6, width)
+        self.answer, self.head = Returning(kind), nn.Linear(width, 4)
+        self.spoil = spoil
+
+    def forward(self, x):
+        answer = self.answer(self.body(x), self.head(self.body(x)))
+        if self.spoil:
+            (answer[0] if isinstance(answer, dict) else answer.features).mul_(2)
+        return answer
+
+
+class Returning(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, features, logits):
+        return Answer(features, logits) if self.kind == "dataclass" else {0: features, "logits": logits}
+
+
+ENTRIES = {"dataclass": ("features", lambda answer: answer.features), "dict": (0, lambda answer: answer[0])}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_entries_of_dataclasses_and_of_dicts_by_number(kind):
+    student, teacher = Answering(8, kind), Answering(32, kind)
+    entry, function = ENTRIES[kind]
+    expected = vk.OrthoProjLoss(8, 32)
+    for options in ({"output": entry}, {"pool": function}):
+        pair = {f"{side}_{name}": value for side in ("student", "teacher") for name, value in options.items()}
+        distiller = vk.FeatureDistiller(
+            student,
+            teacher,
+            [{"student": "answer", "teacher": "answer", "name": "x", **pair}],
+            example_input=FEATURES,
+            logit_weight=1.0,
+        )
+        expected.load_state_dict(distiller.pair_losses.of("x").state_dict())
+        for run in (distiller, torch.compile(distiller, backend="eager")):
+            losses = run(FEATURES)[1]
+            torch.testing.assert_close(losses["x"], expected(student.body(FEATURES), teacher.body(FEATURES)))
+            assert losses["logits"] > 0
+        student.spoil = True
+        with pytest.raises(RuntimeError, match="was changed in place afterwards"):
+            distiller(FEATURES)
+        student.spoil = False
