@@ -29,6 +29,11 @@ def check_total_rows(total_rows: float | torch.Tensor | Mapping[str, Any], names
             raise ValueError(f"total_rows must be a number or a 0-d tensor; got {checks.describe(value)}")
 
 
+def entry_of(given: Mapping[str, Any], name: str) -> Any:
+    """What a caller gave for the loss of that name, or None; "logits" stands for the logit losses of all teachers."""
+    return given.get(name, given.get("logits") if name.startswith("logits:") else None)
+
+
 def over_total_rows(
     losses: Mapping[str, torch.Tensor],
     row_weights: Mapping[str, torch.Tensor],  # of this process, by the loss's name
@@ -36,10 +41,12 @@ def over_total_rows(
     process_group: Any,
 ) -> dict[str, torch.Tensor]:
     """Every loss as its share of the mean over total_rows: its own mean times its rows' share of them."""
-    names = [name for name in losses if not isinstance(total_rows, Mapping) or name in total_rows]
-    own = all_reduce(torch.stack([row_weights[name] for name in names]), process_group)
-    totals = [total_rows[name] if isinstance(total_rows, Mapping) else total_rows for name in names]
-    shares = {name: count / total for name, count, total in zip(names, own.unbind(0), totals, strict=True)}
+    given = total_rows if isinstance(total_rows, Mapping) else dict.fromkeys(losses, total_rows)
+    totals = {name: entry_of(given, name) for name in losses if entry_of(given, name) is not None}
+    if not totals:
+        return dict(losses)
+    own = all_reduce(torch.stack([row_weights[name] for name in totals]), process_group)
+    shares = {name: count / totals[name] for name, count in zip(totals, own.unbind(0), strict=True)}
     return {name: loss * shares[name] if name in shares else loss for name, loss in losses.items()}
 
 

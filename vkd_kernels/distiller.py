@@ -11,7 +11,7 @@ from torch import nn
 
 from . import diagnostics
 from .balance import LossBalance, LossTerm
-from .denominators import check_total_rows, over_total_rows, share_of_items, weight_of
+from .denominators import check_total_rows, entry_of, over_total_rows, share_of_items, weight_of
 from .export import TeacherSpace
 from .logits import logit_loss, logit_terms, logits_of
 from .ops import checks, implementations
@@ -272,7 +272,7 @@ class FeatureDistiller(nn.Module):
             losses[term.name], row_weights[term.name] = logit_loss(
                 logits_of(output, self.student_logits, "student"),
                 logits_of(answer.output(term.teacher), self.teacher_logits, "teacher"),
-                step.masks.get(term.name),
+                entry_of(step.masks, term.name),
                 name=term.name,
                 temperature=self.temperature,
                 reduction=self.reduction,

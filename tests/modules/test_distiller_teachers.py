@@ -96,6 +96,25 @@ def test_bad_teachers(options, error, message):
         make(drop_best=0.5)
 
 
+def test_logits_stands_for_the_logit_losses_of_all_teachers():
+    """In masks and total_rows; a teacher's own entry stands above it."""
+    classes = {"dino": CNN(classes=3), "clip": CNN(classes=3)}
+    distiller = vk.FeatureDistiller(ViT(), classes, [], logit_weight={"dino": 1.0, "clip": 0.5})
+    kept = torch.arange(len(IMAGES)) < 2
+    losses = distiller(IMAGES, masks={"logits": kept})[1]
+    for name, value in distiller(IMAGES[kept])[1].items():
+        torch.testing.assert_close(losses[name], value)
+    whole = distiller(IMAGES)[1]
+    losses = distiller(IMAGES, masks={"logits": kept, "logits:clip": torch.ones_like(kept)})[1]
+    torch.testing.assert_close(losses["logits:clip"], whole["logits:clip"])
+    assert losses["logits:dino"] != whole["logits:dino"]
+    count = len(IMAGES)
+    losses = distiller(IMAGES, total_rows={"logits": 4 * count, "logits:clip": 2 * count})[1]
+    torch.testing.assert_close(losses["logits:dino"], whole["logits:dino"] / 4)
+    torch.testing.assert_close(losses["logits:clip"], whole["logits:clip"] / 2)
+    torch.testing.assert_close(distiller(IMAGES, total_rows={})[1], whole)
+
+
 def test_balanced_losses_weigh_alike_whatever_their_scale():
     distiller = two_teachers(balance="running_mean", logit_weight={"clip": 1.0})
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
