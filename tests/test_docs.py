@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,7 @@ def test_code_of_the_integrations_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     codes = snippets(ROOT / "docs" / "integrations.md")
-    (stored,) = (code for code in codes if "teacher_input=stored_features" in code)
+    (stored,) = (code for code in codes if "FeatureStore.build" in code)
     (metrics,) = (code for code in codes if "metrics=True" in code)
     (folding,) = (code for code in codes if "to_linear" in code)
     (initializing,) = (code for code in codes if "_init_weights" in code)
@@ -234,10 +235,15 @@ def test_code_of_the_integrations_page(tmp_path, monkeypatch):
     student = torch.nn.Sequential()
     student.add_module("norm", torch.nn.LayerNorm(192))
     names = {**vars(vk), "nn": torch.nn, "json": json, "student": student, "step": 200}
-    names |= {"images": torch.randn(4, 7, 192), "stored_features": torch.randn(4, 3024)}
+    images = torch.randn(4, 7, 192)
+    dataset = torch.utils.data.TensorDataset(images)
+    teacher = torch.nn.Sequential(OrderedDict(norm=torch.nn.Linear(192, 3024)))
+    names |= {"images": images, "dataset": dataset, "teacher": teacher, "indices": range(4)}
     exec(stored, names)
-    assert names["losses"]["total"] > 0
-    teacher = torch.nn.Linear(192, 3024)
+    live = vk.FeatureDistiller(student, teacher, [names["pair"]], example_input=images)
+    live.load_state_dict(names["distiller"].state_dict())
+    torch.testing.assert_close(names["losses"]["total"], live(images)[1]["total"])
+    teacher = teacher.norm
     pair = {"student": "norm", "student_pool": "class_token", "teacher": "", "teacher_pool": "class_token"}
     names["distiller"] = vk.FeatureDistiller(student, teacher, [pair], example_input=names["images"])
     for step in (200, 201):

@@ -87,7 +87,8 @@ class OrthogonalLinear(nn.Module):
 
     Attributes:
         weight: P ``(T, S)``: orthonormal columns for T >= S, orthonormal rows for T < S.
-        unconstrained: the trained parameter ``(T, S)``; ``no_weight_decay()`` names it.
+        unconstrained: the trained parameter ``(T, S)``; ``no_weight_decay()`` names it. P also needs the buffer
+            ``map.signs``, which assigning a matrix sets: state dicts have both, ``parameters()`` has not.
 
     Shape:
         ``(..., S) -> (..., T)``.

@@ -220,6 +220,31 @@ def test_trainer_saves_resumes_and_goes_on_bit_for_bit(tmp_path, kind):
     assert_same(*weights, rtol=0, atol=0)
 
 
+def test_trainer_saves_a_wrapped_distiller_with_tied_weights(tmp_path):
+    """docs/integrations.md's class around a FeatureDistiller: saved, resumed bit for bit, and the student loaded."""
+    transformers = needs("transformers")
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    code = page[page.index("class Distilled(PreTrainedModel)") :].split("```")[0]
+    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedConfig")}
+    exec(code, names)
+    data = sentences([3, 12, 5, 7, 12, 2, 9, 4])
+    weights = []
+    for resume in (False, True):
+        distiller = vk.FeatureDistiller(*pair_of_models(), [TOKENS])
+        torch.manual_seed(1)
+        distiller.reset_parameters()
+        model = names["Distilled"](distiller)
+        options = {"cls": transformers.Trainer, "save_strategy": "steps", "save_steps": 2}
+        options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        trainer = trainer_of(tmp_path, model, data, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        weights.append([p.detach().clone() for p in model.state_dict().values()])
+    assert_same(*weights, rtol=0, atol=0)
+    mapping = {r"^distiller\.student\.": ""}
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-4", key_mapping=mapping)
+    assert_same(loaded.state_dict().values(), distiller.student.state_dict().values(), rtol=0, atol=0)
+
+
 def test_trainer_evaluates_and_loads_the_best_model_at_the_end(tmp_path):
     """By the loss of the validation set, without ``label_names``; hidden states are not gathered as predictions."""
     data = sentences([3, 12, 5, 7, 12, 2, 9, 4])
