@@ -48,7 +48,7 @@ def written(tmp_path_factory, composed):
                 objects.append({"image_id": n, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]})
         content = {"images": images, "annotations": objects}
         content["categories"] = [{"id": digit, "name": str(digit)} for digit in range(10)]
-        coco.annotations(root, name).write_text(json.dumps(content))
+        coco.annotation_file(root, name).write_text(json.dumps(content))
     return {"data__root": str(root)}
 
 
@@ -91,7 +91,7 @@ def opened(folder, images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "n
     content = {"images": [*images], "annotations": [*annotations], "categories": [*categories]}
     for name in ("annotations", "some"):
         (folder / name).mkdir()
-    coco.annotations(folder, "some").write_text(json.dumps(content))
+    coco.annotation_file(folder, "some").write_text(json.dumps(content))
     Image.new("L", (64, 48)).save(folder / "some" / "a.png")
     return coco.CocoImages(folder, "some", channels=1)
 

@@ -21,7 +21,7 @@ from .runs import RunError
 LONGEST, CROP_SHORT_SIDES, CROP_SIZES = 1333, (400, 500, 600), (384, 600)  # Deformable DETR's, in pixels
 
 
-def annotations(root: Path, part: str) -> Path:
+def annotation_file(root: Path, part: str) -> Path:
     return root / "annotations" / f"instances_{part}.json"
 
 
@@ -29,7 +29,7 @@ class CocoImages:
     """A part of a data set, such as train2017. Labels number the categories in the order of their ids (`names`)."""
 
     def __init__(self, root: Path, part: str, channels: int) -> None:
-        self.where, self.mode = annotations(root, part), "L" if channels == 1 else "RGB"
+        self.where, self.mode = annotation_file(root, part), "L" if channels == 1 else "RGB"
         try:
             content = json.loads(self.where.read_text())
             self.names = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}

@@ -321,7 +321,7 @@ class Detection(Task):
             trained_here(config)
         if not d.root and d.channels != 1:
             raise OptionError("data.root: missing; without it the data are gray scenes (data.channels=1)")
-        for path in [coco.annotations(Path(d.root), name) for name in (d.train, d.val)] if d.root else []:
+        for path in [coco.annotation_file(Path(d.root), name) for name in (d.train, d.val)] if d.root else []:
             if not path.exists():
                 raise OptionError(f"data.root: there is no {path}")
         classes = d.classes or len(scenes.Scenes.names)
