@@ -44,7 +44,6 @@ def test_the_command_line_stands_above_an_arms_own_values_and_these_above_files(
         (["--arms", "alone", "vdk"], "--arms: unknown 'vdk'; choose from alone"),
         (["--arms", ","], "arms: "),
         (["--seeds", "0"], "seeds: must be greater than or equal to 1"),
-        (["--first-seed", "-1"], "first_seed: must be greater than or equal to 0"),
         (["--jobs", "-1"], "--jobs: must be at least 0, got -1"),
         (["--baseline", "linear", "--arms", "vkd"], "--baseline: 'linear' is not one of this run's arms: vkd"),
         (["--recipe", "paper"], "--recipe: unknown 'paper'; there is none"),
@@ -68,7 +67,6 @@ def test_what_cannot_be_is_said_before_anything_is_trained(words, message, tmp_p
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        ("baseline: alon\n", "--baseline: 'alon' is not one of this run's arms"),
         ("seeds: 2.5\n", "seeds: must be a valid integer"),
         ("arms: []\n", "arms: "),
         ("task: detection\n", "is of the task detection"),

@@ -7,7 +7,7 @@ from vkd_kernels.recipes.task import Metric
 
 
 def results(values):
-    cost = {"diagnostics": {}, "steps": 1, "seconds": 1.0, "cpu_seconds": 1.0}
+    cost = {"diagnostics": {}, "curve": [(1, 2.0)], "steps": 1, "seconds": 1.0, "cpu_seconds": 1.0}
     return [
         {"arm": arm, "seed": seed, "m": value, **cost}
         for arm, of_seeds in values.items()
@@ -38,14 +38,14 @@ def test_holms_correction():
 def test_the_table_compares_seed_by_seed_with_the_baseline(higher):
     values = {"base": (90.0, 91, 92), "long": (91.0, 95, 90), "vkd": (93.0, 94, 95.1)}
     metric = Metric("m", "a metric", higher_is_better=higher)
-    summary = report.summarize(results(values), list(values), metric, "base")
-    text = report.table(summary, {arm: arm for arm in values}, metric, "base")
+    summary = report.summarize(results(values), {arm: arm for arm in values}, metric, "base")
+    text = report.table(summary, metric, "base")
     base, long, vkd = (line.split() for line in text.splitlines()[2:5])
     assert base[:5] == ["base", "91.0", "±", "1.0", "(baseline)"]
     assert vkd[:8] == ["vkd", "94.0", "±", "1.1", "+3.0", "±", "0.1", "3/3" if higher else "0/3"]
     assert long[7] == ("2/3" if higher else "1/3")
-    ps = [summary[arm]["versus"]["base"][key] for key in ("p", "p_holm") for arm in ("long", "vkd")]
+    ps = [summary[arm]["minus_baseline"][key] for key in ("p", "p_holm") for arm in ("long", "vkd")]
     assert ps[2:] == pytest.approx(report.holm(ps[:2])) and vkd[8:10] != long[8:10]
     assert f"{'higher' if higher else 'lower'} is better" in text and "3 seeds" in text
-    alone = report.summarize(results({"a": [1.0]}), ["a"], metric, "a")
-    assert "no test" in report.table(alone, {"a": "a"}, metric, "a")
+    alone = report.summarize(results({"a": [1.0]}), {"a": "a"}, metric, "a")
+    assert "no test" in report.table(alone, metric, "a")

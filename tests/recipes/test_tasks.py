@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
                 engine.train(job(name, config, student, teacher=teacher))
         engine.train(job(name, config, student, teacher=teacher))
         weights = [folder / f"{folder.name}.safetensors" for folder in (teacher, student)]
-        return [path.read_bytes() for path in weights], runs.load_json(student / "result.json")[task.metric.key]
+        return [path.read_bytes() for path in weights], runs.load(student / "result.json")[task.metric.key]
 
     assert both(tmp_path / "a", stop=True) == both(tmp_path / "b")
 
@@ -65,11 +65,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        (
-            "classification",
-            ["digits.labels=2"],
-            "digits.labels: must be less than",
-        ),
+        ("classification", ["digits.labels=2"], "digits.labels: must be less than"),
         ("classification", ["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
         ("classification", ["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
         ("classification", ["student.heads=5"], "student.heads: 5 does not divide"),
@@ -82,11 +78,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("detection", ["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
         ("detection", ["teacher.steps=0"], "teacher.weights: give a file, or teacher.steps > 0"),
         ("detection", ["teacher.weights=nowhere.pth"], "teacher.weights: there is no file nowhere.pth"),
-        (
-            "detection",
-            ["student.name=deformable-detr"],
-            "data.channels: deformable-detr takes images of 3 channels",
-        ),
+        ("detection", ["student.name=deformable-detr"], "data.channels: deformable-detr takes images of 3 channels"),
         ("detection", ["data.channels=3", "data.mean=0,0,0", "data.std=1,1,1"], "data.root: missing"),
         ("generation", ["augment.policy=color"], "augment.policy: unknown 'color'"),
         ("generation", ["metric.features=inception"], "metric.features: inception needs images of three channels"),

@@ -73,4 +73,4 @@ def train(folder, **values):
     for arm in ("teacher", "vkd"):
         if arm != "teacher" or not (folder / "teacher").exists():
             compare.train(task=TOY, config=config, arm=arm, seed=0, root=folder)
-    return runs.load_json(folder / "vkd" / "seed-00" / "result.json")
+    return runs.load(folder / "vkd" / "seed-00" / "result.json")

@@ -258,27 +258,24 @@ def run(e: Experiment, folder: Path, *, processes: int, quiet: bool) -> str:
 def finish(folder: Path, e: Experiment) -> str:
     """metrics.json, table.txt and figure.png of a folder whose trainings are all done; the text."""
     metric, baseline = e.task.metric, e.head.baseline
-    labels = {name: arm.label for name, arm in e.arms.items()}
-    results = []
-    for seed in e.seeds:
-        for name in e.arms:
-            results.append(runs.load_json(folder / name / f"seed-{seed:02d}" / "result.json"))
-    summary = report.summarize(results, tuple(e.arms), metric, baseline)
-    text = report.table(summary, labels, metric, baseline)
+    seeds = [f"seed-{seed:02d}" for seed in e.seeds]
+    results = [runs.load(folder / name / seed / "result.json") for seed in seeds for name in e.arms]
+    summary = report.summarize(results, {name: arm.label for name, arm in e.arms.items()}, metric, baseline)
+    text = report.table(summary, metric, baseline)
     if e.typed:
         text += f"\nIn every arm: {' '.join(e.head.overrides)}"
     metrics = {
         **e.head.model_dump(),
         "config": configs.flatten(e.config),
         "arms": {n: dataclasses.asdict(arm) | {"changes": {**arm.changes, **e.typed}} for n, arm in e.arms.items()},
-        "machine": runs.load_json(folder / "machine.json"),
-        "teachers": [runs.load_json(folder / TEACHER / f"seed-{seed:02d}" / "done.json") for seed in e.seeds],
+        "machine": runs.load(folder / "machine.json"),
+        "teachers": [runs.load(folder / TEACHER / seed / "done.json") for seed in seeds],
         "summary": summary,
         "runs": results,
     }
     runs.save_json(folder / "metrics.json", metrics)
     runs.write_text(folder / "table.txt", text + "\n")
-    report.draw(folder / "figure.png", summary, results, labels, metric)
+    report.draw(folder / "figure.png", summary, metric)
     for cache in folder.glob("teacher/seed-*/answers*"):  # large, and made again when needed
         shutil.rmtree(cache) if cache.is_dir() else cache.unlink()
     return text

@@ -86,7 +86,7 @@ def train(task: Task, *, weights: str = "student.safetensors") -> dict[str, Any]
     """Train, or continue, in the task's folder; returns and leaves there result.json. Done already: only reads it."""
     result = task.context.folder / "result.json"
     if result.exists():
-        return runs.load_json(result)
+        return runs.load(result)
     seed_all(task.seed)  # the same initial weights in every arm: the student is built first
     task.student = task.make_student()
     task.model = task.make_model(task.student)
@@ -206,7 +206,7 @@ class Loop:
         self.fabric.barrier()
 
     def load(self) -> None:
-        saved = runs.load_tensors(self.checkpoint)
+        saved = runs.load(self.checkpoint)
         for name, part in self.parts.items():
             runs.load_state(part, saved.get(name), f"{self.checkpoint}: {name}")
         for name in self.COUNTERS:

@@ -87,24 +87,28 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def summarize(
-    results: Sequence[Mapping[str, Any]], arms: Sequence[str], metric: Metric, baseline: str
+    results: Sequence[Mapping[str, Any]], labels: Mapping[str, str], metric: Metric, baseline: str
 ) -> dict[str, Any]:
     """For every arm: the metric, its paired difference to the baseline, with Holm's correction for all arms that are
-    compared with it; diagnostics (the worst of the seeds), cost."""
-    by_arm = {arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"]) for arm in arms}
+    compared with it; diagnostics (the worst of the seeds), the mean curve, cost."""
+    by_arm = {arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"]) for arm in labels}
     values = {arm: [r[metric.key] for r in rs] for arm, rs in by_arm.items()}
-    others = [arm for arm in arms if arm != baseline]
+    others = [arm for arm in labels if arm != baseline]
     versus = {arm: paired_difference(values[arm], values[baseline], metric.higher_is_better) for arm in others}
     for difference, p in zip(versus.values(), holm([d["p"] for d in versus.values()]), strict=True):
         difference["p_holm"] = p
     summary: dict[str, Any] = {}
     for arm, rs in by_arm.items():
         mean, std = mean_and_std(values[arm])
+        curves = [dict(r["curve"]) for r in rs]  # of which a --resume with another run.eval_every has other steps
+        common = [step for step in curves[0] if all(step in curve for curve in curves)]
         summary[arm] = {
+            "label": labels[arm],
             "mean": mean,
             "std": std,
             "values": values[arm],
-            "versus": {baseline: versus[arm]} if arm in versus else {},
+            "minus_baseline": versus.get(arm),
+            "curve": [(step, statistics.fmean(curve[step] for curve in curves)) for step in common],
             "diagnostics": {name: max(r["diagnostics"][name] for r in rs) for name in rs[0]["diagnostics"]},
             "steps": rs[0]["steps"],
             **{name: statistics.fmean(r[name] for r in rs) for name in ("seconds", "cpu_seconds")},
@@ -130,19 +134,19 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def table(summary: Mapping[str, Any], labels: Mapping[str, str], metric: Metric, baseline: str) -> str:
+def table(summary: Mapping[str, Any], metric: Metric, baseline: str) -> str:
     """One row per arm: the metric, its difference to the baseline with both p-values, diagnostics, cost."""
     diagnostics = list(dict.fromkeys(name for arm in summary.values() for name in arm["diagnostics"]))
     head = ["arm", metric.label, f"minus {baseline}", "better in", "p", "p Holm"]
     rows = [[*head, *diagnostics, "steps", "CPU s"]]
-    for name, arm in summary.items():
+    for arm in summary.values():
         compared = ["(baseline)", "", "", ""]
-        if d := arm["versus"].get(baseline):
+        if d := arm["minus_baseline"]:
             compared = [spread(d["mean"], d["std"], metric.digits, "+"), f"{d['seeds_better']}/{d['seeds']}"]
             compared += [show_p(d["p"]), show_p(d["p_holm"])]
         numbers = [f"{arm['diagnostics'][d]:.1e}" if d in arm["diagnostics"] else "" for d in diagnostics]
         cost = [str(arm["steps"]), f"{arm['cpu_seconds']:.1f}"]
-        rows.append([labels[name], spread(arm["mean"], arm["std"], metric.digits), *compared, *numbers, *cost])
+        rows.append([arm["label"], spread(arm["mean"], arm["std"], metric.digits), *compared, *numbers, *cost])
     seeds = len(summary[baseline]["values"])
     notes = (
         f"{metric.label}: {'higher' if metric.higher_is_better else 'lower'} is better. ±: standard deviation over the "
@@ -154,27 +158,19 @@ def table(summary: Mapping[str, Any], labels: Mapping[str, str], metric: Metric,
 # ---- figure ----------------------------------------------------------------------------------------------------------
 
 
-def draw(
-    path: Path,
-    summary: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    labels: Mapping[str, str],
-    metric: Metric,
-) -> None:
+def draw(path: Path, summary: Mapping[str, Any], metric: Metric) -> None:
     """Left: mean curves over training. Right: every seed's last value with mean and standard deviation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display and no global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, max(3.6, 1.6 + 0.55 * len(summary))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
-    for row, (arm, numbers) in enumerate(summary.items()):
-        color, values = COLORS[row % len(COLORS)], numbers["values"]
-        curves = [r["curve"] for r in results if r["arm"] == arm]
-        mean = [statistics.fmean(value for _, value in points) for points in zip(*curves, strict=False)]
-        left.plot([step for step, _ in curves[0]][: len(mean)], mean, color=color, linewidth=2, marker=".")
+    for row, arm in enumerate(summary.values()):
+        color, values = COLORS[row % len(COLORS)], arm["values"]
+        left.plot(*zip(*arm["curve"], strict=True), color=color, linewidth=2, marker=".")
         right.plot(values, [row + 0.1] * len(values), "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
-        right.errorbar(numbers["mean"], row - 0.1, xerr=numbers["std"], fmt="|", color=color, markersize=16, capsize=3)
-    names = [f"{labels[arm]}\n{spread(n['mean'], n['std'], metric.digits)}" for arm, n in summary.items()]
+        right.errorbar(arm["mean"], row - 0.1, xerr=arm["std"], fmt="|", color=color, markersize=16, capsize=3)
+    names = [f"{arm['label']}\n{spread(arm['mean'], arm['std'], metric.digits)}" for arm in summary.values()]
     right.set_yticks(range(len(summary)), names, fontsize=9)
     right.set_ylim(len(summary) - 0.5, -0.5)
     left.set(xlabel="training step", ylabel=f"{metric.label}, mean over the seeds")

@@ -6,13 +6,13 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load, save
 
 PARTIAL = ".partial"  # .NAME.PID.partial: what a process is writing
 
@@ -74,23 +74,17 @@ def save_tensors(path: Path, value: Any) -> None:
 
 def save_safetensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    write_bytes(path, save(plain, {"format": "pt"}))
+    write_bytes(path, safetensors.torch.save(plain, {"format": "pt"}))
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    return _load(path, lambda: json.loads(path.read_text()))
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    return _load(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _load(path: Path, read: Callable[[], Any]) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """What `save_json` or `save_tensors` wrote."""
     try:
-        value = read()
+        of_tensors = path.suffix != ".json"
+        value = torch.load(path, map_location="cpu", weights_only=True) if of_tensors else json.loads(path.read_text())
         if not isinstance(value, dict):
             raise ValueError(f"it holds {type(value).__name__}, not a dictionary")
     except Exception as error:  # torch.load raises another type for every kind of damage
@@ -105,7 +99,7 @@ def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
         raise RunError(f"{option}there is no file {path}")
     try:
         if path.suffix == ".safetensors":
-            return load(path.read_bytes())
+            return safetensors.torch.load(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
         for inside in ("state_dict", "model_ema", "model"):
             state = state.get(inside, state)
