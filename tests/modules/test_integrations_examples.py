@@ -41,6 +41,21 @@ def test_example_timm_loop():
     assert_same(teacher.state_dict().values(), before, rtol=0, atol=0)
 
 
+def test_timm_loops_spare_what_the_student_says(monkeypatch):
+    """Its class token and positions do not decay, nor does the projection; its weights do."""
+    timm = needs("timm")
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10)
+    groups = [example("ddp_loop").Distilled(student, 368).parameter_groups(0.05)]
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **options: groups.append(params) or adamw(params, **options))
+    example("timm_loop").train(student, timm.create_model("regnetx_002", num_classes=0), [images()])
+    for entries in groups:
+        decays = {id(p): group["weight_decay"] for group in entries for p in list(group["params"])}
+        said = {name: decays[id(p)] for name, p in student.named_parameters()}
+        assert student.no_weight_decay() >= {"cls_token", "pos_embed"}
+        assert said["cls_token"] == said["pos_embed"] == 0 and said["head.weight"] == 0.05
+
+
 def test_example_causal_lm(tmp_path):
     """Accumulation is one large batch, tied weights are saved, the projections do not decay, and the loss falls."""
     needs("transformers")
