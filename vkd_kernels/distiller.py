@@ -1,5 +1,6 @@
 """``FeatureDistiller``: student and teacher on the same input, features of named modules compared, losses added up."""
 
+import glob
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,14 +206,19 @@ class FeatureDistiller(nn.Module):
         self.remove()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay should leave alone: projections, scales, what the student says."""
+        """Names of the parameters that weight decay should leave alone: projections, scales, what the student says.
+
+        A pair's name stands in brackets, which mean something else where timm takes names for patterns: such names are
+        there a second time, as ``glob.escape`` writes them.
+        """
         said = {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
             if prefix and callable(getattr(module, "no_weight_decay", None))
             for name in module.no_weight_decay()  # type: ignore[operator]
         }
-        return {name for name, _ in self.named_parameters() if name in said}
+        names = {name for name, _ in self.named_parameters() if name in said}
+        return names | {glob.escape(name) for name in names}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Trained parameters for an optimizer: those that decay; then biases, 1-D ones and ``no_weight_decay()``."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers.distillers import CNN, IMAGES, ViT, gradients, hooks_on, loss_like, make
+from tests.helpers.distillers import CNN, IMAGES, TOKENS_TO_MAP, ViT, gradients, hooks_on, loss_like, make
 from tests.helpers.stacks import orthogonality_error
 from tests.modules.test_integrations import averaged_by_timm, averaged_by_torch
 
@@ -219,6 +219,23 @@ def test_in_a_lightning_module_that_logs_its_metrics(tmp_path):
     logged = trainer.callback_metrics
     assert logged["diagnostics/norm->relu/orthogonality_error"] <= 1e-5 and logged["loss/norm->relu"] > 0
     assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_timms_optimizers_spare_the_projections():
+    """timm asks the model for ``no_weight_decay()`` and takes the names for patterns, where [x] is any one letter."""
+    optim = pytest.importorskip("timm.optim", reason="needs timm (the extra integrations)")
+    pairs = [TOKENS_TO_MAP, {**TOKENS_TO_MAP, "name": "x", "scale": "learned"}]
+    distiller = make(pairs)
+    groups = [
+        optim.create_optimizer_v2(distiller, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups,
+        optim.param_groups_weight_decay(distiller, 0.05, no_weight_decay_list=distiller.no_weight_decay()),
+        distiller.parameter_groups(0.05),
+    ]
+    for entries in groups:
+        decays = {id(p): group["weight_decay"] for group in entries for p in group["params"]}
+        decayed = {name for name, p in distiller.named_parameters() if decays[id(p)] > 0}
+        assert decayed >= {"student.head.weight", "student.embed.weight"}
+        assert not any("pair_losses" in name or "cls_token" in name for name in decayed)
 
 
 def test_in_a_hugging_face_trainer(tmp_path):
