@@ -46,8 +46,8 @@ def test_timm_loops_spare_what_the_student_says(monkeypatch):
     timm = needs("timm")
     student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10)
     groups = [example("ddp_loop").Distilled(student, 368).parameter_groups(0.05)]
-    adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **options: groups.append(params) or adamw(params, **options))
+    make = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr: groups.append(params) or make(params, lr=lr))
     example("timm_loop").train(student, timm.create_model("regnetx_002", num_classes=0), [images()])
     for entries in groups:
         decays = {id(p): group["weight_decay"] for group in entries for p in list(group["params"])}
