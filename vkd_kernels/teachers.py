@@ -15,7 +15,7 @@ from .images import different_normalization
 from .ops import checks
 from .pairs import Pair
 from .pooling import Rows
-from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, moved, run_tapped
+from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, moved, run_tapped, tensors_in
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ class FrozenTeacher:
         dtypes = [parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()]
         devices = [] if self.stays else [tensor.device for tensor in self.tensors()]
         dtype, device = dtypes[0] if dtypes else None, devices[0] if devices else None
+        if device is not None and device.type == "meta" and not all(x.is_meta for x in tensors_in((args, kwargs))):
+            where = f"teacher {self.name!r}" if self.name else "teacher"
+            raise ValueError(
+                f"{where} is on the meta device and has no values: load its weights by load_state_dict(..., "
+                "assign=True), or call to_empty(device=...) of the distiller and load them then"
+            )
         with torch.no_grad():
             return self.model(*moved(args, device, dtype), **moved(kwargs, device, dtype))
 

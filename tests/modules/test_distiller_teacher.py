@@ -115,6 +115,19 @@ def test_built_on_the_meta_device():
     torch.testing.assert_close(distiller(IMAGES)[1], built(IMAGES)[1])
 
 
+def test_a_teacher_without_values_is_refused_until_it_has_some():
+    teacher = CNN()
+    with torch.device("meta"):
+        empty = CNN()
+    distiller = make([{**TOKENS_TO_MAP, "dims": (6, 10), "name": "a"}], teacher=empty, example_input=None)
+    with pytest.raises(ValueError, match=r"^teacher is on the meta device and has no values: load its weights"):
+        distiller(IMAGES)
+    empty.load_state_dict(teacher.state_dict(), assign=True)
+    live = make([{**TOKENS_TO_MAP, "name": "a"}], distiller.student, teacher)
+    live.load_state_dict(distiller.state_dict())
+    torch.testing.assert_close(distiller.eval()(IMAGES)[1]["a"], live.eval()(IMAGES)[1]["a"])
+
+
 def test_a_teacher_with_weights_keeps_them_when_the_student_starts_on_the_meta_device():
     with torch.device("meta"):
         student = ViT()
