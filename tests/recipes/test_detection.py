@@ -17,6 +17,7 @@ from vkd_kernels.recipes import coco, detection, detectors, scenes
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.detection import Detection, DistilledDetector
+from vkd_kernels.recipes.images import Source
 from vkd_kernels.recipes.runs import RunError
 
 pytest.importorskip("pycocotools", reason="needs the extra [detection]")
@@ -26,11 +27,12 @@ ROOT = Path(__file__).parents[2]
 
 configured = partial(setups.configured, "detection")
 job = partial(setups.job, "detection")
+DIGITS = Source()
 
 
 @pytest.fixture(scope="module")
 def composed():
-    return scenes.Scenes(0, 30, training=True), scenes.Scenes(0, 6, training=False)
+    return scenes.Scenes(DIGITS, 0, 30, training=True), scenes.Scenes(DIGITS, 0, 6, training=False)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,26 @@ def test_boxes_are_tight_inside_and_hardly_overlap(composed):
         assert 1 <= len(boxes) == len(item["labels"]) <= 4 and item["image"].shape == (1, 64, 64)
         assert boxes.min() >= 0 and boxes.max() <= 64 and sides.amax(1).min() >= 4 and sides.max() <= 28
         assert (box_iou(boxes, boxes).fill_diagonal_(0) <= scenes.OVERLAP).all()
-    again, other = scenes.Scenes(0, 2, training=True)[1], scenes.Scenes(1, 2, training=True)[1]
+    again, other = scenes.Scenes(DIGITS, 0, 2, training=True)[1], scenes.Scenes(DIGITS, 1, 2, training=True)[1]
     assert torch.equal(again["image"], composed[0][1]["image"]) and torch.equal(again["boxes"], composed[0][1]["boxes"])
     assert not torch.equal(other["image"], again["image"])
+
+
+def test_scenes_of_any_pictures_with_classes(folder, tmp_path):
+    """Evaluation scenes show held-out pictures: white ones, where those for training are black with a white corner."""
+    for split, corner in (("train", 20), ("val", 0)):
+        for path in (folder / split).rglob("*.png"):
+            pixels = torch.zeros(40, 40, dtype=torch.uint8)
+            pixels[corner:, corner:] = 255
+            Image.fromarray(pixels.numpy()).save(path)
+    task = job(configured(scenes__name="folder", scenes__root=str(folder), distill__weight=0.0), tmp_path / "run")
+    train, val = task.data
+    assert train.names == {0: "class-0", 1: "class-1"} and task.classes == 2
+    assert {*torch.cat([item["labels"] for item in train]).tolist()} == {0, 1}
+    sides = [torch.cat([item["boxes"][:, 2:] - item["boxes"][:, :2] for item in part]) for part in (train, val)]
+    assert sides[0].max() <= 15 < 25 < sides[1].max() <= 28  # a quarter of a picture of at most 28 pixels, or all of it
+    with pytest.raises(OptionError, match=r"scenes.name: there is no 'FashionMnist'.*'FashionMNIST'"):
+        Detection.check(configured(scenes__name="FashionMnist"))
 
 
 def test_own_data_give_the_bundled_batches(written, tmp_path):

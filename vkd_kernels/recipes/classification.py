@@ -27,17 +27,13 @@ import vkd_kernels as vk
 
 from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
-from .images import Images
+from .images import Images, Source
 from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
 
 RELEASED = "released code"
 
 
-class Data(Section):
-    name: str = option("digits", "digits (bundled), folder, or the name of a data set of torchvision: CIFAR100, ...")
-    root: str = option("", "where the images are; of a folder: root/train/<class>/*, root/val/<class>/*")
-    download: bool = option(False, "let torchvision fetch what is missing")
-    classes: int = option(0, "number of classes; 0: what the data say", ge=0)
+class Data(Source):
     labels: float = option(1.0, "share of the training images whose labels a student may see", gt=0, le=1)
     labeled_share: float = option(0.5, "labeled images of a batch, as a share, where not all are", gt=0, le=1)
     size: int = option(224, "side of the images in pixels; digits have 8", source=RELEASED, ge=8)

@@ -23,7 +23,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from . import coco, engine, runs, scenes
+from . import coco, engine, images, runs, scenes
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
@@ -36,7 +36,7 @@ BUNDLED_AT_ONCE = 50  # scenes of an evaluation batch; of images of one's own, w
 
 
 class Data(Section):
-    root: str = option("", "folder as COCO has it; none: scenes composed from scikit-learn's digits")
+    root: str = option("", "folder as COCO has it; none: composed scenes")
     train: str = option("train2017", "training: images in root/NAME, objects in root/annotations/instances_NAME.json")
     val: str = option("val2017", "evaluation")
     labeled: int = option(300, "only the first so many training images are the student's; 0: all", ge=0)
@@ -46,11 +46,11 @@ class Data(Section):
     std: Floats = option((0.2,), "of the channels")
 
 
-class Scenes(Section):
-    """The composed scenes (scenes.py)."""
+class Scenes(images.Source):
+    """The composed scenes (scenes.py), and whose pictures they show."""
 
     train: int = option(1500, "training scenes; the teacher sees all of them", ge=16, le=10**6)
-    val: int = option(300, "evaluation scenes, of other digits", ge=1, le=10**6)
+    val: int = option(300, "evaluation scenes, of held-out pictures", ge=1, le=10**6)
 
 
 class Augment(Section):
@@ -213,8 +213,9 @@ class Detection(Task):
         if d.root:
             train, val = (coco.CocoImages(Path(d.root), name, d.channels) for name in (d.train, d.val))
         else:
-            train = scenes.Scenes(self.seed, self.labeled or self.config.scenes.train, training=True)
-            val = scenes.Scenes(self.seed, self.config.scenes.val, training=False)
+            source = self.config.scenes
+            train = scenes.Scenes(source, self.seed, self.labeled or source.train, training=True)
+            val = scenes.Scenes(source, self.seed, source.val, training=False)
         if train.names != val.names or d.classes not in (0, len(train.names)):
             counts = f"{len(train.names)} in {train.where}, {len(val.names)} in {val.where}"
             raise RunError(f"data.classes: the categories differ: {counts}, data.classes={d.classes}")
@@ -324,9 +325,10 @@ class Detection(Task):
         for path in [coco.annotation_file(Path(d.root), name) for name in (d.train, d.val)] if d.root else []:
             if not path.exists():
                 raise OptionError(f"data.root: there is no {path}")
-        classes = d.classes or len(scenes.Scenes.names)
-        if d.root and not d.classes:
-            classes = len(coco.CocoImages(Path(d.root), d.train, d.channels).names)
+        if d.root:
+            classes = d.classes or len(coco.CocoImages(Path(d.root), d.train, d.channels).names)
+        else:
+            classes = images.open_images(config.scenes, 0, "scenes")[2]
         cls.detector(config.student, classes, d.channels, empty=True)
         if config.distill.weight:
             cls.detector(config.teacher, classes, d.channels, empty=True)

@@ -46,11 +46,7 @@ WHITENING = "whitening.safetensors"
 SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a picture
 
 
-class Data(Section):
-    name: str = option("digits", "digits (bundled), folder, or a data set of torchvision: CIFAR10, CIFAR100, ...")
-    root: str = option("", "where the images are; of a folder: root/train/<class>/*, root/val/<class>/*")
-    download: bool = option(False, "let torchvision fetch what is missing")
-    classes: int = option(0, "number of classes; 0: what the data say", ge=0)
+class Data(images.Source):
     fraction: float = option(0.1, "share of the training images that the GAN sees", source=TRIAL, gt=0, le=1)
     size: int = option(8, "side of the images in pixels: 8, 16, 32, 64, ...", ge=8)
     channels: Channels = option(1, "of the images: 3 for color")

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from .config import OptionError, nearest
+from .config import OptionError, Section, nearest, option
 from .digits import Digits, DigitViews
 from .loading import Key, Views, epochs, read
 from .runs import RunError
@@ -31,6 +31,15 @@ from .task import generator, mixed_seed
 
 SPLIT, FIXED, MIX, DRAW = range(1, 5)  # what a draw is for, beside the seed and the numbers
 AT_ONCE = 64  # images of a batch that nothing is learned from
+
+
+class Source(Section):
+    """Where images with labels come from."""
+
+    name: str = option("digits", "digits (bundled), folder, or the name of a data set of torchvision: CIFAR100, ...")
+    root: str = option("", "where the images are; of a folder: root/train/<class>/*, root/val/<class>/*")
+    download: bool = option(False, "let torchvision fetch what is missing")
+    classes: int = option(0, "number of classes; 0: what the data say", ge=0)
 
 
 class Images:
@@ -188,14 +197,14 @@ def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Gen
     return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in rows])
 
 
-def open_images(data: Any, seed: int) -> tuple[Any, Any, int]:
-    """Training images, held-out images, number of classes of `data.name`; the digits are split by the seed."""
+def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any, int]:
+    """Training images, held-out images, number of classes of a section `where`; the digits are split by the seed."""
     if data.name == "digits":
         return Digits(seed, training=True), Digits(seed, training=False), len(Digits.classes)
     kind: Any = getattr(torchvision.datasets, data.name, None)
     if data.name != "folder" and kind is None:
         known = ["digits", "folder", *torchvision.datasets.__all__]
-        raise OptionError(f"data.name: there is no {data.name!r} in torchvision.datasets{nearest(data.name, known)}")
+        raise OptionError(f"{where}.name: there is no {data.name!r} in torchvision.datasets{nearest(data.name, known)}")
     try:
         if data.name == "folder":
             train, test = (ImageFolder(str(Path(data.root) / split)) for split in ("train", "val"))
@@ -204,13 +213,13 @@ def open_images(data: Any, seed: int) -> tuple[Any, Any, int]:
             splits = [{"train": True}, {"train": False}] if flag else [{"split": "train"}, {"split": "test"}]
             train, test = (kind(data.root, download=data.download, **split) for split in splits)
     except Exception as error:  # missing or damaged files, no network: as many types as ways to fail
-        hint = "" if data.download or data.name == "folder" else "; data.download=true fetches it"
-        raise RunError(f"data.root={data.root} data.name={data.name}: {error}{hint}") from error
+        hint = "" if data.download or data.name == "folder" else f"; {where}.download=true fetches it"
+        raise RunError(f"{where}.root={data.root} {where}.name={data.name}: {error}{hint}") from error
     names, others = getattr(train, "classes", ()), getattr(test, "classes", ())
     if names != others:
         raise RunError(f"{data.root}: only in one of train and val: {', '.join(sorted({*names} ^ {*others})[:5])}")
     if not (classes := len(names) or data.classes):
-        raise OptionError(f"data.classes: {data.name} does not say how many classes it has; give their number")
+        raise OptionError(f"{where}.classes: {data.name} does not say how many classes it has; give their number")
     if data.classes not in (0, classes):
-        raise RunError(f"data.classes is {data.classes}, but {data.root} has {classes} classes")
+        raise RunError(f"{where}.classes is {data.classes}, but {data.root} has {classes} classes")
     return train, test, classes

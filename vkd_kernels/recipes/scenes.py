@@ -1,39 +1,44 @@
-"""Scenes composed from scikit-learn's handwritten digits: the data that detection brings along.
+"""Scenes composed from small gray pictures, handwritten digits or garments: the data that detection brings along.
 
-Real strokes at random places and scales: every canvas holds a few digits with tight boxes, fragments of other digits as
-clutter, and noise. Training scenes use one part of the 1797 digits, evaluation scenes the others.
+Real strokes at random places and scales: every canvas holds a few pictures with tight boxes, fragments of others as
+clutter, and noise. Training scenes are made of a data set's training images, evaluation scenes of its held-out ones.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.transforms.functional import to_tensor
 
-from . import coco
-from .digits import read_digits
+from . import coco, images
 from .task import generator
 
-HELD_OUT = 497  # of the 1797 digits, for the evaluation scenes
 CANVAS = 64
-SIZES = (12, 28)  # pixels, of a digit before its box is made tight
-DIGITS = (1, 4)
+SIZES = (12, 28)  # pixels, of a picture before its box is made tight
+PICTURES = (1, 4)
 OVERLAP = 0.05  # of two boxes, at most: intersection over union
 CONTRAST = (0.6, 1.0)
 FRAGMENTS, FRAGMENT_SIZES = 3, (4, 9)
 NOISE = 0.15
-INK = 0.3  # of a digit's own maximum: what belongs to its box
+INK = 0.3  # of a picture's own maximum: what belongs to its box
 BLACK, GAIN = 0.25, 0.5  # of the 8-bit range: what background and full ink become, so that noise is not cut off
 
 Scene = tuple[Tensor, Tensor]  # an image (1, CANVAS, CANVAS) uint8; objects (M, 6) as coco.item takes them
 
 
-def compose(digits: Tensor, labels: Tensor, draw: torch.Generator) -> Scene:
-    """One canvas from digits (N, 8, 8) in [0, 1] and their labels (N,)."""
+def compose(pictures: Any, draw: torch.Generator) -> Scene:
+    """One canvas from a data set of (square picture, label)."""
 
     def whole(low: int, high: int) -> int:  # both included
         return int(torch.randint(low, high + 1, (), generator=draw))
+
+    def some_picture() -> tuple[Tensor, int]:  # (H, W) from 0 to 1
+        picture, label = pictures[whole(0, len(pictures) - 1)]
+        return to_tensor(picture.convert("L"))[0], label
 
     def resized(ink: Tensor, size: int) -> Tensor:
         contrast = CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * torch.rand((), generator=draw)
@@ -45,17 +50,19 @@ def compose(digits: Tensor, labels: Tensor, draw: torch.Generator) -> Scene:
 
     canvas, objects = torch.zeros(CANVAS, CANVAS), torch.zeros(0, 6)
     for _ in range(FRAGMENTS):
-        digit, row, column, size = digits[whole(0, len(digits) - 1)], whole(0, 4), whole(0, 4), whole(*FRAGMENT_SIZES)
-        fragment = resized(digit[row : row + 4, column : column + 4], size)
+        picture, size = some_picture()[0], whole(*FRAGMENT_SIZES)
+        half = len(picture) // 2
+        row, column = whole(0, half), whole(0, half)
+        fragment = resized(picture[row : row + half, column : column + half], size)
         paste(fragment, whole(0, CANVAS - size), whole(0, CANVAS - size))
-    for _ in range(whole(*DIGITS)):
-        index = whole(0, len(digits) - 1)
-        ink = resized(digits[index], whole(*SIZES))
+    for _ in range(whole(*PICTURES)):
+        picture, label = some_picture()
+        ink = resized(picture, whole(*SIZES))
         left, top, right, bottom = masks_to_boxes((ink > INK * ink.max())[None])[0].int().tolist()
         ink = ink[top : bottom + 1, left : right + 1]
-        for _ in range(50):  # places; a canvas that is too full gets one digit less
+        for _ in range(50):  # places; a canvas that is too full gets one picture less
             x, y = whole(0, CANVAS - ink.shape[1]), whole(0, CANVAS - ink.shape[0])
-            place = torch.tensor([[x, y, x + ink.shape[1], y + ink.shape[0], int(labels[index]), 0.0]])
+            place = torch.tensor([[x, y, x + ink.shape[1], y + ink.shape[0], label, 0.0]])
             if (box_iou(place[:, :4], objects[:, :4]) <= OVERLAP).all():
                 paste(ink, x, y)
                 objects = torch.cat([objects, place])
@@ -65,17 +72,13 @@ def compose(digits: Tensor, labels: Tensor, draw: torch.Generator) -> Scene:
 
 
 class Scenes:
-    """The first `count` training scenes of a seed, or its evaluation scenes, of other digits."""
+    """The first `count` training scenes of a seed, or its evaluation scenes, of other pictures of `source`."""
 
-    names = {digit: str(digit) for digit in range(10)}
-
-    def __init__(self, seed: int, count: int, *, training: bool) -> None:
-        images, labels = read_digits()
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        rows = order[HELD_OUT:] if training else order[:HELD_OUT]
-        digits, labels, self.where = images[rows, 0], labels[rows], f"scenes of seed {seed}"
+    def __init__(self, source: images.Source, seed: int, count: int, *, training: bool) -> None:
+        train, held_out, _ = images.open_images(source, seed, "scenes")
+        self.names, self.where = dict(enumerate(train.classes)), f"scenes of seed {seed}"
         draws = (generator(seed, 0 if training else 1, number) for number in range(count))
-        self.items = [coco.item(*compose(digits, labels, draw)) for draw in draws]
+        self.items = [coco.item(*compose(train if training else held_out, draw)) for draw in draws]
 
     def __len__(self) -> int:
         return len(self.items)
