@@ -126,8 +126,11 @@ class Case:
             setattr(double, name, value)
         return double.run(function or reference.loss)
 
-    def check(self, function: Callable[..., torch.Tensor], slack: float = 1.0, **kwargs: Any) -> None:
-        """Three sides: the error against float64 is within the table, or 1.5 times the same-dtype composition's."""
+    def check(self, function: Callable[..., torch.Tensor], slack: float = 1.0, **kwargs: Any) -> torch.Tensor:
+        """Three sides: the error against float64 is within the table, or 1.5 times the same-dtype composition's.
+
+        Returns the function's loss.
+        """
         truth, composed, got = self.truth(), self.run(reference.loss), self.run(function, **kwargs)
         dtype = self.student.dtype
         assert got[0].dtype == acc_dtype(dtype) and got[0].shape == ()
@@ -138,6 +141,7 @@ class Case:
             assert gradient.dtype == getattr(self, name).dtype and gradient.shape == getattr(self, name).shape
             limit = max(1.5 * error(composed[1][name], truth[1][name]), GRADIENT_ERROR[dtype])
             assert error(gradient, truth[1][name]) <= slack * limit, name
+        return got[0]
 
 
 def poison_new_tensors(monkeypatch):

@@ -1,7 +1,8 @@
 """Every fused kernel as it ships, compiled ahead of time for NVIDIA's and AMD's chips: no GPU is needed.
 
 The losses of benchmarks/host_time/forms.py run with their launches recorded: what is compiled here is what would be
-launched. Compilation happens in processes of their own, for this one may be interpreting Triton.
+launched. Compilation happens in processes of their own, for this one may be interpreting Triton; the kernels for sm_90
+are in Triton's cache from then on, where the launches of test_host_time.py find them.
 """
 
 import concurrent.futures
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,9 +95,14 @@ def source(
     backend = make_backend(target)
     bind = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, _ = bind(**arguments, **options)
-    # What follows is what Triton's `run` does before it compiles, from 3.4 on; later versions have it as a method.
+    if hasattr(function, "_pack_args"):
+        flags, signature, constants, attributes = function._pack_args(
+            backend, {**arguments, **options}, bound, specialization, None
+        )
+        return ASTSource(function, signature, constants, attributes), flags.__dict__
+    # Triton 3.4 has no such method; this is what its `run` does before it compiles.
     kinds = [kind for kind, _ in specialization]
-    marks = [None if kind == "constexpr" else mark for kind, mark in specialization]
+    marks = [mark for _, mark in specialization]
     constants = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
     attributes = find_paths_if(marks, lambda _, mark: isinstance(mark, str))
     code = ASTSource(
@@ -128,10 +135,36 @@ def compile_form(job: tuple[str, str]) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _of_nvidia(compiled: Any, chip: str) -> dict[str, Any]:
+def keep_reports_of_ptxas() -> None:
+    """Triton calls ptxas with -v and drops what it says: from now on it stays in the metadata of what is compiled."""
+    from triton.backends.nvidia import compiler
+
+    make_cubin = compiler.CUDABackend.make_cubin
+    said = []
+
+    class Subprocess:
+        """The module subprocess, as far as the compiler uses it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(subprocess, name)
+
+        def run(self, command: list[str], *, stderr: Any, **options: Any) -> Any:
+            result = subprocess.run(command, stderr=stderr, **options)
+            said.append(Path(stderr.name).read_text())
+            return result
+
+    def with_report(self: Any, src: Any, metadata: dict[str, Any], *arguments: Any) -> Any:
+        cubin = make_cubin(self, src, metadata, *arguments)
+        metadata["report"] = said.pop()
+        return cubin
+
+    compiler.subprocess = Subprocess()
+    compiler.CUDABackend.make_cubin = with_report
+
+
+def report_of_ptxas(ptx: str, chip: str) -> str:
     from triton import knobs
 
-    ptx = compiled.asm["ptx"]
     newer = getattr(knobs.nvidia, "ptxas_blackwell", None) if CHIPS[chip] >= 100 else None
     architecture = chip + ("a" if CHIPS[chip] >= 90 else "")
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
@@ -139,7 +172,13 @@ def _of_nvidia(compiled: Any, chip: str) -> dict[str, Any]:
         file.flush()
         command = [(newer or knobs.nvidia.ptxas).path, "-v", "--gpu-name", architecture, file.name, "-o", "/dev/null"]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
-    report = run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def _of_nvidia(compiled: Any, chip: str) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    # Without a report the kernel was in the cache before: a user's own launch has compiled it.
+    report = getattr(compiled.metadata, "report", None) or report_of_ptxas(ptx, chip)
     stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report).groups()
     return {
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
@@ -184,7 +223,9 @@ def compiled(request: pytest.FixtureRequest) -> dict[tuple[str, str], dict[str, 
     before = os.environ.pop("TRITON_INTERPRET", None)
     try:
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            min(2, os.cpu_count() or 1), mp_context=context, initializer=keep_reports_of_ptxas
+        ) as pool:
             return dict(zip(jobs, pool.map(compile_form, jobs), strict=True))
     finally:
         if before is not None:

@@ -84,8 +84,8 @@ def test_equals_the_literal_formula(loss, normalization, form, dtype, monkeypatc
         (70, 20, 45), dtype, loss=MIXTURES[loss], normalization=normalization, beta=0.7, device=DEVICE, **options
     )
     true_loss, truth = case.truth(literal)
-    case.check(form, 2.0 if INTERPRETED.value and dtype == torch.bfloat16 else 1.0)
-    assert error(case.run(form)[0], true_loss) <= 2e-6 and truth
+    loss_value = case.check(form, 2.0 if INTERPRETED.value and dtype == torch.bfloat16 else 1.0)
+    assert error(loss_value, true_loss) <= 2e-6 and truth
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,10 +137,8 @@ def test_float16_holds_the_gradient_of_a_raw_teacher_of_any_size(loss, form):
 def test_chunks_have_the_bits_of_one_chunk(dtype, monkeypatch):
     """Partial sums are indexed by tile, whatever launch it was in."""
     monkeypatch.setattr(tiles, "POOLED_ROWS", 64)
-    for seed in range(3):
-        case = Case((400, 16, 140), dtype, bias=True, weights=True, device=DEVICE, seed=seed)
-        whole = case.run(triton.loss)[0]
-        assert torch.equal(whole, case.run(many_rows)[0])
+    case = Case((300, 16, 140), dtype, bias=True, weights=True, device=DEVICE)
+    assert torch.equal(case.run(triton.loss)[0], case.run(many_rows)[0])
 
 
 def test_rows_far_apart_are_copied():
