@@ -54,7 +54,9 @@ def _serve(rank, connection):
 
 
 def _start_ranks():
-    context = multiprocessing.get_context("spawn")
+    """Forked from a process of their own kind that has imported PyTorch: once, however often ranks are started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "vkd_kernels"])
     for rank in range(2):
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(rank, theirs))
@@ -79,7 +81,7 @@ def run_ranks(worker, folder, *arguments, seconds=RANKS_TIMEOUT):
 
     An error in one rank ends both, and is raised here, the first one first. So does the time limit; a collective whose
     partner never comes fails after half of it. After a success the processes wait for the next call, because importing
-    PyTorch takes longer than most workers; they end with this process.
+    what tests need takes longer than most workers; they end with this process.
     """
     if not _ranks:
         _start_ranks()

@@ -303,10 +303,9 @@ def test_autocast(path):
         assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("loss", MIXTURES[:2], ids=str)
-def test_compiles_to_one_graph(path, loss):
+def test_compiles_to_one_graph(path):
     torch._dynamo.reset()
-    module = vk.OrthoProjLoss(5, 9, loss=loss, normalization=Doubled())
+    module = vk.OrthoProjLoss(5, 9, loss=MIXTURES[1], normalization=Doubled())
     student, teacher, _ = inputs(dtype=torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     results = []
