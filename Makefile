@@ -102,4 +102,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf build dist .venv-lowest .venv-wheel *.egg-info vkd_kernels/*.so vkd_kernels/_build.json
+	rm -rf build dist .venv-lowest .venv-triton .venv-wheel *.egg-info vkd_kernels/*.so vkd_kernels/_build.json

@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Files whose tests take a second or more of a processor each: compilers, ranks, commands, kernels in the interpreter.
-# They run first, those that take longest before the others, so that two processes end at about the same time.
 SLOW_FILES = (
     "test_build.py",
     "ops/test_ortho_proj_loss_aot.py",
@@ -33,6 +32,23 @@ SLOW_FILES = (
     "modules/test_teachers.py",
     "ops/test_ortho_proj_loss_semi_orthogonal.py",
 )
+# What takes longest runs first, so that two processes end at about the same time: the slow files, and of the others
+# those that have slow tests or very many.
+ORDER = (
+    "test_build.py",
+    "ops/test_ortho_proj_loss_aot.py",
+    "test_benchmarks_gpu.py",
+    *SLOW_FILES,
+    "test_docs.py",
+    "ops/test_running_statistics.py",
+    "ops/test_ortho_proj_loss_cosine.py",
+    "ops/test_ortho_proj_loss_chunked.py",
+    "ops/test_ortho_proj_loss.py",
+    "ops/test_library.py",
+    "ops/test_cayley.py",
+    "modules/*.py",
+    "ops/test_backend.py",
+)
 NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 
 
@@ -41,13 +57,13 @@ def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="every combination: `make test-thorough`")
 
 
-def rank_of_slow_file(path):
-    """Its place among SLOW_FILES, behind which all others come."""
-    return next((i for i, pattern in enumerate(SLOW_FILES) if path.match(f"tests/{pattern}")), len(SLOW_FILES))
+def place(path, patterns):
+    """That of the first pattern which the file matches; behind all where it matches none."""
+    return next((i for i, pattern in enumerate(patterns) if path.match(f"tests/{pattern}")), len(patterns))
 
 
 def is_slow_file(path):
-    return rank_of_slow_file(path) < len(SLOW_FILES)
+    return place(path, SLOW_FILES) < len(SLOW_FILES)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -59,7 +75,7 @@ def pytest_collection_modifyitems(items, config):
     for item in items:
         if is_slow_file(item.path) or "compile" in item.name:  # of torch.compile: seconds each
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: rank_of_slow_file(item.path))
+    items.sort(key=lambda item: place(item.path, ORDER))
     left_out = {"slow": config.getoption("--quick"), "thorough": not config.getoption("--thorough")}
     for mark in (mark for mark, is_left_out in left_out.items() if is_left_out):
         items[:] = [item for item in items if not item.get_closest_marker(mark)]

@@ -24,6 +24,7 @@ from benchmarks import (
     report,
 )
 from benchmarks.harness import Calls, Candidate, Case
+from tests.helpers import processes
 from vkd_kernels.ops.ortho_proj_loss import dispatch
 
 RATES = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}}
@@ -376,8 +377,7 @@ def rows_of(name, cases):
 
 
 def test_pytest_benchmark_tabulates_the_recorded_samples(tmp_path):
-    command = [
-        sys.executable,
+    words = [
         "-m",
         "pytest",
         "benchmarks/",
@@ -397,7 +397,7 @@ def test_pytest_benchmark_tabulates_the_recorded_samples(tmp_path):
         pytest.skip("names a case of the CPU's list")
     # Under xdist the plugin that is to tabulate would switch itself off: a user's own command does not run there.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    result = subprocess.run(command, cwd=records.ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = processes.run_python(*words, cwd=records.ROOT, env=environment, seconds=600)
     assert result.returncode == 0, result.stdout + result.stderr
     table = json.loads((tmp_path / "table.json").read_text())["benchmarks"]
     (measured,) = records.read(tmp_path / "records")["cpu"]["cayley"]["cases"]

@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shlex
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -104,6 +103,7 @@ def snippets(page):
 STANDALONE = ["index", "getting_started", "choosing", "distiller", "cayley", "foundation_models"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", STANDALONE)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -119,6 +119,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch,
         assert names["hits"] > 0.4 and (tmp_path / "stand_in.pt").exists()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
     pytest.importorskip("sklearn")
     notebook = json.loads((ROOT / "examples" / "first_student.ipynb").read_text())
@@ -151,7 +152,7 @@ def test_a_command_of_a_page_is_one(words):
         module = importlib.util.find_spec(words[2])
         assert module is not None and Path(module.origin).exists(), words
         if words[2] == "vkd_kernels.info":
-            processes.run([sys.executable, *words[1:]], seconds=100).check_returncode()
+            processes.run_python(*words[1:], seconds=300).check_returncode()
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), words
     elif words[0] == "pip":

@@ -70,7 +70,8 @@ def first_call(folder: Path, rehearse: bool) -> list[list[Step]]:
 
 def second_call(folder: Path, rehearse: bool) -> list[list[Step]]:
     return [
-        [build(rehearse), warm(rehearse)],  # nothing to do on a machine that is still warm
+        # nothing to do on a machine that is still warm; the first call has rehearsed it
+        *([] if rehearse else [[build(rehearse), warm(rehearse)]]),
         [program("tiles, chunks and the row-stationary kernel", "smoke", ["tile_choices"], folder, 60, rehearse)],
         [profile(folder, rehearse)],
         [sanitizer(tool, rehearse) for tool in (SANITIZERS[:1] if rehearse else SANITIZERS)],

@@ -27,7 +27,8 @@ class Stub:
 
     def __init__(self, capability: int = 90) -> None:
         assert not os.environ.pop("TRITON_INTERPRET", None), "TRITON_INTERPRET must not be set"
-        folder = tempfile.mkdtemp(prefix="stub-libcuda-")
+        self.folder = tempfile.TemporaryDirectory(prefix="stub-libcuda-")  # it goes with the process
+        folder = self.folder.name
         library = f"{folder}/libcuda.so.1"
         command = ["gcc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, str(SOURCE)]
         subprocess.run(command, check=True)

@@ -1,20 +1,25 @@
 """Processes that tests start: each has a time limit, and none outlives its test.
 
 run_ranks(worker, ...)     worker(rank, ...) in two gloo ranks
-popen, run                 commands; torchrun gives each rank a session of its own, so what a command has started is
-                           found by a mark in its environment, also after the command itself has died
+run_python, Python         commands of Python that import PyTorch, forked where it has been imported
+popen, run                 other commands; torchrun gives each rank a session of its own, so what a command has started
+                           is found by a mark in its environment, also after the command itself has died
 """
 
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 import traceback
 import uuid
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import psutil
 import torch
@@ -23,7 +28,19 @@ import torch.distributed as dist
 RANKS_TIMEOUT = 600.0  # seconds
 MARK = "VKD_KERNELS_TESTED_BY"
 
-_started = []
+_started = []  # by popen
+_forked = []  # as Python
+
+
+def _forks():
+    """Where processes are forked from: one that has imported PyTorch, which takes longer than what most tests do there.
+
+    Not the package: some tests import it in another environment.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    return context
+
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
@@ -54,9 +71,7 @@ def _serve(rank, connection):
 
 
 def _start_ranks():
-    """Forked from a process of their own kind that has imported PyTorch: once, however often ranks are started."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "vkd_kernels"])
+    context = _forks()
     for rank in range(2):
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(rank, theirs))
@@ -117,7 +132,84 @@ def _answer(rank, connection):
     return [] if said is None else [said]
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+
+class Python:
+    """``python -c CODE ...`` or ``python -m MODULE ...`` in a session of its own, with what tests use of Popen."""
+
+    def __init__(self, command, *, env=None, cwd=None, stderr=subprocess.PIPE, **_):
+        _, flag, what, *words = (os.fspath(word) for word in command)
+        assert flag in ("-c", "-m"), command
+        self.args, self.returncode = command, None
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        if stderr == subprocess.STDOUT:
+            self._outputs[1] = None
+        arguments = (
+            flag,
+            what,
+            words,
+            dict(os.environ if env is None else env),
+            os.fspath(cwd or os.getcwd()),
+            self._outputs,
+        )
+        self._process = _forks().Process(target=_run_as_python_does, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+        _forked.append(self)
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        """Its session, too."""
+        if self._process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.join()
+
+    def communicate(self, timeout=None):
+        """(stdout, stderr), both as text; stderr is None where it goes to stdout."""
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        self.returncode = self._process.exitcode
+        texts = [path and path.read_text() for path in self._outputs]
+        self._folder.cleanup()
+        return texts
+
+
+def _run_as_python_does(flag, what, words, env, folder, outputs):
+    os.setsid()
+    for descriptor, path in zip((1, 2), outputs, strict=True):
+        os.dup2(1 if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.argv = [flag, *words]
+    if flag == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def run_python(*words, seconds, **options):
+    """subprocess.run of Python with these words, a time limit and captured output."""
+    process = Python([sys.executable, *words], **options)
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+# ---- other commands --------------------------------------------------------------------------------------------------
 
 
 def popen(command, *, env=None, **options):
@@ -140,7 +232,10 @@ def run(command, *, seconds, **options):
 
 
 def end_started():
-    """Ends what popen has started, and what that has started, wherever it still runs (conftest.py: after each test)."""
+    """Ends what Python and popen have started, and what that has started, where it still runs (after each test)."""
+    for process in _forked:
+        process.kill()
+    _forked.clear()
     if not _started:
         return
     for process in psutil.process_iter():

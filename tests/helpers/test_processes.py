@@ -71,7 +71,7 @@ def test_ranks_of_torchrun_end_with_their_test(tmp_path):
     script.write_text(ENDLESS + "time.sleep(1000)")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = processes.popen([*launcher, script, tmp_path])
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while not all((tmp_path / rank).exists() and (tmp_path / rank).read_text() for rank in "01"):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)

@@ -124,7 +124,7 @@ def test_inputs_go_to_the_teachers_device_and_features_come_back():
 
 
 def validation_on_the_first_rank(rank):
-    group = dist.new_group(timeout=datetime.timedelta(seconds=20))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=120))
     distiller = distill(layers(16))
     with_group = vk.FeatureDistiller(
         distiller.student,

@@ -12,15 +12,13 @@ import math
 import os
 import re
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import vkd_kernels as vk
+from tests.helpers import processes
 from vkd_kernels.ops.ortho_proj_loss import api, dispatch
 
 OPTIONS = {
@@ -76,8 +74,7 @@ def orthogonality_error(p):
 
 def test_every_bad_argument_is_named(capsys):
     """In a process of its own, so that a crash or a hang is a failure of this test alone."""
-    script = Path(__file__).parents[1] / "helpers" / "fuzz_arguments.py"
-    result = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=900)
+    result = processes.run_python("-m", "tests.helpers.fuzz_arguments", seconds=900)
     with capsys.disabled():
         print("\nfuzz:", result.stdout.splitlines()[0] if result.stdout else result)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -265,7 +262,7 @@ assert len(results) == 8 and len({r.item() for r in results}) == 1, results
 
 def test_first_use_from_several_threads_at_once():
     """The extension is loaded and its operators are registered once, whoever comes first."""
-    result = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=600)
+    result = processes.run_python("-c", FIRST_USE, seconds=600)
     assert result.returncode == 0 and "Error" not in result.stderr, result.stderr
 
 

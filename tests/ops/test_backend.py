@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 import types
 import warnings
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 import vkd_kernels as vk
+from tests.helpers import processes
 from vkd_kernels import _info
 from vkd_kernels.ops import implementations
 from vkd_kernels.ops.implementations import Implementation
@@ -30,10 +29,8 @@ print(facts["ops"]["{op}"]["{device}"])
 """
 
 
-def python(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+def python(code):
+    result = processes.run_python("-c", code, seconds=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -117,10 +114,8 @@ def test_info_tells_versions_and_reasons():
 
 
 def test_info_as_a_command(capsys):
-    result = subprocess.run(
-        [sys.executable, "-m", "vkd_kernels.info", "--json"], capture_output=True, text=True, check=True
-    )
-    assert not result.stderr
+    result = processes.run_python("-m", "vkd_kernels.info", "--json", seconds=300)
+    assert result.returncode == 0 and not result.stderr
     assert json.loads(result.stdout) == json.loads(json.dumps(vk.info()))
     _info.main([])
     assert torch.__version__ in capsys.readouterr().out

@@ -1,12 +1,12 @@
 """The chunked loss and the statistics over rows, in plain PyTorch: against float64 and the reference, and in memory."""
 
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.helpers import processes
 from tests.helpers.loss_cases import DTYPES, OPTIONS, SHAPES, Case, error
 from vkd_kernels.ops.ortho_proj_loss import chunked, chunks, statistics
 
@@ -137,7 +137,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux reports it, in KiB")
 def test_memory_does_not_grow_with_rows():
     """One N x T float32 tensor would be 64 MiB here, and the composition makes five."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    run = processes.run_python("-c", MEMORY, seconds=300)
+    assert run.returncode == 0, run.stderr
     assert float(run.stdout) <= 40
 
 
