@@ -105,22 +105,27 @@ def test_a_teacher_on_two_devices_is_left_alone():
 
 
 def test_inputs_go_to_the_teachers_device_and_features_come_back():
-    """With the meta device as the second one: what arrives there has no values, but a place."""
+    """With the meta device as the second one: it is an error to copy anything from there."""
     places = []
 
     class Watched(nn.Module):
-        def __init__(self):
+        def __init__(self, device):
             super().__init__()
-            self.linear = nn.Linear(6, 16, device="meta")
+            self.linear = nn.Linear(6, 16, device=device)
 
         def forward(self, batch):
             places.append((batch["x"].device.type, batch["x"].dtype))
             return self.linear(batch["x"])
 
-    distiller = distill(Watched(), {**PAIR, "teacher": "linear"})
+    batch = {"x": FEATURES.double().to("meta")}
+    features_come_back = distill(Watched("meta"), {**PAIR, "teacher": "linear"})
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        distiller(FEATURES, teacher_input=({"x": FEATURES.double()},))
+        features_come_back(FEATURES, teacher_input=(batch,))
     assert places == [("meta", torch.float32)]
+    inputs_go = distill(Watched("cpu"), {**PAIR, "teacher": "linear"})
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        inputs_go(FEATURES, teacher_input=(batch,))
+    assert len(places) == 1
 
 
 def validation_on_the_first_rank(rank):
