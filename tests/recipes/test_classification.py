@@ -176,12 +176,42 @@ def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
     values = saved_teacher(folder / "teacher", classes=7)
     with pytest.raises(RunError, match=r"teacher\.weights: .*another architecture.*head\.fc"):
         job(of_folder(folder, optim__batch_size=8, **values), folder / "run").train_teacher()
+    with pytest.raises(RunError, match=r"head\.fc.*; if only the head differs, distill\.logit_weight=0 leaves it out"):
+        classification.Classification.check(of_folder(folder, optim__batch_size=8, **values))
     config = of_folder(folder, distill__logit_weight=0, optim__batch_size=8, **values)
+    classification.Classification.check(config)
     batch = next(job(config, folder / "run").batches(0))
     assert "logits" not in batch and batch["features"].shape == (8, 368)
     config = configured(teacher__name="resnet18", teacher__pretrained=True).teacher
     with pytest.raises(OptionError, match=r"teacher\.pretrained: resnet18 has 1000 classes, not 2; with distill"):
         models.make_teacher(config, models.Shape(2, 32, 3))
+
+
+def test_without_a_network_the_error_names_the_remedy(monkeypatch):
+    def unreachable(*args, **options):
+        raise FileNotFoundError("cannot find the requested files")
+
+    monkeypatch.setattr(models.timm, "create_model", unreachable)
+    config = configured(teacher__name="resnet18", teacher__pretrained=True).teacher
+    with pytest.raises(RunError, match=r"teacher\.pretrained: .*requested files; .*give teacher\.weights=FILE"):
+        models.make_teacher(config, models.Shape(2, 32, 3), logits=False)
+
+
+def test_what_cannot_be_trained_is_said_before(folder):
+    check = classification.Classification.check
+    check(of_folder(folder, optim__batch_size=12, teacher__batch_size=12))
+    with pytest.raises(OptionError, match=r"^optim\.batch_size: 13, but there are only 12 training images"):
+        check(of_folder(folder, optim__batch_size=13, teacher__batch_size=12))
+    with pytest.raises(OptionError, match=r"^teacher\.batch_size: 13, but there are only 12 training images"):
+        check(of_folder(folder, optim__batch_size=12, teacher__batch_size=13))
+    batches = {"optim__batch_size": 8, "teacher__batch_size": 8, "distill__features": "tokens"}
+    check(of_folder(folder, teacher__pools=(1, 2), student__patch=4, **batches))
+    with pytest.raises(OptionError, match=r"^distill\.features: tokens, but the student has 64 positions and .* 256;"):
+        check(of_folder(folder, student__patch=4, **batches))
+    small = models.make_student(of_folder(folder, student__width=16).student, models.Shape(2, 32, 3))
+    runs.save_safetensors(folder / "student.safetensors", small.state_dict())
+    with pytest.raises(RunError, match=r"student\.weights: .* is of another architecture: .*size mismatch"):
+        check(of_folder(folder, student__weights=str(folder / "student.safetensors"), **batches))
 
 
 def test_students_alone_need_no_teacher(folder):

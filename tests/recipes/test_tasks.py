@@ -67,7 +67,9 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
     [
         ("classification", ["digits.labels=2"], "digits.labels: must be less than"),
         ("classification", ["student.widht=3"], "unknown key 'student.widht'; did you mean 'student.width'?"),
+        ("classification", ["teacher.weight=a.pth"], "unknown key 'teacher.weight'; did you mean 'teacher.weights'?"),
         ("classification", ["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
+        ("classification", ["data.name=folder"], "data.root=FOLDER with FOLDER/train/<class>/*"),
         ("classification", ["student.heads=5"], "student.heads: 5 does not divide"),
         ("classification", ["data.mean=0.5"], "data.mean, data.std: one per channel, 3"),
         ("classification", ["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),

@@ -34,39 +34,39 @@ RELEASED = "released code"
 
 
 class Data(Source):
-    labels: float = option(1.0, "share of the training images whose labels a student may see", gt=0, le=1)
-    labeled_share: float = option(0.5, "labeled images of a batch, as a share, where not all are", gt=0, le=1)
+    labels: float = option(1.0, "share of the training images whose labels the student sees", gt=0, le=1)
+    labeled_share: float = option(0.5, "share of a batch that has labels, if data.labels is below 1", gt=0, le=1)
     size: int = option(224, "side of the images in pixels; digits have 8", source=RELEASED, ge=8)
-    channels: Channels = option(3, "of the images: 1 for gray")
-    crop: float = option(0.875, "evaluation: share of the shorter side that is seen", source=RELEASED, gt=0, le=1)
-    mean: Floats = option((0.485, 0.456, 0.406), "of the channels: what the teacher was trained with", source="timm")
-    std: Floats = option((0.229, 0.224, 0.225), "of the channels", source="timm")
+    channels: Channels = option(3, "channels of the images: 1 for gray")
+    crop: float = option(0.875, "share of the shorter side that evaluation sees", source=RELEASED, gt=0, le=1)
+    mean: Floats = option((0.485, 0.456, 0.406), "mean of each channel, as the teacher was trained with", source="timm")
+    std: Floats = option((0.229, 0.224, 0.225), "standard deviation of each channel", source="timm")
 
 
 class Augment(Section):
-    """Of real images; the digits have their own."""
+    """Augmentation of real images; the digits have their own."""
 
-    views: int = option(0, "fixed views of every image, whose answers are stored; 0: new ones each step", ge=0)
-    pad: int = option(0, "small images: shifts by up to so many pixels instead of all but the flip", ge=0)
-    crop_min: float = option(0.08, "smallest area of a random crop", source=RELEASED, gt=0, le=1)
+    views: int = option(0, "fixed views of an image, to which answers are stored; 0: new views each time", ge=0)
+    pad: int = option(0, "for small images: only flips, and shifts by so many pixels; 0: what follows", ge=0)
+    crop_min: float = option(0.08, "smallest share of the area in a random crop", source=RELEASED, gt=0, le=1)
     flip: float = option(0.5, "probability of a horizontal flip", source=RELEASED, ge=0, le=1)
-    three_augment: bool = option(True, "one of grayscale, solarize, Gaussian blur", source="DeiT III")
-    color_jitter: float = option(0.3, "change of brightness, contrast, saturation", source=RELEASED, ge=0)
-    mixup: float = option(0.0, "alpha of mixup; 0: none. Where both are on, half of the batches", ge=0)
+    three_augment: bool = option(True, "apply grayscale, solarize or Gaussian blur", source="DeiT III")
+    color_jitter: float = option(0.3, "largest change of brightness, contrast, saturation", source=RELEASED, ge=0)
+    mixup: float = option(0.0, "alpha of mixup; 0: none. With CutMix, each for half of the batches", ge=0)
     cutmix: float = option(0.0, "alpha of CutMix; 0: none", ge=0)
 
 
 class DigitsConfig(Section):
-    labels: float = option(0.1, "share of the training images whose labels a student may see", gt=0, le=1)
+    labels: float = option(0.1, "share of the training images whose labels the student sees", gt=0, le=1)
     views: int = option(16, "fixed augmented views of every image", ge=1)
 
 
 class Teacher(Section):
     name: str = option("small_cnn", "small_cnn (bundled), or any model of timm")
     weights: str = option("", "its weights, a .safetensors or .pth file; default: it is trained here")
-    pretrained: bool = option(False, "let timm fetch its weights")
+    pretrained: bool = option(False, "let timm download its weights")
     widths: Ints = option((24, 48, 96, 192), "channels of small_cnn's convolutions", min_length=1)
-    pools: Ints = option((2,), "after which of them small_cnn halves its maps")
+    pools: Ints = option((2,), "numbers of the convolutions after which small_cnn halves its maps")
     steps: int = option(300, "training steps, where it is trained here", ge=0)
     batch_size: int = option(64, "images per training step", ge=2)
     lr: float = option(2e-3, "peak learning rate", gt=0)
@@ -75,7 +75,7 @@ class Teacher(Section):
 class Student(Section):
     name: str = option("small_vit", f"{', '.join(models.STUDENTS)} (the paper's), small_vit (bundled), any of timm")
     weights: str = option("", "weights to begin with, a .safetensors or .pth file")
-    drop_path: float = option(0.0, "stochastic depth", source=RELEASED, ge=0, lt=1)
+    drop_path: float = option(0.0, "rate of stochastic depth", source=RELEASED, ge=0, lt=1)
     width: int = option(48, "channels of small_vit", ge=1)
     depth: int = option(3, "blocks of small_vit", ge=1)
     heads: int = option(4, "attention heads of small_vit", ge=1)
@@ -84,10 +84,10 @@ class Student(Section):
 
 
 class Distill(DistillConfig):
-    features: Literal["pooled", "tokens"] = option("pooled", "compared: means over the positions, or every position")
+    features: Literal["pooled", "tokens"] = option("pooled", "compared: the mean over the positions, or each position")
     logit_weight: float = option(1.0, "weight of the logit loss", source=RELEASED, ge=0)
-    temperature: float = option(1.0, "of the logit loss", source=RELEASED, gt=0)
-    label_smoothing: float = option(0.1, "of the labels", source=RELEASED, ge=0, lt=1)
+    temperature: float = option(1.0, "temperature of the logit loss", source=RELEASED, gt=0)
+    label_smoothing: float = option(0.1, "smoothing of the labels", source=RELEASED, ge=0, lt=1)
 
 
 class Config(Section):
@@ -296,11 +296,22 @@ class Classification(Task):
     @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
-        shape = models.Shape.of(Images(config, 0))
-        models.make_student(config.student, shape, empty=True)
+        data = Images(config, 0)
+        shape, sizes = models.Shape.of(data), dict[str, int]()
+        student = models.make_student(config.student, shape, empty=True)
+        if config.labels == 1:
+            sizes["optim.batch_size"] = config.optim.batch_size
         if config.needs_teacher:
-            trained_here(config)
-            models.make_teacher(config.teacher, shape, logits=bool(config.distill.logit_weight), empty=True)
+            here, logits = trained_here(config), bool(config.distill.logit_weight)
+            if here:
+                sizes["teacher.batch_size"] = config.teacher.batch_size
+            weights = "" if here else config.teacher.weights
+            teacher = models.make_teacher(config.teacher, shape, weights, logits=here or logits, empty=True)
+            if config.distill.weight and config.distill.features == "tokens":
+                check_positions(student, teacher, shape)
+        for name, size in sizes.items():
+            if size > data.images:
+                raise OptionError(f"{name}: {size}, but there are only {data.images} training images")
 
 
 class TeacherTraining(Classification):
@@ -313,6 +324,17 @@ class TeacherTraining(Classification):
 
     def make_student(self) -> nn.Module:
         return models.make_teacher(self.config.teacher, models.Shape.of(self.data))
+
+
+def check_positions(student: models.Model, teacher: models.Model, shape: models.Shape) -> None:
+    """Of empty models: position by position, only as many can be compared."""
+    images = torch.empty(1, shape.channels, shape.size, shape.size, device="meta")
+    ours, theirs = (models.run(model.eval(), images).tokens.shape[1] for model in (student, teacher))
+    if ours != theirs:
+        raise OptionError(
+            f"distill.features: tokens, but the student has {ours} positions and the teacher {theirs}; choose other "
+            "models, or distill.features=pooled"
+        )
 
 
 def trained_here(config: Any) -> bool:

@@ -88,15 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action="store_true", help="this, and every value of the task's configuration")
     parser.add_argument("task", metavar="TASK", help=f"{', '.join(tasks.NAMES)}, or your own: package.module:Class")
     parser.add_argument("--recipe", metavar="NAME", help="a named configuration of the task (default: the bundled one)")
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="further values, such as a run's config.yaml")
-    about = f"ways to distill, as a b or a,b; {ABLATION}: every projection with every normalization (default: recipe's)"
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="values from a file, such as a run's config.yaml"
+    )
+    about = (
+        f"arms to train, as a b or a,b; {ABLATION}: every projection with every normalization (default: the recipe's)"
+    )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help=about)
     parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds (default: the recipe's)")
     parser.add_argument("--first-seed", type=int, metavar="K", help="number of the first seed (default: 0)")
     parser.add_argument("--baseline", metavar="ARM", help="arm that the table compares with (default: the recipe's)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/TASK)")
     parser.add_argument("--resume", action="store_true", help="continue, or extend, the run in --output")
-    about = "worker processes of one thread, on a CPU; 0: in this process, with its threads (default: %(default)s)"
+    about = "on a CPU, worker processes of one thread each; 0: train in this process (default: %(default)s)"
     parser.add_argument("--jobs", type=int, metavar="N", default=report.cores(), help=about)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -131,7 +135,10 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
         if value != before[key] and key not in EXTENDED and not key.startswith("run.")
     ]
     if differences:
-        raise RunError(f"--resume: {folder} has another configuration: {'; '.join(differences)}")
+        listed = "; ".join(differences)
+        raise RunError(
+            f"--resume: {folder} has another configuration: {listed}. Leave these out, or choose another --output"
+        )
     return resolve(a.task, files, head, {key: value for key, value in typed.items() if key.startswith("run.")})
 
 

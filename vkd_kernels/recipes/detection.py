@@ -36,14 +36,16 @@ BUNDLED_AT_ONCE = 50  # scenes of an evaluation batch; of images of one's own, w
 
 
 class Data(Section):
-    root: str = option("", "folder as COCO has it; none: composed scenes")
-    train: str = option("train2017", "training: images in root/NAME, objects in root/annotations/instances_NAME.json")
-    val: str = option("val2017", "evaluation")
-    labeled: int = option(300, "only the first so many training images are the student's; 0: all", ge=0)
-    classes: int = option(0, "number of categories; 0: what the data say", ge=0)
-    channels: Channels = option(1, "of the images: 3 for color")
-    mean: Floats = option((0.35,), "of the channels: what the teacher was trained with")
-    std: Floats = option((0.2,), "of the channels")
+    root: str = option("", "folder in COCO's layout; none: the composed scenes")
+    train: str = option(
+        "train2017", "training part: images in root/NAME, boxes in root/annotations/instances_NAME.json"
+    )
+    val: str = option("val2017", "evaluation part")
+    labeled: int = option(300, "training images that the student sees, the first ones; 0: all", ge=0)
+    classes: int = option(0, "number of categories; 0: as the data say", ge=0)
+    channels: Channels = option(1, "channels of the images: 3 for color")
+    mean: Floats = option((0.35,), "mean of each channel, as the teacher was trained with")
+    std: Floats = option((0.2,), "standard deviation of each channel")
 
 
 class Scenes(images.Source):
@@ -55,7 +57,7 @@ class Scenes(images.Source):
 
 class Augment(Section):
     flip: float = option(0.0, "probability of a horizontal flip", ge=0, le=1)
-    short_sides: Ints = option((), "shorter side, drawn from these; the largest in evaluation; none: as it is")
+    short_sides: Ints = option((), "shorter sides to draw from; evaluation takes the largest; none: no resizing")
     crop: float = option(0.0, "probability of a random crop of 384 to 600 pixels, before it is resized", ge=0, le=1)
 
 
@@ -75,7 +77,9 @@ class Teacher(DetectorConfig):
 
 
 class Distill(DistillConfig):
-    where: Literal["boxes", "image"] = option("boxes", "compared locations: in ground-truth boxes, or of all the image")
+    where: Literal["boxes", "image"] = option(
+        "boxes", "compared locations: in ground-truth boxes, or in the whole image"
+    )
 
 
 class Config(Section):

@@ -49,20 +49,20 @@ SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a
 class Data(images.Source):
     fraction: float = option(0.1, "share of the training images that the GAN sees", source=TRIAL, gt=0, le=1)
     size: int = option(8, "side of the images in pixels: 8, 16, 32, 64, ...", ge=8)
-    channels: Channels = option(1, "of the images: 3 for color")
+    channels: Channels = option(1, "channels of the images: 3 for color")
 
 
 class Augment(Section):
     """DiffAugment, of real and generated images alike."""
 
-    policy: Words = option(("translation",), "what is done: translation, cutout", source=TRIAL)
+    policy: Words = option(("translation",), "kinds of it: translation, cutout", source=TRIAL)
 
 
 class Teacher(Section):
     name: str = option("classifier", "classifier (trained here), or an image encoder of timm, such as CLIP's")
     weights: str = option("", "its weights: a .safetensors or .pth file")
-    pretrained: bool = option(False, "let timm fetch the weights")
-    features: Literal["pooled", "head"] = option("pooled", "of timm's: or what its head gives (CLIP's embedding)")
+    pretrained: bool = option(False, "let timm download the weights")
+    features: Literal["pooled", "head"] = option("pooled", "of an encoder of timm; head: CLIP's embedding")
     widths: Ints = option((24, 48, 96), "channels of the classifier's convolutions", source=TRIAL, min_length=1)
     steps: int = option(300, "training steps of the classifier", ge=1)
     batch_size: int = option(64, "images per training step of the classifier", ge=2)
@@ -72,21 +72,23 @@ class Teacher(Section):
 class Student(Section):
     """Generator and discriminator: BigGAN's."""
 
-    latent: int = option(32, "numbers an image is made from", source=TRIAL, ge=1)
+    latent: int = option(32, "channels of the latents", source=TRIAL, ge=1)
     width: int = option(32, "channels of both networks", source=TRIAL, ge=8)
 
 
 class Distill(DistillConfig):
-    statistics: Literal["pool", "gan"] = option("pool", "images that whitening's are of: or the GAN's", source=TRIAL)
-    method: Literal["zca", "cholesky", "pca"] = option("zca", "of whitening", source=TRIAL)
-    eps: float = option(0.0, "of the normalization; 0: 1e-5, for whiten 0.05", source=TRIAL, ge=0, lt=1)
+    statistics: Literal["pool", "gan"] = option("pool", "of whitening: all training images, or the GAN's", source=TRIAL)
+    method: Literal["zca", "cholesky", "pca"] = option("zca", "method of whitening", source=TRIAL)
+    eps: float = option(0.0, "eps of the normalization; 0: 1e-5, or 0.05 for whiten", source=TRIAL, ge=0, lt=1)
 
 
 class MetricConfig(Section):
-    features: Literal["classifier", "inception"] = option("classifier", "trained on held-out images; inception: FID")
+    features: Literal["classifier", "inception"] = option(
+        "classifier", "of a classifier of held-out images; inception: FID"
+    )
     weights: str = option("", "file with torch-fidelity's weights of Inception")
-    download: bool = option(False, "let torch-fidelity fetch them")
-    samples: int = option(2000, "images to generate for it", source=TRIAL, ge=2)
+    download: bool = option(False, "let torch-fidelity download them")
+    samples: int = option(2000, "images to generate for the distance", source=TRIAL, ge=2)
 
 
 class GanOptim(Optim):

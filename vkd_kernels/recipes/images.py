@@ -36,10 +36,10 @@ AT_ONCE = 64  # images of a batch that nothing is learned from
 class Source(Section):
     """Where images with labels come from."""
 
-    name: str = option("digits", "digits (bundled), folder, or the name of a data set of torchvision: CIFAR100, ...")
-    root: str = option("", "where the images are; of a folder: root/train/<class>/*, root/val/<class>/*")
-    download: bool = option(False, "let torchvision fetch what is missing")
-    classes: int = option(0, "number of classes; 0: what the data say", ge=0)
+    name: str = option("digits", "digits (bundled), folder, or a data set of torchvision by name, such as CIFAR100")
+    root: str = option("", "folder of the images; data.name=folder: it holds train/<class>/* and val/<class>/*")
+    download: bool = option(False, "let torchvision download what is missing")
+    classes: int = option(0, "number of classes; 0: as the data say", ge=0)
 
 
 class Images:
@@ -213,7 +213,9 @@ def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any,
             splits = [{"train": True}, {"train": False}] if flag else [{"split": "train"}, {"split": "test"}]
             train, test = (kind(data.root, download=data.download, **split) for split in splits)
     except Exception as error:  # missing or damaged files, no network: as many types as ways to fail
-        hint = "" if data.download or data.name == "folder" else f"; {where}.download=true fetches it"
+        hint = "" if data.download else f"; {where}.download=true fetches it"
+        if data.name == "folder":
+            hint = f"; {where}.root=FOLDER with FOLDER/train/<class>/* and FOLDER/val/<class>/* is needed"
         raise RunError(f"{where}.root={data.root} {where}.name={data.name}: {error}{hint}") from error
     names, others = getattr(train, "classes", ()), getattr(test, "classes", ())
     if names != others:

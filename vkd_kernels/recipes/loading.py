@@ -65,7 +65,8 @@ def epochs(
     """Lists of keys, without end, from the step `start` on: every epoch is a permutation by (seed, epoch), less the
     images that fill no batch; of each batch this rank's share. `key(epoch, image)` names a view."""
     if size < batch_size:
-        raise OptionError(f"optim.batch_size: {batch_size}, but there are only {size} training images")
+        few = f"{batch_size}, but there are only {size} training images"
+        raise OptionError(f"optim.batch_size: {few} (of a teacher, teacher.batch_size)")
     per_epoch = size // batch_size
     first, place = divmod(start, per_epoch)
     for epoch in itertools.count(first):

@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from .config import OptionError, nearest
-from .runs import load_state, load_weights
+from .runs import RunError, load_state, load_weights
 
 STEM_WIDTH = 64
 STUDENTS = {
@@ -100,7 +100,7 @@ class SmallCNN(nn.Module):
 
 
 def small_vit(config: Any, shape: Shape) -> Model:
-    """The bundled student: class and register token, a few blocks; the head sits on the mean of the patch tokens."""
+    """The bundled student: class and register tokens, a few blocks, a head on the mean of the patch tokens."""
     if config.width % config.heads:
         raise OptionError(f"student.heads: {config.heads} does not divide student.width {config.width}")
     model: Model = VisionTransformer(
@@ -139,13 +139,13 @@ def make_student(config: Any, shape: Shape, *, empty: bool = False) -> Model:
             model = timm_model("student", config.name, shape, drop_path_rate=config.drop_path or None, **common)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # both heads' logits in training mode
-    if config.weights and not empty:
-        load_state(model, load_weights(Path(config.weights), "student.weights"), f"student.weights: {config.weights}")
+    if config.weights:
+        put_weights(model, load_weights(Path(config.weights), "student.weights"), f"student.weights: {config.weights}")
     return model
 
 
 def make_teacher(config: Any, shape: Shape, weights: str = "", *, logits: bool = True, empty: bool = False) -> Model:
-    """`teacher.name` with these weights; without `logits` one of timm has no head, so that any classes will do."""
+    """`teacher.name` with these weights. Without `logits`, a model of timm has no head, and may know other classes."""
     fetched = config.pretrained and not weights and not empty
     with torch.device("meta" if empty else "cpu"):
         if config.name == "small_cnn":
@@ -157,8 +157,16 @@ def make_teacher(config: Any, shape: Shape, weights: str = "", *, logits: bool =
     if weights:
         state, wanted = load_weights(Path(weights), "teacher.weights"), model.state_dict()
         state = state if logits else {name: tensor for name, tensor in state.items() if name in wanted}
-        load_state(model, state, f"teacher.weights: {weights}")
+        hint = "; if only the head differs, distill.logit_weight=0 leaves it out" if logits else ""
+        put_weights(model, state, f"teacher.weights: {weights}", hint)
     return model
+
+
+def put_weights(model: Model, state: dict[str, Tensor], what: str, hint: str = "") -> None:
+    """Load the weights, or of an empty model only check that they fit."""
+    if next(model.parameters()).is_meta:
+        state = {name: tensor.to("meta") for name, tensor in state.items()}
+    load_state(model, state, what, hint)
 
 
 def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
@@ -173,6 +181,11 @@ def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
         )
     try:
         return timm.create_model(name, **options)
+    except OSError as error:  # no network, or nothing stored of it
+        raise RunError(
+            f"{side}.pretrained: timm cannot fetch the weights of {name}: {error}; without a network, "
+            f"give {side}.weights=FILE in its place"
+        ) from error
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         near = nearest(name, [*STUDENTS, "small_vit", "small_cnn", *timm.list_models()])
         raise OptionError(f"{side}.name: cannot make {name!r} for {shape}: {error}{near}") from error

@@ -87,6 +87,8 @@ def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = Fals
             network: Any = timm.create_model(config.name, pretrained=config.pretrained and not empty, **options)
         except RuntimeError as error:
             raise OptionError(f"teacher.name: {error}") from error
+        except OSError as error:  # no network, or nothing stored of it
+            raise runs.RunError(f"teacher.pretrained: {error}; without a network, give teacher.weights=FILE") from error
         if config.weights and not empty:
             state, wanted = runs.load_weights(Path(config.weights), "teacher.weights"), network.state_dict()
             state = {name: tensor for name, tensor in state.items() if name in wanted}  # there may be another head

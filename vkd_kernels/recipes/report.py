@@ -1,4 +1,4 @@
-"""What a run showed, for people: paired statistics over the seeds, a table and a figure."""
+"""What a run has shown: paired statistics over the seeds, a table and a figure."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ class Optim(Section):
     weight_decay: float = option(
         0.05, "weight decay, except of 1-D parameters, tokens and the projection", source=RELEASED, ge=0
     )
-    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up, step by step")
-    warmup: float = option(0.0, "steps in which the learning rate rises; below 1: their share", ge=0)
-    steps: int = option(0, "optimizer steps; 0: as many as optim.epochs are", ge=0, le=10**9)
-    epochs: float = option(0.0, "passes over the training data; 0: optim.steps says it", ge=0, le=10**6)
+    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
+    warmup: float = option(0.0, "steps in which the learning rate rises; below 1: a share of all steps", ge=0)
+    steps: int = option(0, "optimizer steps; 0: optim.epochs says how many", ge=0, le=10**9)
+    epochs: float = option(0.0, "passes over the training data; 0: optim.steps counts", ge=0, le=10**6)
     batch_size: int = option(64, "images per optimizer step, of all ranks together", ge=1, le=10**6)
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
     ema: float = option(0.0, "decay of the moving average of the student; 0: none", ge=0, lt=1)
-    precision: Literal["32-true", "bf16-mixed"] = option("32-true", "of activations; the projection is always exact")
+    precision: Literal["32-true", "bf16-mixed"] = option("32-true", "of activations; not of the orthogonal matrix")
 
     @model_validator(mode="after")
     def _checked(self) -> Optim:
@@ -64,7 +64,7 @@ class Run(Section):
 
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device; auto: a GPU where there is one")
     workers: int = option(0, "processes that load data, per rank", ge=0, le=1024)
-    log_every: int = option(50, "steps between two lines of metrics", ge=1)
+    log_every: int = option(50, "steps between two lines of losses in metrics.jsonl", ge=1)
     eval_every: int = option(0, "steps between two evaluations; 0: only at the end", ge=0)
     save_every: int = option(500, "steps between two checkpoints", ge=1)
 
@@ -78,12 +78,16 @@ class DistillConfig(Section):
     normalization: Literal["layer_norm", "batch_norm", "whiten", "none"] = option(
         "layer_norm", "of the teacher's features", source="the paper"
     )
-    loss: Literal["smooth_l1", "mse", "cosine"] = option("smooth_l1", "of the differences", source="the paper")
+    loss: Literal["smooth_l1", "mse", "cosine"] = option(
+        "smooth_l1", "between projected features and the target", source="the paper"
+    )
     beta: float = option(1.0, "where smooth L1 turns linear", source=RELEASED, gt=0)
     scale: float | Literal["match", "learned"] = option(
-        1.0, "of the projected features: a number, or from sqrt(T/S) on", source="the paper"
+        1.0,
+        "factor of the projected features: a number; match: sqrt(T/S); learned: trained, from sqrt(T/S) on",
+        source="the paper",
     )
-    eps: float = option(0.0, "of the normalization; 0: 1e-5, for whiten 1e-3", ge=0, lt=1)
+    eps: float = option(0.0, "eps of the normalization; 0: 1e-5, or 1e-3 for whiten", ge=0, lt=1)
     weight: float = option(1.0, "weight of the feature loss; 0: none", ge=0)
 
     def feature_loss(self, student_dim: int, teacher_dim: int, process_group: Any = None, **options: Any) -> nn.Module:
