@@ -1,5 +1,6 @@
 """Classification: the bundled run, real images, the paper's students and recipes, losses, stored answers."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -212,6 +213,10 @@ def test_what_cannot_be_trained_is_said_before(folder):
     runs.save_safetensors(folder / "student.safetensors", small.state_dict())
     with pytest.raises(RunError, match=r"student\.weights: .* is of another architecture: .*size mismatch"):
         check(of_folder(folder, student__weights=str(folder / "student.safetensors"), **batches))
+    other = {**saved_teacher(folder / "teacher"), "teacher__name": "resnet10t"}
+    with warnings.catch_warnings(), pytest.raises(RunError, match=r"another architecture: .*Missing key"):
+        warnings.simplefilter("error")  # PyTorch's about meta tensors are not for a user
+        check(of_folder(folder, **{**batches, "distill__features": "pooled"}, **other))
 
 
 def test_students_alone_need_no_teacher(folder):

@@ -164,9 +164,10 @@ def make_teacher(config: Any, shape: Shape, weights: str = "", *, logits: bool =
 
 def put_weights(model: Model, state: dict[str, Tensor], what: str, hint: str = "") -> None:
     """Load the weights, or of an empty model only check that they fit."""
-    if next(model.parameters()).is_meta:
+    empty = next(model.parameters()).is_meta
+    if empty:
         state = {name: tensor.to("meta") for name, tensor in state.items()}
-    load_state(model, state, what, hint)
+    load_state(model, state, what, hint=hint, assign=empty)
 
 
 def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:

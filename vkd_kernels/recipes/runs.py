@@ -108,12 +108,13 @@ def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
         raise RunError(f"{option}cannot read tensors from {path} ({type(error).__name__}: {error})") from error
 
 
-def load_state(part: Any, state: Any, what: str, hint: str = "") -> None:
+def load_state(part: Any, state: Any, what: str, *, hint: str = "", assign: bool = False) -> None:
     """`part.load_state_dict(state)`, or an error that says what does not fit, and `hint`."""
     try:
-        part.load_state_dict(state)
+        part.load_state_dict(state, **({"assign": True} if assign else {}))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{what} is of another architecture: {' '.join(str(error).split())[:600]}{hint}") from error
+        said = " ".join(str(error).split())[:600].rstrip(".")
+        raise RunError(f"{what} is of another architecture: {said}{hint}") from error
 
 
 @contextlib.contextmanager
