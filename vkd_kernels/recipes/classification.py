@@ -6,9 +6,10 @@
 
     L = CE(class head, labels) + logit_weight * KL(teacher || distillation head) + weight * smooth_l1(X P^T, norm(Y))
 
-Bundled: for every seed a new split, a teacher trained on it, and one student per arm, all from the same initial weights
-and on the same batches. Only a hundred training images have labels a student may use; the others reach it through the
-teacher. The same program takes any data set of torchvision or folder of images and any model of timm.
+Without options: for every seed a new split of the digits, a teacher trained on it, and one student per arm, all from
+the same initial weights and on the same batches. A student sees the labels of a hundred training images; the others
+reach it through the teacher. The same program takes a folder of images or a data set of torchvision, and any model of
+timm.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class CocoImages:
 
 
 def item(image: Tensor, objects: Tensor) -> dict[str, Any]:  # (C, H, W) uint8; (M, 6) box, label, crowd or not
-    """An image and its objects, for torchvision's transforms. What exceeds it is cut off; boxes without area go."""
+    """An image and its objects, for torchvision's transforms. Boxes end at its border; empty ones are left out."""
     boxes: Any = tv_tensors.BoundingBoxes(objects[:, :4], format="XYXY", canvas_size=image.shape[-2:])  # type: ignore[call-arg]
     labels, crowds = objects[:, 4:].long().unbind(1)
     whole = {"image": tv_tensors.Image(image), "boxes": boxes, "labels": labels, "iscrowd": crowds}

@@ -1,7 +1,7 @@
 """Deformable DETR of transformers: object queries and four levels of maps, on a Swin backbone.
 
 Of the detectors that well-kept libraries hold it is the nearest to the paper's ViDT, whose neck is Deformable DETR's
-decoder with box refinement, on Swin. What ViDT has and this has not: detection tokens inside the backbone.
+decoder with box refinement, on Swin. ViDT's detection tokens inside the backbone have no counterpart in it.
 """
 
 from __future__ import annotations

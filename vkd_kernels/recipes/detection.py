@@ -1,6 +1,7 @@
 """Object detection: a student learns from boxes and from a teacher's features of maps and queries (V_kD).
 
     vkd distill detection                                       scenes of digits, small FCOS detectors
+    vkd distill detection --recipe fashion-mnist scenes.root=...    scenes of garments
     vkd distill detection --recipe vkd-deformable-detr-coco data.root=... teacher.weights=...
 
     L = the detector's losses + weight * sum over features of smooth_l1(norm(X P^T), norm(Y))
@@ -8,8 +9,8 @@
 `batch_norm` standardizes both sides per channel over all rows of the batch. Rows are the locations of a map, inside
 ground-truth boxes or in all of the image but never in its padding; and queries, of one layer or of all layers together.
 
-Bundled: for every seed new scenes, a teacher trained on 1500 of them, and one student per arm, all from the same
-initial weights and on the same batches of the first 300 scenes: the teacher saw five times more labels than a student.
+Without options: for every seed new scenes, a teacher trained on 1500 of them, and one student per arm, all from the
+same initial weights and on the same batches of the first 300 scenes: the teacher has seen five times as many labels.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher
 
 DETR, RELEASED, PAPER = "Deformable DETR", "released code", "the paper"
 TRIED = "tried on seeds 100-103"
-BUNDLED_AT_ONCE = 50  # scenes of an evaluation batch; of images of one's own, which differ in size, one
+BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images differ in size and come one by one
 
 
 class Data(Section):

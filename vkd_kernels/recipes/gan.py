@@ -110,8 +110,9 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Blocks down to 8x8 or, of images of that size, 4x4; further ones there, ReLU, the sum over the positions: the
-    features that are distilled. The logit, large for a real image, is linear in them plus a class embedding."""
+    """Blocks that halve the maps to 8x8 (images of 8x8: to 4x4), two more of that size (there one), ReLU, and the sum
+    over the positions: the features that are distilled. The logit, large for a real image, is linear in them, with
+    weights that depend on the class."""
 
     def __init__(self, width: int, shape: Shape) -> None:
         super().__init__()
@@ -133,8 +134,8 @@ class Discriminator(nn.Module):
 def diff_augment(images: Tensor, policy: tuple[str, ...]) -> Tensor:  # (N, C, H, W) from -1 to 1
     """DiffAugment (Zhao et al. 2020): the same kind of changes for real and generated images, differentiable.
 
-    By a whole number of pixels up to an eighth of the side each way, and without a square of half the side anywhere,
-    also partly outside.
+    Translation shifts an image by whole pixels, up to an eighth of its side each way. Cutout blanks a square of half
+    the side, which may lie partly outside.
     """
     count, side, device = len(images), images.shape[-1], images.device
     if "translation" in policy:

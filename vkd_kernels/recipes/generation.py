@@ -1,6 +1,7 @@
 """Image generation from little data: a GAN whose discriminator is taught by a frozen teacher (V_kD, section 4.3).
 
     vkd distill generation                                              digits, a classifier as teacher, a small GAN
+    vkd distill generation --recipe fashion-mnist data.root=...         the same on a thousand garments
     vkd distill generation --recipe vkd-biggan-cifar100-20pct data.root=... teacher.weights=...
 
     discriminator:  ADV(D(real), D(fake)) + weight * smooth_l1(X P^T, whiten(Y))
@@ -11,9 +12,10 @@ loss trains the discriminator and its projection. None of it reaches the generat
 through what the discriminator has learned: that is KD-DLGAN's training, with the orthogonal feature loss in the place
 of its text terms, as the author of V_kD describes it (docs/generation.md).
 
-Bundled: for every seed a new split of the digits, a teacher trained on its pool, and one GAN per arm that sees a tenth
-of the pool, all from the same initial weights, batches and latents. What is compared is the generator's moving average:
-the Fréchet distance between its images and the held-out ones, in a classifier's features that was trained on these.
+Without options: for every seed a new split of the digits, a teacher trained on all training images, and one GAN per arm
+that sees a tenth of them, all from the same initial weights, batches and latents. What is compared is the generator's
+moving average: the Fréchet distance between its images and the held-out ones, in the features of a classifier that was
+trained on these.
 """
 
 from __future__ import annotations

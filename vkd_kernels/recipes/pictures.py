@@ -26,8 +26,8 @@ Learned = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Shape]  # images a
 
 
 class Pictures:
-    """All images in memory: the pool is for training, of which the GAN sees `data.fraction` of every class (`seen`,
-    rows of the pool); generated images are compared with the held-out ones. uint8."""
+    """All images in memory, as uint8. `pool`: the training images, of which the GAN sees `data.fraction` of every class
+    (`seen`, their rows). Generated images are compared with the `held_out` ones."""
 
     def __init__(self, data: Any, seed: int) -> None:
         train, test, classes = images.open_images(data, seed)

@@ -60,7 +60,7 @@ def compose(pictures: Any, draw: torch.Generator) -> Scene:
         ink = resized(picture, whole(*SIZES))
         left, top, right, bottom = masks_to_boxes((ink > INK * ink.max())[None])[0].int().tolist()
         ink = ink[top : bottom + 1, left : right + 1]
-        for _ in range(50):  # places; a canvas that is too full gets one picture less
+        for _ in range(50):  # tries to place it; a canvas that is too full gets fewer pictures
             x, y = whole(0, CANVAS - ink.shape[1]), whole(0, CANVAS - ink.shape[0])
             place = torch.tensor([[x, y, x + ink.shape[1], y + ink.shape[0], label, 0.0]])
             if (box_iou(place[:, :4], objects[:, :4]) <= OVERLAP).all():
