@@ -45,7 +45,7 @@ test-quick: setup
 # The tests that need no recipes' packages, in environments of their own: with the oldest PyTorch and Triton that are
 # supported, and with the pure-Python wheel on the newest.
 CORE_TESTS := tests/ops tests/modules tests/distributed
-CORE_TOOLS := "pytest>=9" hypothesis psutil scipy "setuptools>=77" wheel
+CORE_TOOLS := "pytest>=9" hypothesis psutil safetensors scipy "setuptools>=77" wheel
 
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
@@ -66,7 +66,7 @@ test-wheel:
 	.venv-wheel/bin/python -m pip install --quiet $(CORE_TOOLS) numpy
 	VKD_KERNELS_BUILD=0 .venv-wheel/bin/python -m pip wheel --quiet --no-deps -w build/wheel .
 	.venv-wheel/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	rm -rf build/wheel/tree && mkdir build/wheel/tree && cp -r pyproject.toml tests build/wheel/tree
+	rm -rf build/wheel/tree && mkdir build/wheel/tree && cp -r pyproject.toml docs tests build/wheel/tree
 	cd build/wheel/tree && ../../../.venv-wheel/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
 
 # tests/ once more, with coverage of the package's Python: worker processes, ranks and commands included.

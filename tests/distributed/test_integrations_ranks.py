@@ -224,9 +224,12 @@ def fsdp_accumulation_clipping_and_checkpointing():
         module.set_requires_gradient_sync(last)
         module(*part(batch(seed), 4)).backward()
         alone(*batch(seed)).backward()
+    same([whole(p.grad) for p in module.parameters()], [p.grad for p in alone.parameters()])
     norms = [whole(nn.utils.clip_grad_norm_(m.parameters(), 0.01)) for m in (module, alone)]
     same(norms[:1], norms[1:])
-    same([whole(p.grad) for p in module.parameters()], [p.grad for p in alone.parameters()])
+    # Clipping divides by the norm plus 1e-6, which PyTorch 2.8 adds to the part of the norm of each rank.
+    slack = 1e-6 / norms[1].item()
+    same([whole(p.grad) for p in module.parameters()], [p.grad for p in alone.parameters()], rtol=slack)
 
 
 def fsdp_mixed_precision_keeps_the_projection_orthonormal():

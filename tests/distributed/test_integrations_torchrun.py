@@ -28,6 +28,8 @@ def folder(tmp_path_factory):
     """What two ranks of torchrun wrote, of all parts whose libraries are there."""
     folder = tmp_path_factory.mktemp("torchrun")
     names = [name for name, libraries in LIBRARIES.items() if all(map(importlib.util.find_spec, libraries))]
+    if not names:
+        pytest.skip("needs timm, or transformers and accelerate, or lightning (the extra integrations)")
     env = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(EXAMPLES.parent),

@@ -85,7 +85,8 @@ def test_shapes(shape, form, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("option", ["layer_norm", "everything"])
-@pytest.mark.parametrize("shape", [(64, 64, 64), (150, 40, 200)], ids=str)
+# Ragged against every block; the interpreter of Triton 3.4 wants 16 elements between rows, where a GPU wants 16 bytes.
+@pytest.mark.parametrize("shape", [(64, 64, 64), (150, 48, 208)], ids=str)
 def test_descriptors(shape, option, dtype, monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(tiles, "chip", lambda device: tiles.Chip("cuda", 90))
