@@ -38,7 +38,7 @@ class Data(Source):
     labels: float = option(1.0, "share of the training images whose labels the student sees", gt=0, le=1)
     labeled_share: float = option(0.5, "share of a batch that has labels, if data.labels is below 1", gt=0, le=1)
     size: int = option(224, "side of the images in pixels; digits have 8", source=RELEASED, ge=8)
-    channels: Channels = option(3, "channels of the images: 1 for gray")
+    channels: Channels = option(3, "channels of the images: 1 for gray; digits have 1")
     crop: float = option(0.875, "share of the shorter side that evaluation sees", source=RELEASED, gt=0, le=1)
     mean: Floats = option((0.485, 0.456, 0.406), "mean of each channel, as the teacher was trained with", source="timm")
     std: Floats = option((0.229, 0.224, 0.225), "standard deviation of each channel", source="timm")
@@ -113,6 +113,10 @@ class Config(Section):
     @property
     def size(self) -> int:
         return 8 if self.data.name == "digits" else self.data.size
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.data.name == "digits" else self.data.channels
 
     @property
     def views(self) -> int:

@@ -48,7 +48,7 @@ class Images:
 
     def __init__(self, config: Any, seed: int) -> None:
         self.config, self.data, self.augment, self.seed = config, config.data, config.augment, seed
-        self.size, self.channels, self.views, self.labels = config.size, self.data.channels, config.views, config.labels
+        self.size, self.channels, self.views, self.labels = config.size, config.channels, config.views, config.labels
 
     @cached_property
     def opened(self) -> tuple[Any, Any, int]:
@@ -74,7 +74,7 @@ class Images:
     def seen(self, images: Any, *, training: bool) -> Any:
         """What a network sees of a data set: `Views`."""
         if isinstance(images, Digits):
-            return DigitViews(images, self.views if training else 0, self.data)
+            return DigitViews(images, self.views if training else 0)
         return Views(images, self.transform(training=training))
 
     def batches(
