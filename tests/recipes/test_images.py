@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.recipes import setups
 from tests.recipes.setups import image_data, picture, recipe, same, take
-from vkd_kernels.recipes import images
+from vkd_kernels.recipes import digits, images
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
 
@@ -61,8 +61,7 @@ def test_digits_are_split_by_the_seed_and_have_fixed_views_and_few_labels():
     torch.testing.assert_close(targets.sum(1), torch.tensor([1.0] * 4 + [0.0] * 4))
     pictures, truth = next(data.held_out(0, 1))
     assert truth.tolist() == test.targets[: len(truth)]
-    gray = pictures[0] * torch.tensor(data.data.std).view(3, 1, 1) + torch.tensor(data.data.mean).view(3, 1, 1)
-    torch.testing.assert_close(gray, test.pixels[0].expand(3, 8, 8))
+    torch.testing.assert_close(pictures[0] * digits.STD + digits.MEAN, test.pixels[0])
 
 
 def test_labels_of_data_sets_that_call_them_otherwise(folder):
