@@ -44,6 +44,7 @@ class Family:
     title: str
     records: Sequence[str]
     claims: Sequence[Claim]
+    metric: str = "accuracy"
 
 
 FAMILIES = [
@@ -73,6 +74,17 @@ FAMILIES = [
             Claim("The library's is better than the released projector.", "vkd", "released", "+2.2"),
         ],
     ),
+    Family(
+        "detection",
+        "Detection in scenes of garments: difference of AP, points, with 95 % intervals, eight seeds",
+        ["detection-fashion-mnist-8seeds.json"],
+        [
+            Claim("V_kD is better than the student alone.", "vkd", "alone", "+6"),
+            Claim("A linear projection is better than the student alone.", "linear", "alone", "+6"),
+            Claim("Semi-orthogonal is better than linear.", "vkd", "linear", "0"),
+        ],
+        metric="AP",
+    ),
 ]
 
 
@@ -98,27 +110,27 @@ class Outcome:
 Runs = dict[str, dict[int, dict[str, Any]]]  # {arm: {seed: its line of the record}}
 
 
-def read(records: Sequence[str]) -> Runs:
+def read(records: Sequence[str], metric: str = "accuracy") -> Runs:
     """The arms of all records, those of the first one where two have the same. Every run knows its record."""
     runs: Runs = {}
     teachers: dict[int, float] = {}
     for name in records:
         record = json.loads((RESULTS / name).read_text())
         for teacher in record["teachers"]:
-            accuracy = teachers.setdefault(teacher["seed"], teacher["accuracy"])
-            assert accuracy == teacher["accuracy"], f"{name}: another teacher for seed {teacher['seed']}"
+            value = teachers.setdefault(teacher["seed"], teacher[metric])
+            assert value == teacher[metric], f"{name}: another teacher for seed {teacher['seed']}"
         for arm in dict.fromkeys(run["arm"] for run in record["runs"] if run["arm"] not in runs):
             runs[arm] = {run["seed"]: run | {"record": name} for run in record["runs"] if run["arm"] == arm}
     return runs
 
 
 def outcomes(family: Family) -> list[Outcome]:
-    runs = read(family.records)
+    runs, metric = read(family.records, family.metric), family.metric
     rows, ps = [], []
     for claim in family.claims:
         ours, theirs = runs[claim.arm], runs[claim.over]
         assert ours.keys() == theirs.keys() and len(ours) >= FEWEST_SEEDS, (family.name, claim)
-        differences = [ours[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in sorted(ours)]
+        differences = [ours[seed][metric] - theirs[seed][metric] for seed in sorted(ours)]
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(0.95)
         cost = None
