@@ -130,13 +130,6 @@ def write(path: Path, content: dict) -> None:
     part.replace(path)
 
 
-def unrepeatable(folder: Path) -> list[str]:
-    """The records of recipes that were made before this was refused: their commit ends in -dirty."""
-    records = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    commits = {name: record.get("machine", {}).get("commit") for name, record in records.items()}
-    return sorted(name for name, commit in commits.items() if commit and commit.endswith("-dirty"))
-
-
 def read_one(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 

@@ -430,19 +430,8 @@ def write(folder: Path) -> Path:
         print(f"no plots: {error}", file=sys.stderr)
         plots = {}
     path = folder / "README.md"
-    path.write_text(markdown(devices, plots) + unrepeatable_lines(folder))
+    path.write_text(markdown(devices, plots))
     return path
-
-
-def unrepeatable_lines(folder: Path) -> str:
-    names = records.unrepeatable(folder)
-    if not names:
-        return ""
-    return (
-        "\n## Records that no commit repeats to the bit\n\n"
-        "These were written from a tree with uncommitted changes, before the tools refused that; their `commit` ends "
-        f"in `-dirty`. They stand until they are measured again: {', '.join(f'[{n}]({n})' for n in names)}.\n"
-    )
 
 
 def main(arguments=None) -> None:
