@@ -166,7 +166,8 @@ def test_row_stationary_kernel(normalization, weighted, dtype, loss, monkeypatch
         "__call__",
         lambda self, *args, **kwargs: launched.append(self.launch.kernel.__name__) or run(self, *args, **kwargs),
     )
-    case = Case((150, 72, 104), dtype, loss=loss, normalization=normalization, weights=weighted, device=DEVICE)
+    # Widths of 16 elements, because the descriptors of Triton 3.4's interpreter want them; ragged against every block.
+    case = Case((150, 80, 112), dtype, loss=loss, normalization=normalization, weights=weighted, device=DEVICE)
     case.check(many_rows, 3.0 if INTERPRETED.value and dtype == torch.bfloat16 else 1.0)  # truncated three times
     assert "row_stationary" in launched and "loss_tile" not in launched
 
