@@ -25,5 +25,4 @@ class ProjectorStudy(ReleasedProjector):
             "V_kD, scale 1, weight 17",
             {"distill.projection": "orthogonal", "distill.scale": 1.0, "distill.weight": WEIGHT},
         ),
-        "cosine": Arm("V_kD, cosine distance", {"distill.projection": "orthogonal", "distill.loss": "cosine"}),
     }

@@ -86,6 +86,12 @@ def test_scenes_of_any_pictures_with_classes(folder, tmp_path):
         Detection.check(configured(scenes__name="FashionMnist"))
 
 
+def test_scenes_of_pictures_whose_classes_have_no_names(monkeypatch):
+    pictures = [(Image.new("L", (28, 28), 255), 1)] * 3  # as SVHN, without `classes`
+    monkeypatch.setattr(scenes.images, "open_images", lambda *_: (pictures, pictures, 2))
+    assert scenes.Scenes(DIGITS, 0, 1, training=True).names == {0: 0, 1: 1}
+
+
 def test_own_data_give_the_bundled_batches(written, tmp_path):
     small = {"scenes__train": 30, "scenes__val": 6, "data__labeled": 0, "optim__batch_size": 8, "distill__weight": 0}
     bundled, own = job(configured(**small), tmp_path), job(configured(**small, **written), tmp_path)

@@ -22,5 +22,6 @@ def test_the_released_projector_collapses_under_weight_decay_and_the_librarys_do
 
 def test_the_strong_arms_pull_as_hard_as_match_does():
     config = ProjectorStudy.Config()
-    weights = {arm: ProjectorStudy.arms[arm].apply(config, {}).distill.weight for arm in ("vkd-match", "vkd-strong")}
-    assert math.isclose(weights["vkd-strong"] / weights["vkd-match"], math.sqrt(192 / 64))
+    weights = {name: arm.apply(config, {}).distill.weight for name, arm in ProjectorStudy.arms.items()}
+    for strong in ("vkd-strong", "linear-strong"):
+        assert math.isclose(weights[strong] / weights["vkd-match"], math.sqrt(192 / 64))

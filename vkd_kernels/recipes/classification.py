@@ -40,7 +40,11 @@ class Data(Source):
     size: int = option(224, "side of the images in pixels; digits have 8", source=RELEASED, ge=8)
     channels: Channels = option(3, "channels of the images: 1 for gray; digits have 1")
     crop: float = option(0.875, "share of the shorter side that evaluation sees", source=RELEASED, gt=0, le=1)
-    mean: Floats = option((0.485, 0.456, 0.406), "mean of each channel, as the teacher was trained with", source="timm")
+    mean: Floats = option(
+        (0.485, 0.456, 0.406),
+        "mean of each channel, as the teacher was trained with; digits have their own",
+        source="timm",
+    )
     std: Floats = option((0.229, 0.224, 0.225), "standard deviation of each channel", source="timm")
 
 

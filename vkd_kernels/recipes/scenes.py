@@ -75,8 +75,9 @@ class Scenes:
     """The first `count` training scenes of a seed, or its evaluation scenes, of other pictures of `source`."""
 
     def __init__(self, source: images.Source, seed: int, count: int, *, training: bool) -> None:
-        train, held_out, _ = images.open_images(source, seed, "scenes")
-        self.names, self.where = dict(enumerate(train.classes)), f"scenes of seed {seed}"
+        train, held_out, classes = images.open_images(source, seed, "scenes")
+        self.names = dict(enumerate(getattr(train, "classes", range(classes))))  # some data sets name none
+        self.where = f"scenes of seed {seed}"
         draws = (generator(seed, 0 if training else 1, number) for number in range(count))
         self.items = [coco.item(*compose(train if training else held_out, draw)) for draw in draws]
 
