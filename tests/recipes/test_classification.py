@@ -165,7 +165,9 @@ def test_stored_answers_are_those_of_the_teacher(folder):
     values |= saved_teacher(folder / "teacher")
     for kind in ("pooled", "tokens"):
         training = job(of_folder(folder, distill__features=kind, **values), folder / "run")
-        batch = next(training.batches(3))
+        batches = training.batches(3)
+        assert (folder / "run" / f"answers-{kind}" / "store.json").exists()  # before the first step, which is timed
+        batch = next(batches)
         assert batch["features"].shape == ((8, 368) if kind == "pooled" else (8, 1, 368))
         for name, answer in training.ask(batch["images"]).items():
             torch.testing.assert_close(batch[name], answer)

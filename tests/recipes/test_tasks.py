@@ -87,7 +87,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("generation", ["data.size=24"], "data.size: the networks make images of 8, 16, 32, ... pixels; got 24"),
         ("generation", ["data.name=folder", "data.root=nowhere"], "data.root=nowhere data.name=folder: "),
         ("generation", ["teacher.name=resnet10t"], "teacher.weights: give a file"),
-        ("generation", ["teacher.name=resnt10t", "teacher.pretrained=true"], "teacher.name: Unknown model (resnt10t)"),
+        ("generation", ["teacher.name=resnt10t", "teacher.pretrained=true"], "did you mean 'resnet10t'?"),
         ("generation", ["distill.eps=2"], "distill.eps: must be less than 1"),
     ],
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -19,11 +19,9 @@ from . import config as configs
 from . import engine, jobs, report, runs, tasks
 from .config import OptionError, Section, Words, option
 from .runs import RunError
-from .task import Arm, Context, Task
+from .task import Arm, Context, Normalization, Projection, Task
 
 TEACHER, ABLATION = "teacher", "ablation"
-PROJECTIONS = ("orthogonal", "linear", "identity")
-NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
 EXTENDED = ("arms", "seeds", "baseline", "overrides")  # what --resume may change, beside the section run
 
 
@@ -75,8 +73,8 @@ def arms_of(task: type[Task]) -> dict[str, Arm]:
     base = task.arms["vkd"].changes if "vkd" in task.arms else {}
     return {**task.arms} | {
         f"{p}-{n}": Arm(f"{p}, {n}", {**base, "distill.projection": p, "distill.normalization": n})
-        for p in PROJECTIONS
-        for n in NORMALIZATIONS
+        for p in get_args(Projection)
+        for n in get_args(Normalization)
     }
 
 

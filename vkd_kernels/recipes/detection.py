@@ -29,7 +29,7 @@ from .config import Channels, Floats, Ints, OptionError, Section, option, sectio
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
 from .runs import RunError
-from .task import Arm, Context, DistillConfig, Metric, Optim, Run, Task, teacher_config
+from .task import Arm, DistillConfig, Metric, Optim, Run, Task, teacher_config
 
 DETR, RELEASED, PAPER = "Deformable DETR", "released code", "the paper"
 TRIED = "tried on seeds 100-103"
@@ -38,9 +38,7 @@ BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images diffe
 
 class Data(Section):
     root: str = option("", "folder in COCO's layout; none: the composed scenes")
-    train: str = option(
-        "train2017", "training part: images in root/NAME, boxes in root/annotations/instances_NAME.json"
-    )
+    train: str = option("train2017", "training part: root/NAME/*, and root/annotations/instances_NAME.json")
     val: str = option("val2017", "evaluation part")
     labeled: int = option(300, "training images that the student sees, the first ones; 0: all", ge=0)
     classes: int = option(0, "number of categories; 0: as the data say", ge=0)
@@ -78,9 +76,7 @@ class Teacher(DetectorConfig):
 
 
 class Distill(DistillConfig):
-    where: Literal["boxes", "image"] = option(
-        "boxes", "compared locations: in ground-truth boxes, or in the whole image"
-    )
+    where: Literal["boxes", "image"] = option("boxes", "compared locations: in ground-truth boxes, or in all of it")
 
 
 class Config(Section):
@@ -265,7 +261,8 @@ class Detection(Task):
         if not trained_here(self.config):
             self.make_detector("teacher", self.config.teacher)
             return {}
-        result = engine.train(TeacherTraining(self.config, self.context), weights="teacher.safetensors")
+        training = TeacherTraining(teacher_config(self.config), self.context)
+        result = engine.train(training, weights="teacher.safetensors")
         return {name: result[name] for name in ("AP", "AP50", "AP75", "seconds", "cpu_seconds")}
 
     @cached_property
@@ -343,9 +340,6 @@ class TeacherTraining(Detection):
     """The same with the teacher in the student's place: it learns from the boxes of all training images."""
 
     labeled = 0  # all
-
-    def __init__(self, config: Any, context: Context) -> None:
-        super().__init__(teacher_config(config), context)
 
     def make_student(self) -> nn.Module:
         return self.make_detector("teacher", self.config.teacher)

@@ -85,9 +85,7 @@ class Distill(DistillConfig):
 
 
 class MetricConfig(Section):
-    features: Literal["classifier", "inception"] = option(
-        "classifier", "of a classifier of held-out images; inception: FID"
-    )
+    features: Literal["classifier", "inception"] = option("classifier", "of one of held-out images; inception: FID")
     weights: str = option("", "file with torch-fidelity's weights of Inception")
     download: bool = option(False, "let torch-fidelity download them")
     samples: int = option(2000, "images to generate for the distance", source=TRIAL, ge=2)

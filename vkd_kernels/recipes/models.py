@@ -180,6 +180,11 @@ def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
             f"{side}.pretrained: {name} has {known.num_classes} classes, not {shape.classes}; with "
             "distill.logit_weight=0 its features alone teach"
         )
+    return created(side, name, f"for {shape}", **options)
+
+
+def created(side: str, name: str, what: str, **options: Any) -> Model:
+    """One of timm's, or an error that names the option."""
     try:
         return timm.create_model(name, **options)
     except OSError as error:  # no network, or nothing stored of it
@@ -189,7 +194,7 @@ def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
         ) from error
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         near = nearest(name, [*STUDENTS, "small_vit", "small_cnn", *timm.list_models()])
-        raise OptionError(f"{side}.name: cannot make {name!r} for {shape}: {error}{near}") from error
+        raise OptionError(f"{side}.name: cannot make {name!r} {what}: {error}{near}") from error
 
 
 # ---- features and logits ---------------------------------------------------------------------------------------------

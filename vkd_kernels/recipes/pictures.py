@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from . import images, runs
-from .config import OptionError
 from .gan import as_float
 from .loading import Key, Views, read
-from .models import Shape, SmallCNN
+from .models import Shape, SmallCNN, created
 from .task import Optim, generator, parameter_groups, seed_all
 
 SPLIT, CLASSIFIER, AT_ONCE = 0, 1, 250  # the first two: what a draw is for, beside the seed and the step
@@ -83,12 +82,7 @@ def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = Fals
         if config.name == "classifier":
             return classifier_features(config, shape, None if empty else weights)
         options: dict[str, Any] = {} if config.features == "head" else {"num_classes": 0}
-        try:
-            network: Any = timm.create_model(config.name, pretrained=config.pretrained and not empty, **options)
-        except RuntimeError as error:
-            raise OptionError(f"teacher.name: {error}") from error
-        except OSError as error:  # no network, or nothing stored of it
-            raise runs.RunError(f"teacher.pretrained: {error}; without a network, give teacher.weights=FILE") from error
+        network = created("teacher", config.name, "as encoder", pretrained=config.pretrained and not empty, **options)
         if config.weights and not empty:
             state, wanted = runs.load_weights(Path(config.weights), "teacher.weights"), network.state_dict()
             state = {name: tensor for name, tensor in state.items() if name in wanted}  # there may be another head

@@ -21,7 +21,11 @@ import vkd_kernels as vk
 
 from .config import OptionError, Section, Shares, flatten, option, replace
 
-RELEASED = "released code"
+RELEASED, PAPER = "released code", "the paper"
+Projection = Literal["orthogonal", "linear", "identity"]
+Normalization = Literal["layer_norm", "batch_norm", "whiten", "l2", "none"]
+Loss = Literal["smooth_l1", "mse", "cosine"]
+Scale = float | Literal["match", "learned"]
 
 
 class Optim(Section):
@@ -30,9 +34,7 @@ class Optim(Section):
     lr: float = option(5e-4, "peak learning rate", source=RELEASED, gt=0)
     min_lr: float = option(0.0, "learning rate at the end of the cosine", ge=0)
     betas: Shares = option((0.9, 0.999), "AdamW's betas", source="PyTorch", min_length=2, max_length=2)
-    weight_decay: float = option(
-        0.05, "weight decay, except of 1-D parameters, tokens and the projection", source=RELEASED, ge=0
-    )
+    weight_decay: float = option(0.05, "not of 1-D parameters, tokens, the projection", source=RELEASED, ge=0)
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup: float = option(0.0, "steps in which the learning rate rises; below 1: a share of all steps", ge=0)
     steps: int = option(0, "optimizer steps; 0: optim.epochs says how many", ge=0, le=10**9)
@@ -72,21 +74,11 @@ class Run(Section):
 class DistillConfig(Section):
     """The feature loss, as `OrthoProjLoss` takes it."""
 
-    projection: Literal["orthogonal", "linear", "identity"] = option(
-        "orthogonal", "from the student's channels to the teacher's", source="the paper"
-    )
-    normalization: Literal["layer_norm", "batch_norm", "whiten", "none"] = option(
-        "layer_norm", "of the teacher's features", source="the paper"
-    )
-    loss: Literal["smooth_l1", "mse", "cosine"] = option(
-        "smooth_l1", "between projected features and the target", source="the paper"
-    )
+    projection: Projection = option("orthogonal", "from the student's channels to the teacher's", source=PAPER)
+    normalization: Normalization = option("layer_norm", "of the teacher's features", source=PAPER)
+    loss: Loss = option("smooth_l1", "between projected features and the target", source=PAPER)
     beta: float = option(1.0, "where smooth L1 turns linear", source=RELEASED, gt=0)
-    scale: float | Literal["match", "learned"] = option(
-        1.0,
-        "factor of the projected features: a number; match: sqrt(T/S); learned: trained, from sqrt(T/S) on",
-        source="the paper",
-    )
+    scale: Scale = option(1.0, "of projected features; match: sqrt(T/S); learned: from there on", source=PAPER)
     eps: float = option(0.0, "eps of the normalization; 0: 1e-5, or 1e-3 for whiten", ge=0, lt=1)
     weight: float = option(1.0, "weight of the feature loss; 0: none", ge=0)
 
