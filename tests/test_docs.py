@@ -168,8 +168,13 @@ def test_the_figures_are_those_of_their_script():
 
 
 def test_the_claims_are_those_of_the_records():
-    page = evidence.PAGE.read_text()
-    assert page == evidence.with_tables(page), "run: python tools/evidence.py"
+    text = ""
+    for page in evidence.PAGES:
+        text += page.read_text()
+        assert page.read_text() == evidence.with_tables(page.read_text()), "run: python tools/evidence.py"
+    for family in evidence.FAMILIES:
+        assert f"<!-- claims: {family.name} -->" in text
+    assert text.count("<!-- arms: ") == 3
     for name, drawing in evidence.figures().items():
         assert (ROOT / "docs" / "images" / name).read_text() == drawing, f"run: python tools/evidence.py ({name})"
 

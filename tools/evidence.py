@@ -1,11 +1,13 @@
-"""The claims of docs/evidence.md, from the records: `python tools/evidence.py` writes their tables and figures.
+"""The docs' tables of accuracy, from the records: `python tools/evidence.py` writes them, and the figures of claims.
 
-A claim is a paired difference over seeds. A family of claims is tested together: p-values of paired t-tests with Holm's
-correction. A test holds the committed page and figures to this script.
+A page marks their places: `<!-- claims: FAMILY -->` or `<!-- arms: RECORD -->`, then `<!-- end -->`. A claim is a
+paired difference over seeds. A family of claims is tested together: p-values of paired t-tests with Holm's correction.
+A test holds the committed pages and figures to this script.
 """
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,9 +22,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.figures import FAINT, IMAGES, INK, OURS, svg, text  # noqa: E402
-from vkd_kernels.recipes.report import holm, show_p  # noqa: E402
+from vkd_kernels.recipes import tasks  # noqa: E402
+from vkd_kernels.recipes.report import holm, show_p, spread  # noqa: E402
 
-PAGE = ROOT / "docs" / "evidence.md"
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("evidence", "classification", "detection", "generation")]
 RESULTS = ROOT / "benchmarks" / "results"
 LEVEL = 0.05
 FEWEST_SEEDS = 8
@@ -146,16 +149,37 @@ def outcomes(family: Family) -> list[Outcome]:
     ]
 
 
-HEAD = "claim | verdict | expected | measured, points | 95 % interval | better for | p Holm | cost"
+def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def table(family: Family) -> str:
-    lines = [f"| {HEAD} |", "|---" * (HEAD.count("|") + 1) + "|"]
-    for o in outcomes(family):
+def table_of_claims(name: str) -> str:
+    rows = []
+    for o in outcomes(next(family for family in FAMILIES if family.name == name)):
         cells = [o.claim.text, f"**{o.verdict}**", o.claim.expected, f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
-        cells += [f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x" if o.cost else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x" if o.cost else "-"])
+    return markdown("claim | verdict | expected | measured, points | 95 % interval | better for | p Holm | cost", rows)
+
+
+def table_of_arms(name: str) -> str:
+    """The record's own summary: every arm, and its difference to the baseline."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    summary, metric = record["summary"], tasks.load(record["task"]).metric
+    rows = []
+    for arm in summary.values():
+        cells = [arm["label"], spread(arm["mean"], arm["std"], metric.digits)]
+        error = next(iter(arm["diagnostics"].values()), None)
+        if d := arm["minus_baseline"]:
+            cells += [spread(d["mean"], d["std"], metric.digits, "+"), f"{d['seeds_better']} of {d['seeds']}"]
+            cells += [show_p(d["p"]), show_p(d["p_holm"])]
+        else:
+            cells += [""] * 4  # the baseline
+        rows.append([*cells, "" if error is None else f"{error:.2g}", f"{arm['steps']}", f"{arm['cpu_seconds']:.1f}"])
+    baseline = summary[record["baseline"]]["label"]
+    return markdown(
+        f"arm | {metric.label} | minus {baseline} | better for | p | p Holm | max abs (PᵀP - I) | steps | CPU s", rows
+    )
 
 
 def figure(family: Family) -> str:
@@ -187,12 +211,14 @@ def figure(family: Family) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with the tables between its marks `<!-- claims: NAME -->` and `<!-- end -->` computed anew."""
-    for family in FAMILIES:
-        before, rest = page.split(f"<!-- claims: {family.name} -->\n")
-        _, after = rest.split("<!-- end -->\n", 1)
-        page = f"{before}<!-- claims: {family.name} -->\n\n{table(family)}\n\n<!-- end -->\n{after}"
-    return page
+    """The page with the tables between its marks computed anew."""
+
+    def computed(match: re.Match[str]) -> str:
+        kind, name = match.groups()
+        table = {"claims": table_of_claims, "arms": table_of_arms}[kind](name)
+        return f"<!-- {kind}: {name} -->\n\n{table}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (claims|arms): (\S+) -->\n.*?<!-- end -->", computed, page, flags=re.DOTALL)
 
 
 def figures() -> dict[str, str]:
@@ -200,7 +226,8 @@ def figures() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
     for name, drawing in figures().items():
         (IMAGES / name).write_text(drawing)
         print(IMAGES / name)
