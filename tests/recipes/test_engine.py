@@ -11,6 +11,7 @@ from torch import nn
 
 import vkd_kernels
 from tests.recipes.toy import ARMS, TOY, VKD, distill, outcome, start, train, wait_for
+from vkd_kernels.files import PARTIAL
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes import engine, runs, task
 from vkd_kernels.recipes.runs import RunError
@@ -41,7 +42,7 @@ def test_a_run_leaves_its_files(finished):
         values = configs.read_yaml(folder / "config.yaml")
         assert float(values["distill.weight"]) == float(arm in ("linear", "vkd"))
         assert (folder / "figures" / "outputs.txt").exists()
-    assert not list(finished.rglob("checkpoint.pt")) and not list(finished.rglob(f"*{runs.PARTIAL}"))
+    assert not list(finished.rglob("checkpoint.pt")) and not list(finished.rglob(PARTIAL))
     lines = lines_of(finished / "vkd" / "seed-00")
     losses = [line for line in lines if "train/total" in line]
     assert [line["step"] for line in losses] == [7, 14, 21, 28, 30]
@@ -79,11 +80,11 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(finished, tmp_pat
     process.kill()
     _, errors = process.communicate(timeout=100)
     assert "alone 0:" in errors and "/30 [" in errors  # a bar over the steps
-    (checkpoint.parent / f".checkpoint.pt.1{runs.PARTIAL}").write_bytes(b"half")  # what it may have been writing
+    (checkpoint.parent / "checkpoint.pt.partial-host-1").write_bytes(b"half")  # what it may have been writing
     (checkpoint.parent / "metrics.jsonl").write_text('{"step": 7}\ngarbage\n{"step": 8, "tra')  # and a damaged disk
     assert distill(folder, "--resume", "run.slow=0") == 0
     assert outcome(folder) == outcome(finished)
-    assert not list(folder.rglob(f"*{runs.PARTIAL}"))
+    assert not list(folder.rglob(PARTIAL))
 
 
 def test_sigterm_exits_with_143(tmp_path, monkeypatch, capsys):

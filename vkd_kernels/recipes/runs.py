@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
-PARTIAL = ".partial"  # .NAME.PID.partial: what a process is writing
+from ..files import PARTIAL, whole_file
 
 
 class RunError(Exception):
@@ -41,21 +40,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """The old file or the new one, never half of one: write beside it, flush to the disk, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    """The old file or the new one, never half of one."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
-        os.fsync(folder)
-        os.close(folder)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,6 +119,6 @@ def own_folder(folder: Path) -> Iterator[None]:
         except Timeout as error:
             raise RunError(f"{folder} is in use by another process") from error
     with lock:
-        for partial in folder.rglob(f".*{PARTIAL}"):  # what a killed process was writing
+        for partial in folder.rglob(PARTIAL):  # what a killed process was writing
             partial.unlink()
         yield

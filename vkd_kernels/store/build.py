@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import PARTIAL
 from ..pairs import Pair
 from .manifest import (
     MANIFEST,
@@ -20,7 +21,7 @@ from .manifest import (
     missing_shards,
     shard_path,
     weights_fingerprint,
-    whole_file,
+    writing,
 )
 from .options import Options
 from .progress import Progress, in_words
@@ -49,7 +50,7 @@ def build(folder: Path, teacher: nn.Module, data: Any, taps: Sequence[str | Mapp
     wait_for_others(folder, manifest)
     if missing and rank == 0:
         progress.end()
-        for path in folder.glob("*.partial-*"):  # of processes that were killed
+        for path in folder.glob(PARTIAL):  # of processes that were killed
             path.unlink(missing_ok=True)
 
 
@@ -140,7 +141,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) 
         raise ModuleNotFoundError(
             "building a FeatureStore needs safetensors: pip install 'vkd_kernels[store]'", name=error.name
         ) from error
-    with whole_file(path) as partial:
+    with writing(path) as partial:
         partial.write_bytes(save(tensors, metadata))
 
 

@@ -1,4 +1,4 @@
-"""What a store says of itself: which features of which weights, in how many shards. And files that are whole or absent.
+"""What a store says of itself: which features of which weights, in how many shards.
 
 <folder>/store.json                 the manifest
 <folder>/probe.safetensors          the teacher's input and features of a few samples
@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from torch import nn
 
 from .. import _version
+from ..files import whole_file
 from ..pairs import Pair
 
 FORMAT = "vkd_kernels feature store 1"
@@ -110,7 +109,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self), "vkd_kernels": _version.__version__}
-        with whole_file(folder / MANIFEST) as partial:
+        with writing(folder / MANIFEST) as partial:
             partial.write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -153,27 +152,15 @@ def tap_keys(taps: list[StoredTap]) -> list[str]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields where to write; what was written there gets its name when it is complete and on the disk."""
-    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+def writing(path: Path) -> Iterator[Path]:
+    """A whole file of the store, or an error that says what to do."""
     try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            yield partial
     except OSError as error:
         reason = error.strerror or error
         remedy = "finished shards are kept: build it again with the same arguments to continue"
-        message = f"cannot write {path} ({reason}); {remedy}"
-        raise OSError(error.errno, message) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        raise OSError(error.errno, f"cannot write {path} ({reason}); {remedy}") from error
 
 
 def weights_fingerprint(model: nn.Module) -> str:
