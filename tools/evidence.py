@@ -50,6 +50,7 @@ class Family:
     metric: str = "accuracy"
 
 
+FASHION_MNIST = ["fashion-mnist-8seeds.json", "fashion-mnist-projectors-8seeds.json"]
 FAMILIES = [
     Family(
         "fashion-mnist",
@@ -66,7 +67,7 @@ FAMILIES = [
     Family(
         "fashion-mnist-projectors",
         "Fashion-MNIST: the loss's weight, its normalization, the released projector; points, eight seeds",
-        ["fashion-mnist-8seeds.json", "fashion-mnist-projectors-8seeds.json"],
+        FASHION_MNIST,
         [
             Claim("Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
             Claim("Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
@@ -75,6 +76,18 @@ FAMILIES = [
             Claim("Layer norm is better than no normalization.", "vkd", "orthogonal-none", "+0.3"),
             Claim("The released projector helps beyond logits.", "released", "logits", "0"),
             Claim("The library's is better than the released projector.", "vkd", "released", "+2.2"),
+        ],
+    ),
+    Family(
+        "fashion-mnist-weights",
+        "Fashion-MNIST: larger weights of the loss, and both projections where they pull alike; points, eight seeds",
+        [*FASHION_MNIST, "fashion-mnist-weights-8seeds.json"],
+        [
+            Claim("Linear: weight 30 is better than 17.", "linear-30", "linear-strong", "+0.2"),
+            Claim("Linear: weight 52 is better than 30.", "linear-52", "linear-30", "0"),
+            Claim('`scale="match"`: weight 17 is better than 10.', "match-17", "vkd-match", "+0.2"),
+            Claim('`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"),
+            Claim('`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"),
         ],
     ),
     Family(
