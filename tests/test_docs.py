@@ -70,7 +70,6 @@ def run_readmes_code(rank, folder):
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(8, 3, 12, 12, generator=generator)
     names = {"student": student, "teacher": teacher, "images": images, "loader": [(images, torch.arange(8))] * 3}
-    names["cross_entropy"] = nn.functional.cross_entropy
     (code,) = snippets(ROOT / "README.md")
     os.chdir(folder)
     exec(code, names)

@@ -16,7 +16,7 @@ COMMANDS = {
     "distill": ("vkd_kernels.recipes.compare", "train students of a teacher and compare ways to distill"),
     "cache": ("vkd_kernels.store.command", "store a teacher's features of a folder of images"),
 }
-EXTRAS = ("detection", "generation")  # tasks with requirements of their own
+EXTRAS = {"pycocotools": "detection", "transformers": "detection", "torch_fidelity": "generation"}  # others: recipes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, (module, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, add_help=name != "distill")  # it shows a task's configuration
         if words[:1] == [name]:
-            if name == "distill" and not {*words[1:]} - {"-h", "--help"}:
+            if name == "distill" and words[1:] and not {*words[1:]} - {"-h", "--help"}:
                 words = [*words, "classification"]
             try:
                 recipe: Any = importlib.import_module(module)
             except ModuleNotFoundError as error:
-                return missing(error, "recipes")
+                return missing(error)
             recipe.add_arguments(command)
             command.set_defaults(command=recipe.command, parser=command)
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.command(arguments)
     except ModuleNotFoundError as error:
-        task = getattr(arguments, "task", "")
-        return missing(error, task if task in EXTRAS else "recipes")
+        return missing(error)
     except BrokenPipeError:  # `vkd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -64,10 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def missing(error: ModuleNotFoundError, extra: str) -> int:
-    if (error.name or "").startswith("vkd_kernels"):
+def missing(error: ModuleNotFoundError) -> int:
+    name = error.name or ""
+    if name.startswith("vkd_kernels"):
         raise error
-    print(f"vkd: error: {error.name} is missing: pip install 'vkd_kernels[{extra}]'", file=sys.stderr)
+    remedy = f"{name} is missing: pip install 'vkd_kernels[{EXTRAS.get(name.split('.')[0], 'recipes')}]'"
+    print(f"vkd: error: {remedy if name else error}", file=sys.stderr)
     return 2
 
 

@@ -1,15 +1,18 @@
 """Classification: the bundled run, real images, the paper's students and recipes, losses, stored answers."""
 
+import re
 import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 from tests.recipes import setups
 from tests.recipes.setups import of_folder
+from vkd_kernels import cli
 from vkd_kernels.recipes import classification, engine, models, runs, task
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.classification import DistilledStudent
@@ -160,6 +163,24 @@ def saved_teacher(folder, classes=2):
     return {"teacher__name": "regnety_002", "teacher__weights": str(folder / "weights.safetensors")}
 
 
+def test_the_student_of_a_run_in_a_program_of_ones_own(folder, monkeypatch):
+    """The code of docs/recipes.md reads and uses the weights as the run itself does."""
+    words = ["distill", "classification", "data.name=folder", f"data.root={folder}", "data.size=64", "--arms", "vkd"]
+    words += ["teacher.name=resnet10t", f"teacher.weights={folder}/teacher.safetensors", "distill.logit_weight=0"]
+    words += ["student.name=resnet10t", "optim.batch_size=8", "optim.steps=3", "--seeds", "1", "--jobs", "0", "--quiet"]
+    teacher = timm.create_model("resnet10t", num_classes=2)
+    runs.save_safetensors(folder / "teacher.safetensors", teacher.state_dict())
+    monkeypatch.chdir(folder)
+    assert cli.main(words) == 0
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)[1]
+    right, names = 0, {}
+    for path in sorted((folder / "val").rglob("*.png")):
+        edited = code.replace("num_classes=3", "num_classes=2").replace("photos/val/beech/7.jpg", str(path))
+        exec(edited, names)
+        right += int(names["logits"].argmax()) == int(path.parent.name[-1])
+    assert 100 * right / 6 == pytest.approx(runs.load(Path("runs/classification/vkd/seed-00/result.json"))["accuracy"])
+
+
 def test_stored_answers_are_those_of_the_teacher(folder):
     values = {"augment__views": 2, "optim__batch_size": 8}
     values |= saved_teacher(folder / "teacher")
@@ -173,6 +194,22 @@ def test_stored_answers_are_those_of_the_teacher(folder):
             torch.testing.assert_close(batch[name], answer)
     with pytest.raises(OptionError, match=r"augment\.mixup, augment\.cutmix: 0 with fixed augment\.views"):
         of_folder(folder, augment__views=2, augment__mixup=0.8)
+
+
+def test_the_teacher_of_a_subclass_learns_from_the_subclass_own_data_with_the_built_in_loss(folder):
+    class Mine(classification.Classification):
+        data = setups.image_data(folder)
+
+        def make_model(self, student):
+            raise AssertionError("of the student")
+
+    config = of_folder(folder, teacher__steps=7)
+    mine = Mine(config, job(config, folder / "run").context)
+    teacher = task.as_teacher(classification.TeacherTraining, mine)
+    assert (
+        isinstance(teacher, Mine) and teacher.data is Mine.data and teacher.steps == 7 and teacher.learner == "teacher"
+    )
+    assert isinstance(teacher.make_model(torch.nn.Linear(2, 2)), DistilledStudent)
 
 
 def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
@@ -190,14 +227,19 @@ def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
         models.make_teacher(config, models.Shape(2, 32, 3))
 
 
-def test_without_a_network_the_error_names_the_remedy(monkeypatch):
-    def unreachable(*args, **options):
-        raise FileNotFoundError("cannot find the requested files")
+def test_without_a_network_the_error_names_the_remedy_before_anything_is_trained(folder, monkeypatch):
+    def unreachable(*args, pretrained=False, **options):
+        if pretrained:
+            raise FileNotFoundError("cannot find the requested files")
+        return create_model(*args, **options)
 
+    create_model = models.timm.create_model
     monkeypatch.setattr(models.timm, "create_model", unreachable)
-    config = configured(teacher__name="resnet18", teacher__pretrained=True).teacher
+    words = {"teacher__name": "resnet18", "teacher__pretrained": True, "optim__batch_size": 8}
     with pytest.raises(RunError, match=r"teacher\.pretrained: .*requested files; .*give teacher\.weights=FILE"):
-        models.make_teacher(config, models.Shape(2, 32, 3), logits=False)
+        classification.Classification.check(of_folder(folder, distill__logit_weight=0, **words))
+    with pytest.raises(OptionError, match=r"teacher\.pretrained: resnet18 has 1000 classes, not 2"):
+        classification.Classification.check(of_folder(folder, **words))
 
 
 def test_what_cannot_be_trained_is_said_before(folder):

@@ -29,7 +29,7 @@ import vkd_kernels as vk
 from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .images import Images, Source
-from .task import Arm, DistillConfig, Metric, Optim, Run, Task, teacher_config
+from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
 
 RELEASED = "released code"
 
@@ -220,7 +220,7 @@ class Classification(Task):
         if not self.config.needs_teacher:
             return numbers
         if trained_here(self.config):
-            training = TeacherTraining(teacher_config(self.config), self.context)
+            training = as_teacher(TeacherTraining, self)
             result = engine.train(training, weights="teacher.safetensors")
             numbers = {name: result[name] for name in ("accuracy", "seconds", "cpu_seconds")}
         elif self.config.distill.logit_weight:
@@ -322,6 +322,8 @@ class Classification(Task):
                 sizes["teacher.batch_size"] = config.teacher.batch_size
             weights = "" if here else config.teacher.weights
             teacher = models.make_teacher(config.teacher, shape, weights, logits=here or logits, empty=True)
+            if config.teacher.pretrained and not weights:
+                models.fetch(config.teacher.name)
             if config.distill.weight and config.distill.features == "tokens":
                 check_positions(student, teacher, shape)
         for name, size in sizes.items():
@@ -333,6 +335,7 @@ class TeacherTraining(Classification):
     """The same with the teacher in the student's place: it learns from the labels of all training images."""
 
     learner = "teacher"
+    make_model = Classification.make_model
 
     def make_student(self) -> nn.Module:
         return models.make_teacher(self.config.teacher, models.Shape.of(self.data))

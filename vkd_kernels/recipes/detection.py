@@ -15,6 +15,7 @@ same initial weights and on the same batches of the first 300 scenes: the teache
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from .config import Channels, Floats, Ints, OptionError, Section, option, sectio
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
 from .runs import RunError
-from .task import Arm, DistillConfig, Metric, Optim, Run, Task, teacher_config
+from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
 
 DETR, RELEASED, PAPER = "Deformable DETR", "released code", "the paper"
 TRIED = "tried on seeds 100-103"
@@ -261,7 +262,7 @@ class Detection(Task):
         if not trained_here(self.config):
             self.make_detector("teacher", self.config.teacher)
             return {}
-        training = TeacherTraining(teacher_config(self.config), self.context)
+        training = as_teacher(TeacherTraining, self)
         result = engine.train(training, weights="teacher.safetensors")
         return {name: result[name] for name in ("AP", "AP50", "AP75", "seconds", "cpu_seconds")}
 
@@ -319,6 +320,7 @@ class Detection(Task):
     @classmethod
     def check(cls, config: Any) -> None:
         super().check(config)
+        importlib.import_module("pycocotools")  # average precision needs it
         d = config.data
         if config.distill.weight:
             trained_here(config)
@@ -340,6 +342,7 @@ class TeacherTraining(Detection):
     """The same with the teacher in the student's place: it learns from the boxes of all training images."""
 
     labeled = 0  # all
+    make_model = Detection.make_model
 
     def make_student(self) -> nn.Module:
         return self.make_detector("teacher", self.config.teacher)

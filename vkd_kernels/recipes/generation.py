@@ -35,7 +35,7 @@ from torchvision.utils import save_image
 
 import vkd_kernels as vk
 
-from . import gan, images, runs
+from . import gan, images, models, runs
 from .config import Channels, Ints, OptionError, Section, Words, option, section
 from .gan import Discriminator, Generator, as_bytes, as_float
 from .models import Shape
@@ -361,4 +361,6 @@ class Generation(Task):
             importlib.import_module("torch_fidelity")
         classes = images.open_images(d, 0)[2]
         if config.distill.weight:
-            make_encoder(config.teacher, Shape(classes, d.size, d.channels), Path(), empty=True)
+            make_encoder(t, Shape(classes, d.size, d.channels), Path(), empty=True)
+            if t.pretrained and not t.weights:
+                models.fetch(t.name)

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .engine import progress
 from .runs import RunError
@@ -69,6 +70,7 @@ def in_workers(stages: Sequence[Sequence[Job]], processes: int, quiet: bool) -> 
 def _start_worker(parent: Any) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would outlast a killed worker
     torch.set_num_threads(1)  # one core each; also makes the numbers independent of how many cores there are
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 

@@ -5,6 +5,7 @@ All have timm's `forward_features`, which gives tokens or a map, and `forward_he
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,13 +147,15 @@ def make_student(config: Any, shape: Shape, *, empty: bool = False) -> Model:
 
 def make_teacher(config: Any, shape: Shape, weights: str = "", *, logits: bool = True, empty: bool = False) -> Model:
     """`teacher.name` with these weights. Without `logits`, a model of timm has no head, and may know other classes."""
-    fetched = config.pretrained and not weights and not empty
+    wanted = config.pretrained and not weights
+    if wanted and logits:
+        check_classes(config.name, shape)
     with torch.device("meta" if empty else "cpu"):
         if config.name == "small_cnn":
             model: Model = SmallCNN(config.widths, shape, config.pools)
         else:
             classes = shape.classes if logits else 0
-            common = {"num_classes": classes, "in_chans": shape.channels, "pretrained": fetched}
+            common = {"num_classes": classes, "in_chans": shape.channels, "pretrained": wanted and not empty}
             model = timm_model("teacher", config.name, shape, **common)
     if weights:
         state, wanted = load_weights(Path(weights), "teacher.weights"), model.state_dict()
@@ -171,16 +174,28 @@ def put_weights(model: Model, state: dict[str, Tensor], what: str, hint: str = "
 
 
 def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
-    known = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-    if known is not None and known.fixed_input_size:
+    if (known := pretrained_config(name)) is not None and known.fixed_input_size:
         options["img_size"] = shape.size
-    # Otherwise timm would begin with a head that knows nothing.
-    if options.get("pretrained") and known is not None and options["num_classes"] not in (0, known.num_classes):
+    return created(side, name, f"for {shape}", **options)
+
+
+def pretrained_config(name: str) -> Any:
+    return timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+
+
+def check_classes(teacher: str, shape: Shape) -> None:
+    """An error where timm would begin with a head that knows nothing."""
+    if (known := pretrained_config(teacher)) is not None and known.num_classes != shape.classes:
         raise OptionError(
-            f"{side}.pretrained: {name} has {known.num_classes} classes, not {shape.classes}; with "
+            f"teacher.pretrained: {teacher} has {known.num_classes} classes, not {shape.classes}; with "
             "distill.logit_weight=0 its features alone teach"
         )
-    return created(side, name, f"for {shape}", **options)
+
+
+@cache
+def fetch(teacher: str) -> None:
+    """Have timm download the weights now, before anything is trained; they are read from its cache later."""
+    created("teacher", teacher, "with its weights", pretrained=True)
 
 
 def created(side: str, name: str, what: str, **options: Any) -> Model:

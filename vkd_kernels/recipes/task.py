@@ -227,13 +227,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
 
 
-def teacher_config(config: Any) -> Any:
-    """The configuration in which a teacher is trained: with `teacher.steps`, `.batch_size` and `.lr`, and alone."""
-    t = config.teacher
+def as_teacher(role: type[Task], task: Task) -> Task:
+    """The training of the task's teacher: `role` stands before the task's own class, whose data and networks stay. It
+    has `teacher.steps`, `.batch_size` and `.lr`, and is taught by nobody."""
+    config, t = task.config, task.config.teacher
     optim = {"lr": t.lr, "steps": t.steps, "batch_size": t.batch_size, "epochs": 0.0, "min_lr": 0.0, "ema": 0.0}
     changes = {"optim": optim, "distill": {"weight": 0.0}, "run": {"eval_every": 0}}
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    return config.model_copy(update=sections)
+    kind = type(role.__name__, (role, type(task)), {})
+    return kind(config.model_copy(update=sections), task.context)
 
 
 def mixed_seed(*numbers: int) -> int:
