@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,8 +192,10 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     (tmp_path / "other.json").write_text(json.dumps({"teachers": [{"seed": 0, "accuracy": 90.1}], "runs": []}))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     records = ["record.json", "further.json"]
-    claims = [evidence.Claim("", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
+    claims = [evidence.Claim("", "", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
     holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", records, claims))
+    for margin, verdict in ((doubtful.high + 0.01, "equal"), (doubtful.high - 0.01, "not settled")):
+        assert replace(doubtful, claim=replace(claims[1], margin=margin)).verdict == verdict
     assert (holds.verdict, doubtful.verdict, opposite.verdict) == ("holds", "not settled", "does not hold")
     assert holds.low > 0 > doubtful.low and holds.better == 8
     assert holds.cost == pytest.approx(1.2) and doubtful.cost is None  # two runs may have had unlike machines

@@ -33,10 +33,12 @@ FEWEST_SEEDS = 8
 
 @dataclass(frozen=True)
 class Claim:
+    number: str  # in the page's tables of what was expected
     text: str
     arm: str  # is better than `over`
     over: str
     expected: str  # before the runs
+    margin: float = 0.0  # of claims that expect no difference: how small it must be
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ FAMILIES = [
         "Fashion-MNIST, 1000 labels: difference of test accuracy, points, with 95 % intervals, eight seeds",
         ["fashion-mnist-8seeds.json"],
         [
-            Claim("A teacher's logits help.", "logits", "alone", "+7"),
-            Claim("Its features help beyond its logits.", "linear", "logits", "+1.5"),
-            Claim("Semi-orthogonal is better than linear.", "vkd", "linear", "+0.1"),
-            Claim('`scale="match"` is better than linear.', "vkd-match", "linear", "+0.8"),
-            Claim('`scale="match"` is better than scale 1.', "vkd-match", "vkd", "+0.7"),
+            Claim("1", "A teacher's logits help.", "logits", "alone", "+7"),
+            Claim("2", "Its features help beyond its logits.", "linear", "logits", "+1.5"),
+            Claim("3", "Semi-orthogonal is better than linear.", "vkd", "linear", "+0.1"),
+            Claim("4", '`scale="match"` is better than linear.', "vkd-match", "linear", "+0.8"),
+            Claim("5", '`scale="match"` is better than scale 1.', "vkd-match", "vkd", "+0.7"),
         ],
     ),
     Family(
@@ -69,13 +71,13 @@ FAMILIES = [
         "Fashion-MNIST: the loss's weight, its normalization, the released projector; points, eight seeds",
         FASHION_MNIST,
         [
-            Claim("Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
-            Claim("Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
-            Claim('`scale="match"` is better than linear of that weight.', "vkd-match", "linear-strong", "+0.3"),
-            Claim('`scale="match"` is better than scale 1 of that weight.', "vkd-match", "vkd-strong", "+0.3"),
-            Claim("Layer norm is better than no normalization.", "vkd", "orthogonal-none", "+0.3"),
-            Claim("The released projector helps beyond logits.", "released", "logits", "0"),
-            Claim("The library's is better than the released projector.", "vkd", "released", "+2.2"),
+            Claim("7", "Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
+            Claim("7", "Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
+            Claim("7", '`scale="match"` is better than linear of that weight.', "vkd-match", "linear-strong", "+0.3"),
+            Claim("7", '`scale="match"` is better than scale 1 of that weight.', "vkd-match", "vkd-strong", "+0.3"),
+            Claim("8", "Layer norm is better than no normalization.", "vkd", "orthogonal-none", "+0.3"),
+            Claim("9", "The released projector helps beyond logits.", "released", "logits", "0"),
+            Claim("9", "The library's is better than the released projector.", "vkd", "released", "+2.2"),
         ],
     ),
     Family(
@@ -83,11 +85,11 @@ FAMILIES = [
         "Fashion-MNIST: larger weights of the loss, and both projections where they pull alike; points, eight seeds",
         [*FASHION_MNIST, "fashion-mnist-weights-8seeds.json"],
         [
-            Claim("Linear: weight 30 is better than 17.", "linear-30", "linear-strong", "+0.2"),
-            Claim("Linear: weight 52 is better than 30.", "linear-52", "linear-30", "0"),
-            Claim('`scale="match"`: weight 17 is better than 10.', "match-17", "vkd-match", "+0.2"),
-            Claim('`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"),
-            Claim('`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"),
+            Claim("10", "Linear: weight 30 is better than 17.", "linear-30", "linear-strong", "+0.2"),
+            Claim("11", "Linear: weight 52 is better than 30.", "linear-52", "linear-30", "0"),
+            Claim("12", '`scale="match"`: weight 17 is better than 10.', "match-17", "vkd-match", "+0.2"),
+            Claim("13", '`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"),
+            Claim("14", '`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"),
         ],
     ),
     Family(
@@ -95,9 +97,9 @@ FAMILIES = [
         "Detection in scenes of garments: difference of AP, points, with 95 % intervals, eight seeds",
         ["detection-fashion-mnist-8seeds.json"],
         [
-            Claim("V_kD is better than the student alone.", "vkd", "alone", "+6"),
-            Claim("A linear projection is better than the student alone.", "linear", "alone", "+6"),
-            Claim("Semi-orthogonal is better than linear.", "vkd", "linear", "0"),
+            Claim("", "V_kD is better than the student alone.", "vkd", "alone", "+6"),
+            Claim("", "A linear projection is better than the student alone.", "linear", "alone", "+6"),
+            Claim("", "Semi-orthogonal is better than linear.", "vkd", "linear", "0"),
         ],
         metric="AP",
     ),
@@ -120,6 +122,8 @@ class Outcome:
     def verdict(self) -> str:
         if self.p_holm < LEVEL and self.mean > 0:
             return "holds"
+        if -self.claim.margin < self.low and self.high < self.claim.margin:
+            return "equal"
         return "does not hold" if self.high < 0 else "not settled"
 
 
@@ -170,9 +174,12 @@ def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
 def table_of_claims(name: str) -> str:
     rows = []
     for o in outcomes(next(family for family in FAMILIES if family.name == name)):
-        cells = [o.claim.text, f"**{o.verdict}**", o.claim.expected, f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
+        cells = [o.claim.number, o.claim.text, f"**{o.verdict}**", o.claim.expected]
+        cells += [f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
         rows.append([*cells, f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x" if o.cost else "-"])
-    return markdown("claim | verdict | expected | measured, points | 95 % interval | better for | p Holm | cost", rows)
+    return markdown(
+        " | claim | verdict | expected | measured, points | 95 % interval | better for | p Holm | cost", rows
+    )
 
 
 def table_of_arms(name: str) -> str:
