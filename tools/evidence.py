@@ -93,6 +93,16 @@ FAMILIES = [
         ],
     ),
     Family(
+        "fashion-mnist-targets",
+        "Fashion-MNIST: normalization, projection and loss; points, eight seeds",
+        [*FASHION_MNIST, "fashion-mnist-weights-8seeds.json"],
+        [
+            Claim("15", "Layer norm is better than batch norm.", "vkd", "orthogonal-batch_norm", "0", margin=0.3),
+            Claim("16", "Layer norm is better than whitening.", "vkd", "orthogonal-whiten", "0", margin=0.3),
+            Claim("18", "Semi-orthogonal is better than no projection.", "vkd", "identity-layer_norm", "+0.5"),
+        ],
+    ),
+    Family(
         "detection",
         "Detection in scenes of garments: difference of AP, points, with 95 % intervals, eight seeds",
         ["detection-fashion-mnist-8seeds.json"],
@@ -227,7 +237,7 @@ def figure(family: Family) -> str:
         body.append(f"<line {ends} stroke='{color}' stroke-width='3'/>")
         body.append(f"<circle cx='{at(o.mean):.1f}' cy='{y}' r='6' fill='{color}'/>")
         body.append(text(right + 14, y + 5, f"{o.mean:+.2f}, {o.verdict}", size=13, color=color, anchor="start"))
-    return svg(980, bottom + 28, family.title, body)
+    return svg(1000, bottom + 28, family.title, body)
 
 
 def with_tables(page: str) -> str:
