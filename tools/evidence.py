@@ -110,6 +110,7 @@ FAMILIES = [
             Claim("", "V_kD is better than the student alone.", "vkd", "alone", "+6"),
             Claim("", "A linear projection is better than the student alone.", "linear", "alone", "+6"),
             Claim("", "Semi-orthogonal is better than linear.", "vkd", "linear", "0"),
+            Claim("", "V_kD is better than alone at 1.7 times the steps.", "vkd", "alone-longer", "+6"),
         ],
         metric="AP",
     ),
