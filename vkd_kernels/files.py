@@ -2,11 +2,17 @@
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = "*.partial-*"  # what a process is writing, or was writing when it was killed
+PARTIAL = re.compile(r".+\.partial-.+-\d+")  # NAME.partial-HOST-PID: a user's own drafts have other names
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """What a process is writing in the folder and below, or was writing when it was killed."""
+    return [path for path in folder.rglob("*.partial-*") if PARTIAL.fullmatch(path.name) and path.is_file()]
 
 
 @contextlib.contextmanager

@@ -206,9 +206,8 @@ def test_the_teacher_of_a_subclass_learns_from_the_subclass_own_data_with_the_bu
     config = of_folder(folder, teacher__steps=7)
     mine = Mine(config, job(config, folder / "run").context)
     teacher = task.as_teacher(classification.TeacherTraining, mine)
-    assert (
-        isinstance(teacher, Mine) and teacher.data is Mine.data and teacher.steps == 7 and teacher.learner == "teacher"
-    )
+    assert isinstance(teacher, Mine) and teacher.data is Mine.data
+    assert teacher.steps == 7 and teacher.learner == "teacher"
     assert isinstance(teacher.make_model(torch.nn.Linear(2, 2)), DistilledStudent)
 
 

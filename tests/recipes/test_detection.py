@@ -394,19 +394,7 @@ def test_detector_of_the_documentation(tmp_path, monkeypatch):
     (tmp_path / "my_detectors.py").write_text(blocks[0])
     monkeypatch.syspath_prepend(tmp_path)
     words = ["distill", "my_detectors:OnTimm", "student.backbone=resnet10t", "teacher.backbone=resnet18"]
-    words += [
-        "--arms",
-        "alone",
-        "vkd",
-        "--seeds",
-        "1",
-        "--jobs",
-        "0",
-        "--quiet",
-        "--output",
-        str(tmp_path / "run"),
-        *setups.TINY["detection"],
-        "optim.steps=2",
-    ]
+    words += ["--arms", "alone", "vkd", "--seeds", "1", "--jobs", "0", "--quiet", "--output", str(tmp_path / "run")]
+    words += [*setups.TINY["detection"], "optim.steps=2"]
     assert cli.main(words) == 0
     monkeypatch.delitem(sys.modules, "my_detectors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.recipes.toy import TOY, distill, stopped_before, train
-from vkd_kernels.files import PARTIAL
+from vkd_kernels.files import partial_files
 from vkd_kernels.recipes import jobs, loading, runs, task
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
@@ -75,7 +75,7 @@ def test_a_full_disk_says_so_and_the_last_checkpoint_is_intact(tmp_path, finishe
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert checkpoint.read_bytes() == before and not list(tmp_path.rglob(PARTIAL))
+    assert checkpoint.read_bytes() == before and not partial_files(tmp_path)
     train(tmp_path)
     assert (tmp_path / STUDENT).read_bytes() == (finished / STUDENT).read_bytes()
 

@@ -29,9 +29,7 @@ import vkd_kernels as vk
 from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .images import Images, Source
-from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
-
-RELEASED = "released code"
+from .task import RELEASED, Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
 
 
 class Data(Source):

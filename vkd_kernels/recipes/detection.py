@@ -32,7 +32,6 @@ from .loading import Key, Views, epochs, read
 from .runs import RunError
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
 
-DETR, RELEASED, PAPER = "Deformable DETR", "released code", "the paper"
 TRIED = "tried on seeds 100-103"
 BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images differ in size and come one by one
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
-from ..files import PARTIAL, whole_file
+from ..files import partial_files, whole_file
 
 
 class RunError(Exception):
@@ -119,6 +119,6 @@ def own_folder(folder: Path) -> Iterator[None]:
         except Timeout as error:
             raise RunError(f"{folder} is in use by another process") from error
     with lock:
-        for partial in folder.rglob(PARTIAL):  # what a killed process was writing
+        for partial in partial_files(folder):  # what a killed process was writing
             partial.unlink()
         yield

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import PARTIAL
+from ..files import partial_files
 from ..pairs import Pair
 from .manifest import (
     MANIFEST,
@@ -50,7 +50,7 @@ def build(folder: Path, teacher: nn.Module, data: Any, taps: Sequence[str | Mapp
     wait_for_others(folder, manifest)
     if missing and rank == 0:
         progress.end()
-        for path in folder.glob(PARTIAL):  # of processes that were killed
+        for path in partial_files(folder):  # of processes that were killed
             path.unlink(missing_ok=True)
 
 
