@@ -1,4 +1,4 @@
-"""Further arms of the study in docs/evidence.md, as a task of one's own: is it the projection, or the size of its loss?
+"""Further arms of the study in docs/evidence.md, as a task of one's own: weights, normalizations, labels, widths.
 
     vkd distill examples.projector_study:ProjectorStudy --recipe fashion-mnist data.root=FOLDER --seeds 8 \\
         --arms linear-strong,vkd-strong,released,orthogonal-none
@@ -19,6 +19,8 @@ WEIGHT_17, WEIGHT_30, WEIGHT_52 = (10 * STEP**n for n in (1, 2, 3))
 LINEAR = {"distill.projection": "linear"}
 VKD = {"distill.projection": "orthogonal", "distill.scale": 1.0}
 MATCH = {"distill.projection": "orthogonal", "distill.scale": "match"}
+TOKENS = {"distill.features": "tokens"}
+BATCH_NORM = {"distill.normalization": "batch_norm"}
 
 
 class ProjectorStudy(ReleasedProjector):
@@ -34,4 +36,15 @@ class ProjectorStudy(ReleasedProjector):
             "V_kD, none, weight 24", {**VKD, "distill.normalization": "none", "distill.weight": 10 / FEATURES_STD}
         ),
         "match-cosine": Arm("V_kD, cosine", {**MATCH, "distill.loss": "cosine"}),
+        "batch_norm-30": Arm("V_kD, batch norm, weight 30", {**VKD, **BATCH_NORM, "distill.weight": WEIGHT_30}),
+        "linear-tokens": Arm("linear projection, every position", {**LINEAR, **TOKENS}),
+        "match-tokens": Arm('V_kD, scale="match", every position', {**MATCH, **TOKENS}),
     }
+    for _percent in (10, 100):
+        _name, _labels = f"{_percent} % of labels", {"data.labels": _percent / 100}
+        arms[f"logits-{_percent}pct"] = Arm(f"logits, {_name}", {"distill.weight": 0.0, **_labels})
+        arms[f"linear-{_percent}pct"] = Arm(f"linear projection, {_name}", {**LINEAR, **_labels})
+        arms[f"match-{_percent}pct"] = Arm(f'V_kD, scale="match", {_name}', {**MATCH, **_labels})
+    for _width in (32, 128):
+        arms[f"linear-w{_width}"] = Arm(f"linear projection, width {_width}", {**LINEAR, "student.width": _width})
+        arms[f"match-w{_width}"] = Arm(f'V_kD, scale="match", width {_width}', {**MATCH, "student.width": _width})
