@@ -18,6 +18,7 @@ from .logits import logit_loss, logit_terms, logits_of
 from .ops import checks, implementations
 from .ops.normalization.all_reduce import GroupHandle
 from .ops.ortho_proj_loss import api
+from .ops.tracing import not_traced
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
 from .pairs import Pair, as_pairs
 from .pooling import ComparedRows, compared, masks_of_sides
@@ -252,7 +253,7 @@ class FeatureDistiller(nn.Module):
             return self._losses(step)
         return self._take_turn(step)
 
-    @torch.compiler.disable(recursive=False)  # _losses is a frame, and so a graph, of its own
+    @not_traced(recursive=False)  # _losses is a frame, and so a graph, of its own
     def _take_turn(self, step: Step) -> tuple:
         """Threads share the hooks, so they run one after another."""
         with self._turn:

@@ -13,6 +13,7 @@ from torch import nn
 
 from .images import different_normalization
 from .ops import checks
+from .ops.tracing import constant_result
 from .pairs import Pair
 from .pooling import Rows
 from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, moved, run_tapped, tensors_in
@@ -274,7 +275,7 @@ class ModelTeachers(TeacherSource):
             teacher.move(fn)
 
 
-@torch.compiler.assume_constant_result  # said while torch.compile traces, at no cost afterwards
+@constant_result  # said while torch.compile traces, at no cost afterwards
 def warn_of_images(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 

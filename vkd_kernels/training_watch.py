@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .ops.tracing import constant_result
+
 PATIENCE = 20  # steps of an optimizer that leave the projection alone
 NODES_SEARCHED = 2000  # of the student's graph, for a parameter by which an optimizer's steps can be counted
 
@@ -86,7 +88,7 @@ class TrainingWatch:
             self.hook = None
 
 
-@torch.compiler.assume_constant_result  # said while torch.compile traces, at no cost afterwards
+@constant_result  # said while torch.compile traces, at no cost afterwards
 def warn_of_features_without_graph(where: str) -> None:
     warnings.warn(
         f"{where}: the student's features have no graph, so the loss trains its projection alone and the student gets "

@@ -53,6 +53,17 @@ def test_imports_without_triton():
     assert "'served_by': [{'implementation': 'chunked'" in out and "Triton can't be imported" in out
 
 
+def test_an_import_loads_no_compiler_and_no_optional_package():
+    """torch._dynamo alone takes as long as PyTorch, in every worker process of a DataLoader."""
+    code = (
+        "import sys, torch; before = {*sys.modules}; import vkd_kernels\n"
+        "print(sorted({m.split('.')[0] for m in {*sys.modules} - before} - {*sys.stdlib_module_names, 'torch'}))\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    result = processes.run([sys.executable, "-c", code], seconds=300)  # not forked: there it is imported already
+    assert (result.returncode, result.stdout) == (0, "['vkd_kernels']\nFalse\n"), result.stderr
+
+
 def test_a_stale_extension_is_diagnosed_and_not_loaded(monkeypatch):
     if implementations.extension()[0] is None:
         pytest.skip("no extension here")

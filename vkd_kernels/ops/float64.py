@@ -4,10 +4,12 @@ import functools
 
 import torch
 
+from .tracing import constant_result
+
 HAVE_FLOAT64 = ("cpu", "cuda", "meta")  # types of devices; others are tried
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def has_float64(device: torch.device) -> bool:
     """Whether tensors on the device can be float64."""
     return device.type in HAVE_FLOAT64 or _accepts_float64(device.type)

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .tracing import constant_result
+
 
 class Implementation(enum.Enum):
     """A way to compute an op. The reference defines; the others are held to it."""
@@ -53,7 +55,7 @@ CANDIDATES = {  # of each op, in order of preference: (implementation, when it i
 TRITON_FROM = (3, 4)  # what PyTorch 2.8, the oldest that the tests run on, brings
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.11 and older can't trace the call
+@constant_result  # PyTorch 2.11 and older can't trace the call
 def autocast_available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -204,7 +206,7 @@ def _is_meant_for(implementation: Implementation, device_type: str, dtype: torch
     return implementation is not Implementation.EXTENSION or device_type in ("cpu", "cuda")
 
 
-@torch.compiler.assume_constant_result  # what is installed and asked for does not change under a compiled graph
+@constant_result  # what is installed and asked for does not change under a compiled graph
 def decide(
     op: str,
     backend: str | None,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import checks
+from ..ops.tracing import not_traced
 from ..pairs import Pair
 from ..pooling import Rows, grid_of
 from ..taps import Tap, tensors_in
@@ -68,7 +69,7 @@ class StoredTeacher(TeacherSource):
         count = len(tensors_in(call.arguments)[0])
         return TeacherCall(arguments=call.arguments, indices=[0] * count)
 
-    @torch.compiler.disable
+    @not_traced
     def read(self, indices: Any) -> dict[str, torch.Tensor]:
         return self.store[indices if isinstance(indices, torch.Tensor) else list(indices)]
 
