@@ -66,7 +66,7 @@ class Case:
         if weights:
             self.row_weight = torch.rand(n, dtype=torch.float64, device=device).to(acc)
             self.row_weight[::3] = 0
-            self.row_weight[0] = 0.7
+            self.row_weight[:1] = 0.7
         self.channel_shift = random(t).to(acc) if channels else None
         self.channel_scale = (torch.rand(t, dtype=torch.float64, device=device) + 0.5).to(acc) if channels else None
         self.denominator: float | torch.Tensor = float(n * t)

@@ -73,9 +73,10 @@ def weighted_(value: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Ten
 def balanced(inputs: LossInputs) -> tuple[torch.Tensor | None, float | torch.Tensor]:
     """Row weights in [0, 1] for float16, with the denominator to match, so that tiny ones do not underflow in G."""
     row_weight = inputs.row_weight
-    if row_weight is None or inputs.student.dtype != torch.float16 or inputs.student.shape[0] == 0:
+    if row_weight is None or inputs.student.dtype != torch.float16:
         return row_weight, inputs.denominator
-    largest = row_weight.amax().clamp_min(torch.finfo(row_weight.dtype).tiny)
+    largest = row_weight.amax() if len(row_weight) else row_weight.new_zeros(())
+    largest = largest.clamp_min(torch.finfo(row_weight.dtype).tiny)
     return row_weight / largest, inputs.denominator / largest
 
 

@@ -113,7 +113,7 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
     if row_weights and group.students[0].dtype == torch.float16:
         parts = [balanced(inputs) for inputs in replace(group, row_weights=tuple(row_weights))]
         row_weights = [w for w, _ in parts if w is not None]
-        denominators = torch.stack([d for _, d in parts if isinstance(d, torch.Tensor)])
+        denominators = torch.stack([torch.as_tensor(d) for _, d in parts])  # all of them tensors
     denominator, factors = None, [1.0] * len(group)
     if isinstance(denominators, torch.Tensor):
         denominator = denominators
