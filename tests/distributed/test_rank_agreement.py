@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vkd_kernels as vk
 from tests.helpers import processes
+from vkd_kernels.ops.ortho_proj_loss.ranks import checksums
 
 S, T = 8, 32
 SAID = re.compile(r"projections of the 2 ranks of process_group differ .* wrap\s+the loss too", re.DOTALL)
@@ -76,6 +77,19 @@ def bare_scale_and_bias_of_a_projection_that_is_not_trained(rank, options, said)
         train(student, loss, rank)
 
 
+def one_rank_near_the_limit(rank):
+    """Where the difference is above the limit by one rank's size and below it by the other's, both raise."""
+    torch.manual_seed(0)
+    loss = vk.OrthoProjLoss(S, T, projection="linear", process_group=dist.group.WORLD)
+    weight = loss.projection.weight
+    (value,), (size,) = checksums([weight])
+    u, v = (torch.arange(1, n + 1).float().sin() for n in (T, S))
+    with torch.no_grad():  # a checksum of 3e-3 sizes; that of rank 1 is twice as large, and so is its size
+        weight += (3e-3 * size - value) * torch.outer(u / u.norm(), v / v.norm())
+        weight *= 1 + rank
+    refused(lambda: loss(torch.randn(5, S), torch.randn(5, T)))
+
+
 def both_wrapped(rank):
     torch.manual_seed(rank)
     for options in ({}, {"affine": True, "scale": "learned"}):
@@ -85,7 +99,7 @@ def both_wrapped(rank):
 
 
 def counted_collectives(rank):
-    """The checksum has no collective of its own, at steps that ask and at those that do not."""
+    """The checksum rides in the loss's; where it is compared, at the 1st, 2nd and 4th call, there is one more."""
     torch.manual_seed(0)
     sizes = []
     all_reduce = dist.all_reduce
@@ -94,9 +108,9 @@ def counted_collectives(rank):
         loss = vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD)
         for _ in range(3):
             loss(torch.randn(5, S), torch.randn(5, T))
-        assert sizes == [1, 3] * 3
+        assert sizes == [1, 3, 1] * 2 + [1, 3]
         vk.OrthoProjLoss(S, T, process_group=dist.group.WORLD, reduction="sum")(torch.randn(5, S), torch.randn(5, T))
-        assert sizes == [1, 3] * 3 + [3]
+        assert sizes == [1, 3, 1] * 2 + [1, 3] + [3, 1]
     finally:
         dist.all_reduce = all_reduce
 
@@ -119,6 +133,7 @@ def worker(rank):
     distiller_with_a_sharded_student(rank)
     bare_scale_and_bias_of_a_projection_that_is_not_trained(rank, {"scale": "learned"}, "scales")
     bare_scale_and_bias_of_a_projection_that_is_not_trained(rank, {"affine": True, "loss": "mse"}, "scales|the biases")
+    one_rank_near_the_limit(rank)
     both_wrapped(rank)
     counted_collectives(rank)
     evaluation_on_one_rank(rank)

@@ -173,8 +173,8 @@ def _why_not_extension(device_type: str) -> str | None:
 def _warn_once(op: str, implementation: Implementation, reason: str) -> None:
     warnings.warn(
         f"vkd_kernels: {op} falls back to PyTorch ({implementation.value}) because {reason}. "
-        f"{ENVIRONMENT}=torch asks for the reference and silences this.",
-        stacklevel=5,
+        f'warnings.filterwarnings("ignore", message="vkd_kernels: {op}") silences this.',
+        stacklevel=3,
     )
 
 

@@ -15,8 +15,8 @@ class RankAgreement:
     """Asks now and then whether the ranks hold the same weight, scale and bias; a module keeps one for each loss.
 
     A checksum rides in the collective that adds up the loss: at the first call, the 2nd, 4th, ... 64th, and then every
-    64th. Only those calls wait for the device. Under torch.compile and in a CUDA graph's capture, which can't wait, the
-    ranks are not asked.
+    64th. Those calls wait for the device, and for one more collective: the largest difference, so that either all ranks
+    raise or none. Under torch.compile and in a CUDA graph's capture, which can't wait, the ranks are not asked.
     """
 
     def __init__(self) -> None:
@@ -47,13 +47,27 @@ def all_ranks_loss(
         mine = torch.cat([share.new_ones(1), values])
     total = global_loss(torch.cat([share.reshape(-1), mine]), process_group)
     losses, sums = total[: share.numel()].view(share.shape), total[share.numel() :].detach()
-    if asks:
-        (_, *own), (asked, *of_all) = mine.tolist(), sums.tolist()
-        ranks = dist.get_world_size(process_group)
-        if asked == ranks:
-            for name, value, size, total_value in zip(tensors, own, sizes.tolist(), of_all, strict=True):
-                _compare(name, value, size, total_value / ranks, ranks)
+    ranks = dist.get_world_size(process_group)
+    if asks and sums[0].item() == ranks:
+        _check_alike([*tensors], mine[1:], sizes, sums[1:] / ranks, process_group)
     return losses
+
+
+def _check_alike(
+    names: Sequence[str], values: torch.Tensor, sizes: torch.Tensor, means: torch.Tensor, process_group: Any
+) -> None:
+    """An error on every rank if any rank's checksum is not the mean of all; a NaN is no difference."""
+    differences = torch.nan_to_num((values - means).abs() / sizes, nan=0.0)
+    dist.all_reduce(differences, op=dist.ReduceOp.MAX, group=process_group)
+    rows = zip(names, differences.tolist(), values.tolist(), means.tolist(), strict=True)
+    for name, difference, value, mean in rows:
+        if difference > DRIFTED:
+            raise RuntimeError(
+                f"the {name} of the {dist.get_world_size(process_group)} ranks of process_group differ (checksum "
+                f"{value:.6g} on this rank, {mean:.6g} on average): the gradients of the loss's own parameters are not "
+                "reduced over the ranks, or the ranks started from different ones. Put student and loss into one "
+                "module and wrap that, or wrap the loss too: DistributedDataParallel(loss), or fully_shard(loss)"
+            )
 
 
 @torch.no_grad()
@@ -66,14 +80,3 @@ def checksums(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
         values.append((matrix @ (v / v.norm())).dot(u / u.norm()))
         sizes.append(matrix.square().mean().sqrt())
     return torch.stack(values), torch.stack(sizes)
-
-
-def _compare(name: str, value: float, size: float, mean: float, ranks: int) -> None:
-    """An error if this rank's checksum is not the mean of all ranks'; a NaN is no difference."""
-    if abs(value - mean) > DRIFTED * size:
-        raise RuntimeError(
-            f"the {name} of the {ranks} ranks of process_group differ (checksum {value:.6g} on this rank, "
-            f"{mean:.6g} on average): the gradients of the loss's own parameters are not reduced over the ranks, or "
-            "the ranks started from different ones. Put student and loss into one module and wrap that, or wrap the "
-            "loss too: DistributedDataParallel(loss), or fully_shard(loss)"
-        )
