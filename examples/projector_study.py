@@ -35,7 +35,7 @@ class ProjectorStudy(ReleasedProjector):
         "none-24": Arm(
             "V_kD, none, weight 24", {**VKD, "distill.normalization": "none", "distill.weight": 10 / FEATURES_STD}
         ),
-        "match-cosine": Arm("V_kD, cosine", {**MATCH, "distill.loss": "cosine"}),
+        "cosine": Arm("V_kD, cosine", {**VKD, "distill.loss": "cosine"}),
         "batch_norm-30": Arm("V_kD, batch norm, weight 30", {**VKD, **BATCH_NORM, "distill.weight": WEIGHT_30}),
         "linear-tokens": Arm("linear projection, every position", {**LINEAR, **TOKENS}),
         "match-tokens": Arm('V_kD, scale="match", every position', {**MATCH, **TOKENS}),
