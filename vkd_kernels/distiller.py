@@ -16,7 +16,7 @@ from .denominators import check_total_rows, entry_of, over_total_rows, share_of_
 from .export import TeacherSpace
 from .logits import logit_loss, logit_terms, logits_of
 from .ops import checks, implementations
-from .ops.normalization.all_reduce import GroupHandle
+from .ops.normalization.all_reduce import HasProcessGroup
 from .ops.ortho_proj_loss import api
 from .ops.tracing import not_traced
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
@@ -39,7 +39,7 @@ class Step:
     metrics: bool = False
 
 
-class FeatureDistiller(nn.Module):
+class FeatureDistiller(HasProcessGroup, nn.Module):
     r"""Runs a student and its frozen teacher on the same input and compares the features of named modules.
 
     ::
@@ -110,7 +110,7 @@ class FeatureDistiller(nn.Module):
         implementations.requested("ortho_proj_loss", backend)
         self.temperature, self.reduction = temperature, reduction
         self.student_logits, self.teacher_logits = student_logits, teacher_logits
-        self.process_group, self.backend = GroupHandle(process_group), backend
+        self.process_group, self.backend = process_group, backend
         self.student = student
         self.source = as_source(teacher, self.pairs, student)
         self.logit_terms = logit_terms(logit_weight, self.source.names())
@@ -267,7 +267,7 @@ class FeatureDistiller(nn.Module):
 
     def _losses(self, step: Step) -> tuple:
         self._check_options(step)
-        group = self.process_group.group if self.training else None  # ranks may evaluate on their own
+        group = self.process_group if self.training else None  # ranks may evaluate on their own
         output, answer, calls = self._run(step)
         rows: dict[str, ComparedRows] = {}
         for pair in self.pairs:

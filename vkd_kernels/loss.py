@@ -10,7 +10,7 @@ from torch import nn
 
 from . import diagnostics
 from .ops import checks, implementations
-from .ops.normalization.all_reduce import GroupHandle
+from .ops.normalization.all_reduce import HasProcessGroup
 from .ops.ortho_proj_loss import api
 from .ops.ortho_proj_loss.ranks import RankAgreement
 from .ops.ortho_proj_loss.spec import Execution, LossSpec
@@ -43,7 +43,7 @@ def starting_scale(
     return nn.Parameter(torch.full((1,), matched, device=device, dtype=full_precision(dtype)))
 
 
-class OrthoProjLoss(nn.Module):
+class OrthoProjLoss(HasProcessGroup, nn.Module):
     r"""Feature distillation through a semi-orthogonal projection (V_kD, CVPR 2024): one module, one scalar.
 
     ::
@@ -113,7 +113,7 @@ class OrthoProjLoss(nn.Module):
         implementations.requested("ortho_proj_loss", backend)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
-        self.process_group, self.backend = GroupHandle(process_group), backend
+        self.process_group, self.backend = process_group, backend
         self._agreement = RankAgreement()  # whether the ranks train one projection
         self.watch = TrainingWatch()
         self.projection = make_projection(
@@ -165,7 +165,7 @@ class OrthoProjLoss(nn.Module):
             bias=self.projection.bias,
             mask=mask,
             spec=self.spec,
-            execution=self.execution(self.process_group.group),
+            execution=self.execution(self.process_group),
         )
         if self.training:
             self.watch.look(type(self).__name__, student, self.projection)
@@ -200,7 +200,7 @@ class OrthoProjLoss(nn.Module):
             teacher,
             self.projection.weight,
             mask=mask,
-            process_group=self.process_group.group if self.training else None,
+            process_group=self.process_group if self.training else None,
         )
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def worker(rank):
         whole = rows(split)
         mine = [x[:first] if rank == 0 else x[first:] for x in whole]
         module = Distiller(normalization, backend, dist.group.WORLD)
-        assert copy.deepcopy(module).loss.process_group.group is dist.group.WORLD
+        assert copy.deepcopy(module).loss.process_group is dist.group.WORLD
         value, grads = gradients(DistributedDataParallel(module), mine)
         expected, wanted = gradients(Distiller(normalization, None), whole)
         case = lambda text, case=(normalization, backend, split): f"{case}: {text}"  # noqa: E731
@@ -69,6 +70,23 @@ def worker(rank):
         for got, want in zip(grads, wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11, msg=case)
     check_whitening(rank)
+    check_a_group_given_later()
+
+
+def check_a_group_given_later():
+    for module in (vk.OrthoProjLoss(6, 9), vk.Standardization(9), vk.Whitening(9)):
+        with pytest.raises(TypeError, match="process_group must be None or"):
+            module.process_group = "world"
+        module.process_group = dist.group.WORLD
+        unpickled = pickle.loads(pickle.dumps(module))
+        assert unpickled.process_group is None
+    x, y, _ = (tensor.detach() for tensor in rows("even"))
+    torch.manual_seed(0)
+    given, later = vk.OrthoProjLoss(6, 9, process_group=dist.group.WORLD), vk.OrthoProjLoss(6, 9)
+    later.load_state_dict(given.state_dict())
+    later.process_group = dist.group.WORLD
+    ranks_rows = slice(0, 4 + dist.get_rank())
+    assert torch.equal(later.double()(x[ranks_rows], y[ranks_rows]), given.double()(x[ranks_rows], y[ranks_rows]))
 
 
 def check_whitening(rank):

@@ -76,6 +76,9 @@ def test_what_transformers_says():
     uncropped = transformers.CLIPImageProcessor(do_center_crop=False, size={"shortest_edge": 64})
     assert vk.renormalize(images, from_=IMAGENET, to=uncropped).shape == (2, 3, 64, 96)
     assert image_config("to", transformers.ViTImageProcessor()).interpolation == "bilinear"
+    says_nothing = {"image_mean": [0.5], "image_std": [0.5], "size": {"height": 8, "width": 8}}
+    assert image_config("to", says_nothing).interpolation == "bicubic"
+    assert image_config("to", {**says_nothing, "resample": 0}).interpolation == "nearest"
     plain = transformers.CLIPImageProcessor(do_normalize=False)
     assert image_config("to", plain).mean == (0.0,)
     with pytest.raises(ValueError, match=r"does not rescale images by 1/255"):

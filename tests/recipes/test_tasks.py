@@ -75,6 +75,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("classification", ["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),
         ("classification", ["--recipe", "vkd-deit-ti-imagenet"], "data.root= data.name=folder: "),
         ("classification", ["student.weights=nowhere.pth"], "student.weights: there is no file nowhere.pth"),
+        ("classification", ["distill.loss=cosine", "distill.scale=match"], "distill: scale has no effect on the loss"),
         ("detection", ["data.labeled=2000"], "data.labeled: 2000 of scenes.train=1500"),
         ("detection", ["student.channels=40"], "student.channels: must be a multiple of 32"),
         ("detection", ["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),

@@ -156,6 +156,11 @@ class Task:
         for key, value in flatten(config).items():
             if key.endswith(".weights") and value and not Path(value).is_file():
                 raise OptionError(f"{key}: there is no file {value}")
+        try:
+            if config.distill.weight:
+                config.distill.feature_loss(1, 1)
+        except ValueError as error:  # values that do not go together
+            raise OptionError(f"distill: {error}") from error
 
     def train_teacher(self) -> dict[str, Any]:
         """Make the seed's teacher, in `context.folder`; returns numbers to show."""

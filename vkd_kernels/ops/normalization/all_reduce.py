@@ -63,12 +63,24 @@ def check_group(group: object) -> None:
         raise TypeError(f"process_group must be None or a torch.distributed.ProcessGroup; got {describe(group)}")
 
 
+class HasProcessGroup:
+    """A module's ``process_group``. It stays with copies of the module and does not travel with pickles: a group is of
+    its process, so a module unpickled elsewhere computes the statistics of its own rows until it is given one."""
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return self._group_handle.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        check_group(group)
+        self._group_handle = GroupHandle(group)
+
+
 class GroupHandle:
-    """A module's process group. It stays with copies of the module and does not travel with pickles: a group belongs
-    to its process, so a module unpickled elsewhere computes the statistics of its own rows until it is given one."""
+    """Keeps a group from being copied and pickled with its module."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        check_group(group)
         self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":

@@ -12,11 +12,11 @@ from .. import checks
 from ..float64 import as_float64, has_float64
 from ..implementations import no_autocast
 from . import reference
-from .all_reduce import GroupHandle
+from .all_reduce import HasProcessGroup
 from .api import METHODS, flat_rows, whiten
 
 
-class RunningStatistics(nn.Module):
+class RunningStatistics(HasProcessGroup, nn.Module):
     """What both modules share: statistics over the rows in float64, whatever the module is cast to.
 
     With ``momentum`` a cumulative average until ``1 / momentum`` batches have been seen, an exponential one afterwards.
@@ -34,7 +34,7 @@ class RunningStatistics(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features, self.momentum = num_features, momentum
-        self.process_group = GroupHandle(process_group)
+        self.process_group = process_group
         self.is_frozen = False
         if spread is not None:
             self.register_buffer("running_mean", torch.zeros(num_features, dtype=torch.float64))
@@ -67,7 +67,7 @@ class RunningStatistics(nn.Module):
         features: torch.Tensor,  # (..., C)
         mask: torch.Tensor | None,  # (...)
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (N, C), (N,)
-        rows, row_weight = flat_rows("features", features, mask, self.process_group.group)
+        rows, row_weight = flat_rows("features", features, mask, self.process_group)
         if features.shape[-1] != self.num_features:
             raise ValueError(f"features must have {self.num_features} channels; got the shape {tuple(features.shape)}")
         if self.momentum is not None and has_float64(rows.device):
@@ -77,7 +77,7 @@ class RunningStatistics(nn.Module):
     @property
     def group(self) -> ProcessGroup | None:
         """The process group; in eval mode, where one rank may be alone, none."""
-        return self.process_group.group if self.training else None
+        return self.process_group if self.training else None
 
     @property
     def updates(self) -> bool:
