@@ -1,5 +1,6 @@
 """Two likely mistakes of a training loop, seen while it trains, and said once."""
 
+import itertools
 import warnings
 import weakref
 
@@ -22,7 +23,7 @@ class TrainingWatch:
 
     def __init__(self) -> None:
         self.warned = False  # of features without a graph
-        self.settled = False  # the projection moves, or it has been said that it does not
+        self.settled = False  # the projection moves, it has been said that it does not, or nothing can be told
         self.student: weakref.ref[torch.Tensor] | None = None  # a parameter of the student
         self.versions = 0, 0  # of that parameter and of the projection's
         self.start: torch.Tensor | None = None  # a part of the projection's parameter at the first step
@@ -53,10 +54,12 @@ class TrainingWatch:
             return
         if self.student is None:
             leaf = parameter_behind(student)
-            if leaf is not None:
-                self.student, self.start = weakref.ref(leaf), parameter.detach()[:1].clone()
-                self.versions = leaf._version, parameter._version
-                self.hook = parameter.register_hook(self._note_gradient)
+            if leaf is None:
+                self._settle()
+                return
+            self.student, self.start = weakref.ref(leaf), parameter.detach()[:1].clone()
+            self.versions = leaf._version, parameter._version
+            self.hook = parameter.register_hook(self._note_gradient)
             return
         leaf = self.student()
         if leaf is None or parameter._version != self.versions[1]:
@@ -99,16 +102,14 @@ def warn_of_features_without_graph(where: str) -> None:
 
 
 def parameter_behind(features: torch.Tensor) -> torch.Tensor | None:
-    """A leaf of the graph, the nearest one to the features; None where there is none."""
-    nodes = [features.grad_fn]
-    for _ in range(NODES_SEARCHED):
-        if not nodes:
-            return None
-        node = nodes.pop(0)
-        if node is None:
-            continue
+    """A leaf of the graph, the nearest one to the features; None where there is none, or none near."""
+    nodes = [features.grad_fn]  # breadth first; the list grows while it is read
+    seen = set(nodes)
+    for node in itertools.islice(nodes, NODES_SEARCHED):
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, torch.Tensor) and leaf.is_leaf:
             return leaf
-        nodes.extend(next_node for next_node, _ in node.next_functions)
+        new = [after for after, _ in getattr(node, "next_functions", ()) if after is not None and after not in seen]
+        seen.update(new)
+        nodes.extend(new)
     return None

@@ -116,6 +116,20 @@ def test_a_projection_left_out_of_the_optimizer_is_warned_of_once():
     assert message.startswith("pair 'x': ") and "Give the optimizer the loss's parameters too" in message
 
 
+def test_the_parameter_behind_a_student_of_many_paths_is_found():
+    """30 residual additions: 61 nodes of the graph, and 2^30 paths through it."""
+    given, loss, teacher = torch.randn(5, 8, requires_grad=True), vk.OrthoProjLoss(8, 32), torch.randn(5, 32)
+
+    def loss_of():
+        x = given * 1
+        for _ in range(30):
+            x = x + x.tanh()
+        return loss(x / x.detach().norm(), teacher)
+
+    (message,) = messages(lambda: loop([given], loss_of))
+    assert message.startswith(f"OrthoProjLoss: in {PATIENCE} steps")
+
+
 def test_a_projection_left_out_is_warned_of_where_the_whole_module_clears_its_gradients():
     distiller = distiller_of_layers()
     optimizer = torch.optim.AdamW(distiller.student.parameters(), lr=1e-3)
