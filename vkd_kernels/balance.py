@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .ops import checks
+from .ops.float64 import KeepsDtypes
 from .pair_losses import state_name
 
 BALANCES = (None, "running_mean")
@@ -23,7 +24,7 @@ class LossTerm:
     weight: float
 
 
-class RunningMean(nn.Module):
+class RunningMean(KeepsDtypes):
     """The mean of a loss over the last steps, about 1 / (1 - MOMENTUM) of them; unbiased from the first step on."""
 
     total: torch.Tensor
@@ -31,8 +32,8 @@ class RunningMean(nn.Module):
 
     def __init__(self, device: torch.device | None):
         super().__init__()
-        self.register_buffer("total", torch.zeros((), device=device))
-        self.register_buffer("weight", torch.zeros((), device=device))
+        for name in ("total", "weight"):  # in 16 bit a hundredth of a loss would be rounded away
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def update(self, loss: torch.Tensor) -> None:  # ()

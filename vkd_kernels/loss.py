@@ -31,12 +31,12 @@ def starting_scale(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> float | nn.Parameter:
-    """What the option ``scale`` stands for: the number, √(T / S), or the parameter that starts there."""
+    """What the option ``scale`` stands for: the number, √(T / S) but at least 1, or the parameter that starts there."""
     if not isinstance(scale, str):
         checks.check_number("scale", scale)
         return scale
     checks.check_choice("scale", scale, ("match", "learned"))
-    matched = math.sqrt(teacher_dim / student_dim)
+    matched = math.sqrt(max(teacher_dim / student_dim, 1.0))  # a wide P shortens a vector of norm √S to about √T itself
     # One element rather than a 0-d tensor, which fully_shard refuses.
     if scale == "match":
         return matched
@@ -52,8 +52,8 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
         L = mean of ρ(Z - normalize(teacher)), or of 1 - cos(z, t)
 
     A semi-orthogonal P keeps lengths: a student vector of norm √S stays there while a layer-normed or whitened teacher
-    vector has norm √T. ``scale="match"`` multiplies by √(T / S), which preserves every angle; ``"learned"`` starts
-    there and trains. The default 1.0 is the paper's.
+    vector has norm √T. ``scale="match"`` multiplies by √(T / S), which preserves every angle (by 1 for S >= T, where P
+    takes the norm to about √T itself); ``"learned"`` starts there and trains. The default 1.0 is the paper's.
 
     Args:
         student_dim: S, channels of the student's features.

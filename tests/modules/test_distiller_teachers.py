@@ -10,6 +10,7 @@ from torch import nn
 
 import vkd_kernels as vk
 from tests.helpers.distillers import CNN, IMAGES, TOKENS_TO_MAP, ViT, gradients, loss_like, make, outputs_of
+from vkd_kernels.balance import LossBalance, LossTerm
 
 POOLED = {"student_pool": "mean_tokens", "student_skip": 1}
 PAIRS = [
@@ -143,6 +144,15 @@ def test_balanced_losses_weigh_alike_whatever_their_scale():
         torch.testing.assert_close(metrics["balance/a"].item(), 1 / distiller.balance.means["[a]"]().item())
     assert make().state_dict().keys() == make(balance=None).state_dict().keys()
     assert not any("balance" in name for name in make().state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_running_means_stay_exact_in_a_distiller_that_is_cast(dtype):
+    balance = LossBalance([LossTerm("a", "", 1.0)], "running_mean", 0.0).to(dtype)
+    exact = LossBalance([LossTerm("a", "", 1.0)], "running_mean", 0.0)
+    for step in range(500):
+        loss = torch.tensor(1 - step / 1000)
+        torch.testing.assert_close(balance({"a": loss})[0], exact({"a": loss})[0])
 
 
 def test_a_masked_batch_leaves_the_running_mean_alone():

@@ -57,6 +57,15 @@ def test_equals_the_composition(s, t):
     torch.testing.assert_close(module(x, y), expected)
 
 
+@pytest.mark.parametrize(("s", "t"), [(64, 256), (256, 256), (256, 64)])
+def test_match_makes_lengths_equal_whichever_side_is_wider(s, t):
+    module = vk.OrthoProjLoss(s, t, scale="match")
+    x, y = torch.randn(200, s), torch.randn(200, t)
+    z = module.scale * module.projection(x)
+    lengths = z.norm(dim=1).mean(), F.layer_norm(y, (t,)).norm(dim=1).mean()
+    torch.testing.assert_close(*lengths, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize(("scale", "value"), [(1.0, 1.0), (0.3, 0.3), ("match", 2.0), ("learned", 2.0)])
 @pytest.mark.parametrize("affine", [False, True])
 def test_scale(scale, value, affine):

@@ -149,6 +149,27 @@ def test_frozen_statistics_stay_through_training_saving_and_resuming(make):
 
 
 @modules
+@pytest.mark.parametrize("frozen", [False, True])
+def test_averages_of_models(frozen, make):
+    """By AveragedModel, which subtracts buffers, and by hand, as timm's ModelEmaV2 does."""
+    module = make(momentum=0.1)
+    module(features())
+    if frozen:
+        module.freeze()
+    averaged = torch.optim.swa_utils.AveragedModel(module, use_buffers=True)
+    by_hand = {name: value.clone() for name, value in module.state_dict().items()}
+    for _ in range(20):
+        averaged.update_parameters(module)
+        for name, value in module.state_dict().items():
+            by_hand[name].copy_(0.999 * by_hand[name] + 0.001 * value)
+    loaded = make(momentum=0.1)
+    loaded.load_state_dict(by_hand)
+    for copied in (averaged.module, loaded):
+        assert copied.is_frozen == frozen and (copied.frozen != 0) == frozen
+        torch.testing.assert_close(copied.eval()(features()), module.eval()(features()))
+
+
+@modules
 def test_a_resumed_run_goes_on_bit_for_bit(make):
     run = make(momentum=0.3)
     for seed in range(3):

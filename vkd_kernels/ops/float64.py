@@ -1,8 +1,11 @@
 """float64 where it is needed and the device may have none: Apple's MPS, and some GPUs of Intel."""
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import nn
+from typing_extensions import Self
 
 from .tracing import constant_result
 
@@ -27,3 +30,23 @@ def _accepts_float64(device_type: str) -> bool:
 def as_float64(x: torch.Tensor) -> torch.Tensor:
     """In float64: on its device, or on the CPU where the device has none. Differentiable."""
     return x.double() if has_float64(x.device) else x.cpu().double()
+
+
+class KeepsDtypes(nn.Module):
+    """A module whose own buffers no cast touches. If one is float64, all stay on the CPU where a device has none."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for name in kept:
+            self._buffers[name] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            anywhere = all(buffer.dtype != torch.float64 for buffer in kept.values())
+            for name, buffer in kept.items():
+                device = fn(torch.empty(0, device=buffer.device)).device
+                if anywhere or has_float64(device):
+                    moved = fn(buffer)
+                    buffer = moved if moved.dtype == buffer.dtype else buffer.to(device)
+                self._buffers[name] = buffer
+        return self

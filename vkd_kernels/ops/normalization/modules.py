@@ -1,6 +1,5 @@
 """Targets with statistics of their own: ``Standardization`` and ``Whitening``, of a batch, running or frozen."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +8,16 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from .. import checks
-from ..float64 import as_float64, has_float64
+from ..float64 import KeepsDtypes, as_float64, has_float64
 from ..implementations import no_autocast
 from . import reference
 from .all_reduce import HasProcessGroup
 from .api import METHODS, flat_rows, whiten
 
+FROZEN = 127  # an integer, as averages of models subtract buffers, and so large that one rounded towards 0 keeps it
 
-class RunningStatistics(HasProcessGroup, nn.Module):
+
+class RunningStatistics(HasProcessGroup, KeepsDtypes):
     """What both modules share: statistics over the rows in float64, whatever the module is cast to.
 
     With ``momentum`` a cumulative average until ``1 / momentum`` batches have been seen, an exponential one afterwards.
@@ -26,7 +27,7 @@ class RunningStatistics(HasProcessGroup, nn.Module):
 
     running_mean: torch.Tensor  # (C,), float64; there with momentum alone, as the others
     batches_seen: torch.Tensor  # ()
-    frozen: torch.Tensor  # (), bool
+    frozen: torch.Tensor  # (), int8; not 0: frozen
     spread_name: str  # the name of the buffer of variances (C,) or covariances (C, C)
 
     def __init__(
@@ -40,7 +41,7 @@ class RunningStatistics(HasProcessGroup, nn.Module):
             self.register_buffer("running_mean", torch.zeros(num_features, dtype=torch.float64))
             self.register_buffer(self.spread_name, spread)
             self.register_buffer("batches_seen", torch.zeros((), dtype=torch.long))
-            self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+            self.register_buffer("frozen", torch.zeros((), dtype=torch.int8))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -58,7 +59,7 @@ class RunningStatistics(HasProcessGroup, nn.Module):
         """From now on the statistics stay as they are, in training mode too; ``state_dict()`` says so."""
         if self.momentum is None:
             raise RuntimeError("freeze() needs running statistics: build the module with momentum, 0.1 say")
-        self.frozen.fill_(True)
+        self.frozen.fill_(FROZEN)
         self.is_frozen = True
         return self
 
@@ -91,7 +92,7 @@ class RunningStatistics(HasProcessGroup, nn.Module):
     ) -> None:
         running_spread = getattr(self, self.spread_name)
         mean, spread = (as_float64(x).to(running_spread.device) for x in (mean, spread))
-        counted = (count > 0).to(running_spread.device) & ~self.frozen
+        counted = (count > 0).to(running_spread.device) & (self.frozen == 0)
         share = (1 / (as_float64(self.batches_seen) + 1)).clamp_min(self.momentum or 0.0) * counted
         delta = mean - self.running_mean
         between = delta.square() if spread.dim() == 1 else torch.outer(delta, delta)
@@ -100,22 +101,6 @@ class RunningStatistics(HasProcessGroup, nn.Module):
         running_spread.copy_(torch.where(first, spread, mixed))
         self.running_mean.copy_(torch.where(first, mean, self.running_mean + share * delta))
         self.batches_seen.add_(counted)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # Casts leave the statistics alone, and with a device that has no float64 they stay on the CPU.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        for name in kept:
-            self._buffers[name] = None
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            for name, buffer in kept.items():
-                device = fn(torch.empty(0, device=buffer.device)).device
-                if has_float64(device):
-                    moved = fn(buffer)
-                    buffer = moved if moved.dtype == buffer.dtype else buffer.to(device)
-                self._buffers[name] = buffer
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         if self.momentum is not None and f"{prefix}batches_seen" in state_dict:
