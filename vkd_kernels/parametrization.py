@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from .diagnostics import orthogonality_error
 from .map_state import SIGN, UNINITIALIZED, are_signs, prepare_map_state
 from .ops import checks
 from .ops.cayley import cayley, cayley_inverse
@@ -13,6 +14,7 @@ from .ops.float64 import as_float64
 from .ops.implementations import no_autocast
 
 ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
+SEMI_ORTHOGONAL, SEMI_ORTHOGONAL_16_BIT = 1e-3, 5e-2  # max |PᵀP - I| of what passes for it
 
 
 @torch.no_grad()
@@ -222,15 +224,32 @@ def make_map(matrix: torch.Tensor, orthogonal_map: str, use_trivialization: bool
 
 
 def _let_parameters_be_assigned(parametrized: type) -> None:
-    """``module.weight = old.weight`` for the class that PyTorch made for one module: there it is a KeyError."""
+    """``module.weight = old.weight`` for the class that PyTorch made for one module: there it is a KeyError.
+
+    Only what is semi-orthogonal, as an old layer's weight: code that folds a scale into a weight would lose the scale.
+    """
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and parametrize.is_parametrized(self, name):
             value = value.detach()
+            if isinstance(self.get_submodule(f"parametrizations.{name}"), OrthogonalWeight):
+                _check_semi_orthogonal(name, value)
         super(parametrized, self).__setattr__(name, value)  # type: ignore[arg-type, misc]
 
     if "__setattr__" not in vars(parametrized):
         parametrized.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
+
+
+def _check_semi_orthogonal(name: str, parameter: torch.Tensor) -> None:
+    if parameter.dim() < 2 or not can_be_read(parameter) or checks.is_sharded(parameter):
+        return  # what else is wrong with it the assignment says
+    error = orthogonality_error(parameter).item()
+    if error > (SEMI_ORTHOGONAL if parameter.dtype in checks.FULL_PRECISION else SEMI_ORTHOGONAL_16_BIT):
+        raise ValueError(
+            f"{name} is kept semi-orthogonal, and the Parameter assigned to it is not: max |PᵀP - I| is {error:.1e}. "
+            f"Assign a tensor (parameter.detach()) to get its orthonormal factor, or make {name} a plain parameter "
+            f"first: torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+        )
 
 
 @torch.no_grad()

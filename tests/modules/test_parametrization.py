@@ -73,6 +73,19 @@ def test_the_weight_of_an_old_layer_is_assigned_as_the_migration_page_shows(orth
         assert old.weight.requires_grad and all(p is not old.weight for p in module.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_scale_folded_into_the_weight_is_refused(dtype):
+    """It would be lost in the orthonormal factor."""
+    layer = layer_of(7, 4).to(dtype)
+    layer.weight = nn.Parameter(layer.weight.detach())
+    before = layer.weight.detach().clone()
+    norm = nn.BatchNorm1d(7, dtype=dtype)
+    nn.init.constant_(norm.weight, 1.5)
+    with pytest.raises(ValueError, match=r"weight is kept semi-orthogonal.* is 1\.\de\+00\. Assign a tensor"):
+        nn.utils.fusion.fuse_linear_bn_eval(layer.eval(), norm.eval())
+    assert torch.equal(layer.weight, before)
+
+
 def test_a_parameter_beside_the_weight_is_registered_as_ever():
     layer = layer_of(7, 4)
     layer.extra = nn.Parameter(torch.ones(2))
