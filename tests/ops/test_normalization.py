@@ -150,11 +150,11 @@ def test_whitening_without_momentum_is_the_function():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: whiten(torch.randn(4)), ValueError, r"teacher must have the shape .*got \(4,\)"),
-        (lambda: whiten(torch.randn(0, 4)), ValueError, "teacher has no rows"),
+        (lambda: whiten(torch.randn(4)), ValueError, r"features must have the shape .*got \(4,\)"),
+        (lambda: whiten(torch.randn(0, 4)), ValueError, "features has no rows"),
         (lambda: whiten(torch.randn(5, 4), method="svd"), ValueError, "method must be one of 'zca'.*got 'svd'"),
         (lambda: whiten(torch.randn(5, 4), eps=-0.1), ValueError, "eps must be .*got -0.1"),
-        (lambda: whiten(torch.ones(5, 4, dtype=torch.int)), TypeError, "teacher .*got a int32"),
+        (lambda: whiten(torch.ones(5, 4, dtype=torch.int)), TypeError, "features .*got a int32"),
         (lambda: standardize(torch.randn(5, 4), mask=torch.ones(4)), ValueError, r"mask .*\(5,\); got \(4,\)"),
         (lambda: standardize([1]), TypeError, "features must be a tensor; got list"),
         (lambda: vk.Whitening(0), ValueError, "num_features must be at least 1; got 0"),

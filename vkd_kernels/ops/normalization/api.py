@@ -68,7 +68,7 @@ def standardize(
 
 
 def whiten(
-    teacher: torch.Tensor,  # (..., C)
+    features: torch.Tensor,  # (..., C)
     *,
     method: str = "zca",
     eps: float = 1e-3,
@@ -88,7 +88,7 @@ def whiten(
     Hadamard matrix: Fourier's cosines and sines, with phases that make all variances equal, for any number of channels.
 
     Args:
-        teacher: ``(..., C)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
+        features: ``(..., C)`` float32, float64, bfloat16 or float16; rows are all dimensions but the last.
         method: ``"zca"``, ``"cholesky"``, ``"pca"`` or ``"phi_s"``.
         eps: share of the shrinkage target, in [0, 1]. With fewer rows than channels Σ is singular and eps must be > 0
             (``phi_s`` does not depend on it).
@@ -108,8 +108,8 @@ def whiten(
         >>> torch.allclose(torch.cov(out.T), torch.eye(8), atol=1e-3)
         True
     """
-    rows, row_weight = flat_rows("teacher", teacher, mask, process_group)
+    rows, row_weight = flat_rows("features", features, mask, process_group)
     checks.check_choice("method", method, METHODS)
     checks.check_number("eps", eps, at_least=0, at_most=1)
     out = reference.whiten(rows, row_weight, method=method, eps=eps, group=process_group)
-    return out.to(teacher.dtype).reshape(teacher.shape)
+    return out.to(features.dtype).reshape(features.shape)
