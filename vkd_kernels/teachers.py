@@ -161,7 +161,7 @@ class FrozenTeacher:
 
 
 class KeptModes:
-    """Gives modules back the mode that they had: those that a teacher shares with its student."""
+    """Gives modules back the mode, training or evaluation, that they had before."""
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.modules = modules

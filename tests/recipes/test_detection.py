@@ -92,6 +92,13 @@ def test_scenes_of_pictures_whose_classes_have_no_names(monkeypatch):
     assert scenes.Scenes(DIGITS, 0, 1, training=True).names == {0: 0, 1: 1}
 
 
+def test_black_pictures_are_in_no_scene(monkeypatch):
+    pictures = [(Image.new("L", (28, 28), gray), gray % 2) for gray in (0, 255)]
+    monkeypatch.setattr(scenes.images, "open_images", lambda *_: (pictures, pictures, 2))
+    labels = [scene["labels"] for scene in scenes.Scenes(DIGITS, 0, 20, training=True)]
+    assert {*torch.cat(labels).tolist()} == {1} and min(map(len, labels)) == 0
+
+
 def test_own_data_give_the_bundled_batches(written, tmp_path):
     small = {"scenes__train": 30, "scenes__val": 6, "data__labeled": 0, "optim__batch_size": 8, "distill__weight": 0}
     bundled, own = job(configured(**small), tmp_path), job(configured(**small, **written), tmp_path)

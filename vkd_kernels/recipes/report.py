@@ -172,6 +172,8 @@ def draw(path: Path, summary: Mapping[str, Any], metric: Metric) -> None:
         right.errorbar(arm["mean"], row - 0.1, xerr=arm["std"], fmt="|", color=color, markersize=16, capsize=3)
     names = [f"{arm['label']}\n{spread(arm['mean'], arm['std'], metric.digits)}" for arm in summary.values()]
     right.set_yticks(range(len(summary)), names, fontsize=9)
+    for row, label in enumerate(right.get_yticklabels()):  # of the left panel's curves, too
+        label.set_color(COLORS[row % len(COLORS)])
     right.set_ylim(len(summary) - 0.5, -0.5)
     left.set(xlabel="training step", ylabel=f"{metric.label}, mean over the seeds")
     right.set_xlabel(f"{metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)")

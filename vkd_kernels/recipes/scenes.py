@@ -58,7 +58,10 @@ def compose(pictures: Any, draw: torch.Generator) -> Scene:
     for _ in range(whole(*PICTURES)):
         picture, label = some_picture()
         ink = resized(picture, whole(*SIZES))
-        left, top, right, bottom = masks_to_boxes((ink > INK * ink.max())[None])[0].int().tolist()
+        inked = ink > INK * ink.max()
+        if not inked.any():  # a black picture
+            continue
+        left, top, right, bottom = masks_to_boxes(inked[None])[0].int().tolist()
         ink = ink[top : bottom + 1, left : right + 1]
         for _ in range(50):  # tries to place it; a canvas that is too full gets fewer pictures
             x, y = whole(0, CANVAS - ink.shape[1]), whole(0, CANVAS - ink.shape[0])
