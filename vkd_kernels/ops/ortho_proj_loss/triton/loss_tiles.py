@@ -52,7 +52,7 @@ class Terms(NamedTuple):
         return normalization == "none" and (self.mse > 0 or (self.smooth_l1 > 0 and self.beta > 2**12))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "partials"])
 def loss_tile(
     student,
     weight,
@@ -259,23 +259,19 @@ def _loss_launch(
     tile: tiles.LossTile,
     terms: Terms,
     precision: str,
-    partials: int,
     stride_gradient: int,
-    factors: tuple[float, ...],
     **sizes: int,  # S, T and the strides of student, weight and teacher
 ) -> Launch:
-    """loss_tile with what is the same for every call of one shape."""
+    """loss_tile with what is the same for every call, whatever its number of rows."""
     return prepared(
         loss_tile,
         **sizes,
         stride_gradient=stride_gradient,
-        partials=partials,
         beta=terms.beta,
         inverse_beta=min(1.0 / terms.beta, 1e38),
         smooth_l1=terms.smooth_l1,
         mse=terms.mse,
         cosine=terms.cosine,
-        factors=factors,
         BLOCK_N=tile.block_n,
         BLOCK_T=tile.block_t,
         BLOCK_S=tile.block_s,
@@ -367,9 +363,7 @@ class LossTiles:
             tile=tile,
             terms=terms,
             precision=precision(student.dtype),
-            partials=self.partial.shape[1],
             stride_gradient=0 if gradient is None else gradient.stride(0),
-            factors=factors,
             **sizes,
         )
         self._launch = launch.bind(
@@ -380,6 +374,8 @@ class LossTiles:
             gradient_scale=gradient_scale,
             column_sums=column_sums,
             partial=self.partial,
+            partials=self.partial.shape[1],
+            factors=factors,
             counter=counter,
             losses=losses,
             denominator=denominator,

@@ -292,27 +292,15 @@ def _gradient_launch(
     *,
     tile: tiles.GradientTiles,
     precision: str,
-    n: int,
     s: int,
     t: int,
     stride_grad_output: int,
     stride_gradient: int,
     stride_student: int,
     stride_weight: int,
-    factors: tuple[float, ...],
-    need_student: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Launch, int]:
-    """(gradient_tiles with what is the same for every call of one shape, its programs for a loss of n rows)."""
-    programs = 0
-    if need_student:
-        programs += blocks(n, tile.student[0]) * blocks(s, tile.student[1])
-    if need_weight:
-        programs += blocks(t, tile.weight[0]) * blocks(s, tile.weight[1])
-    if need_bias:
-        programs += blocks(t, tile.weight[0])
-    launch = prepared(
+) -> Launch:
+    """gradient_tiles with what is the same for every call, whatever its number of rows."""
+    return prepared(
         gradient_tiles,
         S=s,
         T=t,
@@ -320,7 +308,6 @@ def _gradient_launch(
         stride_gradient=stride_gradient,
         stride_student=stride_student,
         stride_weight=stride_weight,
-        factors=factors,
         STUDENT_N=tile.student[0],
         STUDENT_S=tile.student[1],
         STUDENT_T=tile.student[2],
@@ -334,7 +321,6 @@ def _gradient_launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return launch, programs
 
 
 @library.operator(shapes=_backward_shapes)
@@ -361,20 +347,23 @@ def pooled_loss_backward(
     n, s, t = max(group), student.shape[1], weight.shape[-2]
     if n == 0:
         return [grad.zero_() for grad in gradients.values()]
-    launch, programs = _gradient_launch(
-        tile=tiles.tile("gradients", student.dtype, tiles.chip(student.device)),
+    tile = tiles.tile("gradients", student.dtype, tiles.chip(student.device))
+    programs = 0
+    if need_student:
+        programs += blocks(n, tile.student[0]) * blocks(s, tile.student[1])
+    if need_weight:
+        programs += blocks(t, tile.weight[0]) * blocks(s, tile.weight[1])
+    if need_bias:
+        programs += blocks(t, tile.weight[0])
+    launch = _gradient_launch(
+        tile=tile,
         precision=precision(student.dtype),
-        n=n,
         s=s,
         t=t,
         stride_grad_output=grad_output.stride(0) if grad_output.dim() else 0,
         stride_gradient=0 if gradient is None else gradient.stride(0),
         stride_student=student.stride(0),
         stride_weight=weight.stride(-2),
-        factors=tuple(factors),
-        need_student=need_student,
-        need_weight=need_weight,
-        need_bias=need_bias,
     )
     with on(student.device):
         launch(
@@ -391,6 +380,7 @@ def pooled_loss_backward(
             grad_weight=gradients.get("grad_weight"),
             grad_bias=gradients.get("grad_bias"),
             group_rows=group_rows(group),
+            factors=tuple(factors),
             N=n,
             blocks_n=0 if column_sums is None else column_sums.shape[-2],
         )

@@ -145,7 +145,7 @@ def gradient_scale(
     return torch.exp2(torch.nan_to_num(exponent, nan=0.0))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "first_partial", "partials"])
 def cosine_rows(
     student,
     weight,
@@ -267,8 +267,6 @@ def cosine(
     launch = prepared(
         cosine_rows,
         **sizes,
-        first_partial=first_partial,
-        partials=partial.shape[1],
         cosine=coefficient,
         BLOCK_N=tile.block_n,
         BLOCK_T=tile.block_t,
@@ -286,6 +284,8 @@ def cosine(
         student_factor=student_factor,
         teacher_factor=teacher_factor,
         partial=partial,
+        first_partial=first_partial,
+        partials=partial.shape[1],
         N=max(group),
     )
     return student_factor, teacher_factor, partial
