@@ -274,3 +274,32 @@ def test_an_hf_like_output_by_name(tmp_path, images):
     expected = live.eval()(images)[1]
     losses = stored.eval()(images, indices=range(SAMPLES))[1]
     assert torch.allclose(losses["logits"], expected["logits"]) and torch.allclose(losses["total"], expected["total"])
+
+
+@pytest.mark.parametrize("output_first", [True, False])
+def test_logits_are_the_unpooled_output_whatever_else_is_made_of_it(tmp_path, images, output_first):
+    teacher, student = CNN(), CNN()
+    pair = {"student": "", "teacher": "", "teacher_pool": lambda logits: 3 * logits, "name": "tripled"}
+    taps = [*OUTPUT, pair] if output_first else [pair, *OUTPUT]
+    store = vk.FeatureStore.build(tmp_path / "a", teacher, images, taps, dtype=torch.float32, progress=False)
+    live, stored = (
+        vk.FeatureDistiller(student, source, [pair], example_input=images, logit_weight=1.0).eval()
+        for source in (teacher, store)
+    )
+    assert torch.allclose(stored(images, indices=range(SAMPLES))[1]["logits"], live(images)[1]["logits"], rtol=1e-4)
+    without = vk.FeatureStore.build(tmp_path / "b", teacher, images, [pair], progress=False)
+    distiller = vk.FeatureDistiller(student, without, [pair], example_input=images, logit_weight=1.0)
+    with pytest.raises(ValueError, match="no outputs of the teacher, which logit_weight needs"):
+        distiller(images, indices=range(SAMPLES))
+
+
+def test_logits_of_every_position(tmp_path):
+    teacher, student, data = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(SAMPLES, 5, 4)
+    taps = [{"teacher": "", "teacher_pool": "tokens"}]
+    pairs = [{"student": "", "student_pool": "tokens", **taps[0]}]
+    store = vk.FeatureStore.build(tmp_path, teacher, data, taps, dtype=torch.float32, progress=False)
+    live, stored = (
+        vk.FeatureDistiller(student, source, pairs, example_input=data, logit_weight=1.0).eval()
+        for source in (teacher, store)
+    )
+    assert torch.allclose(stored(data, indices=range(SAMPLES))[1]["logits"], live(data)[1]["logits"], rtol=1e-4)

@@ -55,6 +55,11 @@ class StoredTap:
             layout=pair.teacher_layout,
         )
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is what the model returned, position by position: a pool would have made something else of it."""
+        return self.module == "" and (self.pool is None or (self.pool == "tokens" and self.skip == 0))
+
     def same_as(self, other: "StoredTap") -> bool:
         return dataclasses.replace(self, shape=()) == dataclasses.replace(other, shape=())
 

@@ -28,7 +28,7 @@ class StoredAnswer(TeacherAnswer):
         return Rows(features, stored_mask(pair, features, mask), grid_of(pair.side("teacher"), features))
 
     def output(self, teacher: str) -> Any:
-        outputs = {tap.output: self.features[key] for key, tap in self.store.taps.items() if tap.module == ""}
+        outputs = {tap.output: self.features[key] for key, tap in self.store.taps.items() if tap.is_output}
         if not outputs:
             raise ValueError(
                 f"the store in {self.store.folder} has no outputs of the teacher, which logit_weight needs: build one "
