@@ -327,6 +327,14 @@ def test_fixed_views_are_the_same_at_every_visit_and_in_workers(tmp_path):
     assert not torch.equal(views[4][0], FixedViews(Images(), augment, views=3, seed=1)[4][0])
 
 
+def test_fixed_views_leave_the_generators_of_gpus_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    views = FixedViews(torch.zeros(4, 3), lambda image: image + torch.rand(3), views=2)
+    assert torch.equal(views[5], views[5]) and not torch.equal(views[1], views[5])
+    assert seeds == []
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     with pytest.raises(FileExistsError, match=r"not empty and holds no feature store \(it holds thesis.txt\)"):
@@ -396,6 +404,7 @@ class Stream(IterableDataset):
         ({"data": DataLoader(Images(), shuffle=True)}, ValueError, "all of it in order"),
         ({"data": Stream()}, TypeError, "data must have a length"),
         ({"data": DataLoader(Stream())}, ValueError, "all of it in order"),
+        ({"data": DataLoader(Images(), batch_size=None)}, ValueError, "batch_size=None gives no batches"),
         ({"data": []}, ValueError, "data is empty"),
         ({"taps": []}, TypeError, "taps must be a list"),
         ({"taps": ["22"]}, ValueError, "teacher has no module '22'"),

@@ -33,6 +33,11 @@ class Samples:
                     "data: features are stored by the index in the data set, so a loader must go through all of it in "
                     f"order (build shares it among the ranks itself); got the sampler {data.sampler!r}"
                 )
+            if data.batch_sampler is None:
+                raise ValueError(
+                    "data: a loader with batch_size=None gives no batches, of which features are computed: give it a "
+                    "batch_size, or give its data set itself"
+                )
             names = ("collate_fn", "num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
             loader_options = {name: getattr(data, name) for name in names}
             dataset, batch_size = data.dataset, data.batch_size or options.batch_size
@@ -77,7 +82,7 @@ class FixedViews(Dataset):
     """Several augmented views of every image, the same at every visit: item ``view * len(images) + i`` of image i.
 
     A teacher's stored features are of one view of an image, which the student must be shown, too. The transform draws
-    from ``random``, NumPy and PyTorch, whose states are put back afterwards.
+    from ``random``, NumPy and PyTorch's CPU generator, whose states are put back afterwards.
 
     Args:
         images: a map-style data set without augmentation, of images or of tuples that begin with one.
@@ -109,7 +114,7 @@ class FixedViews(Dataset):
         try:
             random.seed(int(drawn[0]))
             numpy.random.seed(int(drawn[1]))
-            torch.manual_seed(int(drawn[2]))
+            torch.default_generator.manual_seed(int(drawn[2]))  # torch.manual_seed would seed every GPU, for good
             if isinstance(sample, (tuple, list)):
                 return (self.transform(sample[0]), *sample[1:])
             return self.transform(sample)
