@@ -359,18 +359,44 @@ def test_damaged_shards_are_named(tmp_path):
     build(tmp_path / "b", other_weights())
     shard = tmp_path / "a" / "shard-00001.safetensors"
     content = shard.read_bytes()
-    for damaged in (content[:-1], content[:20], b"", (tmp_path / "b" / shard.name).read_bytes()):
+    for damaged in (content[:-1], content[:20], b"", b"\xff" * 20, (tmp_path / "b" / shard.name).read_bytes()):
         shard.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"cannot read .*shard-00001.*delete this file; FeatureStore.build"):
+        with pytest.raises(ValueError, match=r"shard-00001.* is damaged .*delete this file; FeatureStore.build"):
             vk.FeatureStore(tmp_path / "a")[SHARD]
     shard.unlink()
     assert torch.isfinite(build(tmp_path / "a")[SHARD]["2"]).all()
     (tmp_path / "a" / "store.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cannot read .*store.json"):
+    with pytest.raises(ValueError, match=r"store.json is damaged .*delete the folder"):
         vk.FeatureStore(tmp_path / "a")
     (tmp_path / "a" / "store.json").write_text(json.dumps({"format": "of the future"}))
     with pytest.raises(ValueError, match="is not of the format 'vkd_kernels feature store 1'"):
         vk.FeatureStore(tmp_path / "a")
+
+
+def test_a_file_that_cannot_be_read_is_not_to_be_deleted(tmp_path, monkeypatch):
+    store = build(tmp_path)
+
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refused)
+        patch.setattr("pathlib.Path.read_text", refused)
+        for read in (lambda: store[0], lambda: vk.FeatureStore(tmp_path)):
+            with pytest.raises(PermissionError, match=r"cannot read .* \(Permission denied\)$"):
+                read()
+    (tmp_path / "shard-00000.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="shard-00000.safetensors is gone since .* computes it again"):
+        store[0]
+
+
+def test_a_relative_folder_is_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stores = build("features"), vk.FeatureStore("features")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for store in (*stores, pickle.loads(pickle.dumps(stores[1]))):
+        assert store.folder == tmp_path / "features" and torch.isfinite(store[:]["2"]).all()
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -124,8 +124,10 @@ class Manifest:
             content = json.loads(path.read_text())
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} holds no feature store: FeatureStore.build makes one") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read {path} ({error}): delete the folder and build the store again") from error
+        except OSError as error:  # of the disk or the rights, not of what the file holds
+            raise OSError(error.errno, f"cannot read {path} ({error.strerror or error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete the folder and build the store again") from error
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not of the format {FORMAT!r}: delete the folder and build the store again")
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}

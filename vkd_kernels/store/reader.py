@@ -38,7 +38,7 @@ class FeatureStore:
         ``{name: features (N, ...)}``; with one int ``{name: features (...)}``, as a ``Dataset`` gives it.
 
     Raises:
-        FileNotFoundError: there is no store.
+        FileNotFoundError: there is no store, or a file of it is gone.
         ValueError: the store is incomplete or damaged; the message says what to do.
 
     Example:
@@ -51,7 +51,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # also after os.chdir, as Hydra calls it
         self._manifest = Manifest.load(self.folder)
         missing = missing_shards(self.folder, self._manifest)
         if missing:
@@ -121,7 +121,8 @@ class FeatureStore:
             world_size=world_size,
             progress=progress,
         )
-        build(Path(folder), teacher, data, taps, options)
+        folder = Path(folder).absolute()
+        build(folder, teacher, data, taps, options)
         return cls(folder)
 
     @property
@@ -185,9 +186,16 @@ class FeatureStore:
             path, manifest = shard_path(self.folder, shard), self._manifest
             try:
                 self._maps[shard] = _mapped(path, manifest, len(manifest.rows_of(shard)))
-            except (OSError, ValueError, KeyError) as error:
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{path} is gone since the store was opened: FeatureStore.build with the same arguments computes it "
+                    "again"
+                ) from error
+            except OSError as error:  # of the disk or the rights, not of what the file holds
+                raise OSError(error.errno, f"cannot read {path} ({error.strerror or error})") from error
+            except (ValueError, KeyError) as error:
                 raise ValueError(
-                    f"cannot read {path} ({error}): delete this file; FeatureStore.build with the same arguments "
+                    f"{path} is damaged ({error}): delete this file; FeatureStore.build with the same arguments "
                     "computes it again"
                 ) from error
         return self._maps[shard]
@@ -204,6 +212,8 @@ def _mapped(path: Path, manifest: Manifest, samples: int) -> dict[str, numpy.nda
     # A safetensors file: the length of the header (8 bytes), the header in JSON, the values.
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is not whole")
         header = json.loads(file.read(length))
     if header.get("__metadata__", {}).get("store") != manifest.identity():
         raise ValueError("it belongs to another store")
