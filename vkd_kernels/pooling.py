@@ -120,10 +120,9 @@ def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> Com
     if _shape(student) != _shape(teacher):
         student, teacher = _on_one_grid(pair, student, teacher)
     x, y = student.values, teacher.values
-    if y.device != x.device:
-        y = y.to(x.device, non_blocking=x.device.type != "cpu")
-    if (x.dtype == torch.float64) != (y.dtype == torch.float64):
-        y = y.to(x.dtype)
+    dtype = x.dtype if (x.dtype == torch.float64) != (y.dtype == torch.float64) else y.dtype
+    if y.device != x.device or y.dtype != dtype:  # in one step: the device may have no float64
+        y = y.to(device=x.device, dtype=dtype, non_blocking=x.device.type != "cpu")
     x_mask, y_mask = student.mask, teacher.mask
     if one_mask and x_mask is not None and y_mask is not None:
         fits_teacher_only = y_mask.shape == x.shape[:-1] != x_mask.shape

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vkd_kernels as vk
+from vkd_kernels.logits import logit_loss
 from vkd_kernels.ops import float64
+from vkd_kernels.pooling import Rows, compared
 
 
 class NoFloat64(TorchDispatchMode):
@@ -90,6 +92,38 @@ def test_diagnostics():
     student, teacher = student_and_teacher()
     weight, mask = torch.randn(16, 4), torch.rand(6)
     assert len(vk.diagnostics.metrics(student, teacher, weight, mask=mask)) == 4
+
+
+@pytest.mark.usefixtures("no_float64")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_store_of_features(tmp_path, dtype):
+    teacher, data = torch.nn.Linear(4, 6), torch.randn(10, 4)
+    options = {"dtype": dtype, "shard_samples": 5, "progress": False}
+    vk.FeatureStore.build(tmp_path, teacher, data, [""], **options)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    assert vk.FeatureStore.build(tmp_path, teacher, data, [""], **options)[9][""].dtype == dtype
+
+
+class NoFloat64OnMeta(TorchDispatchMode):
+    """The meta device as one without float64, beside a CPU that has it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64:
+                raise TypeError(f"Cannot convert a Tensor to float64 as the device doesn't support it ({function})")
+        return result
+
+
+def test_stored_features_in_float64_reach_a_student_on_such_a_device():
+    student, teacher = torch.randn(6, 4, device="meta"), torch.randn(6, 4, dtype=torch.float64)
+    pair = vk.Pair("", "")
+    with NoFloat64OnMeta():
+        rows = compared(pair, Rows(student), Rows(teacher), one_mask=True)
+        loss, _ = logit_loss(
+            student, teacher, None, name="logits", temperature=1.0, reduction="mean", process_group=None
+        )
+    assert rows.teacher.is_meta and rows.teacher.dtype == loss.dtype == torch.float32
 
 
 def test_running_statistics_stay_on_the_cpu_when_the_module_moves(monkeypatch):

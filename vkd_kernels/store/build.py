@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..files import partial_files
+from ..ops.float64 import as_float64
 from ..pairs import Pair
 from .manifest import (
     MANIFEST,
@@ -83,7 +84,7 @@ def compute_shard(
 
 def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Sequence[int]) -> torch.Tensor:
     """The features in the store's precision, on the CPU; an error where they are not finite there."""
-    converted = features.to(dtype)
+    converted = as_float64(features) if dtype == torch.float64 else features.to(dtype)
     finite = converted.isfinite().flatten(1).all(1)
     if not finite.all():
         first = int(finite.logical_not().nonzero()[0])
@@ -199,7 +200,8 @@ def largest_difference(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]
         if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
             return float("inf")
         if a.is_floating_point():
-            difference = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+            a, b = as_float64(a), as_float64(b)
+            difference = (a - b).norm() / b.norm().clamp_min(1e-30)
             largest = max(largest, difference.item())
         elif not torch.equal(a, b):
             return float("inf")
