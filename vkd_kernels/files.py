@@ -7,12 +7,35 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = re.compile(r".+\.partial-.+-\d+")  # NAME.partial-HOST-PID: a user's own drafts have other names
+PARTIAL = re.compile(r".+\.partial-(?P<host>.+)-(?P<pid>\d+)")  # a user's own drafts have other names
 
 
 def partial_files(folder: Path) -> list[Path]:
     """What a process is writing in the folder and below, or was writing when it was killed."""
     return [path for path in folder.rglob("*.partial-*") if PARTIAL.fullmatch(path.name) and path.is_file()]
+
+
+def abandoned_files(folder: Path) -> list[Path]:
+    """Those of the partial files that nobody completes: of this process, or of processes of this host that ended."""
+    return [path for path in partial_files(folder) if _is_abandoned(path.name)]
+
+
+def _is_abandoned(name: str) -> bool:
+    match = PARTIAL.fullmatch(name)
+    if match is None or match["host"] != socket.gethostname():
+        return False
+    pid = int(match["pid"])
+    if pid == os.getpid():
+        return True
+    if os.name != "posix":  # where os.kill would end the process
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # it runs, and is somebody else's
+        pass
+    return False
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """FeatureStore: a teacher's features stored once and read by index."""
 
 import json
+import os
 import pickle
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -200,7 +203,9 @@ def test_killed_while_building_it_continues_and_no_finished_shard_is_lost(tmp_pa
     assert 2 <= len(before) < SHARDS
     with pytest.raises(ValueError, match=rf"incomplete: of {SHARDS} shards \d are missing .* with the same arguments"):
         vk.FeatureStore(folder)
-    (folder / "shard-00006.safetensors.partial-otherhost-1").write_bytes(b"of a process that was killed")
+    killed = [folder / f"shard-00006.safetensors.partial-{socket.gethostname()}-{pid}" for pid in (process.pid, 2**99)]
+    for partial in killed:
+        partial.write_bytes(b"of a process that was killed")
     teacher = Teacher()
     store = build(folder, teacher)
     assert teacher.images <= (SHARDS - len(before)) * SHARD + 3
@@ -208,6 +213,33 @@ def test_killed_while_building_it_continues_and_no_finished_shard_is_lost(tmp_pa
     assert not [*folder.glob("*.partial*")]
     expected = live_tokens(teacher, Images().images)
     assert torch.equal(store[:]["2"], expected.half())
+
+
+def test_what_others_are_writing_stays(tmp_path):
+    writing = [
+        f"shard-00003.safetensors.partial-{writer}" for writer in (f"{socket.gethostname()}-{os.getppid()}", "b-1")
+    ]
+    for name in writing:
+        (tmp_path / name).write_bytes(b"half of a shard")
+    build(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.partial-*")) == sorted(writing)
+
+
+def test_two_jobs_that_build_one_store_both_finish(tmp_path, monkeypatch):
+    """The other one finishes while this one writes its last shard."""
+    write_bytes = Path.write_bytes
+
+    def slow_write_bytes(path, content):
+        count = write_bytes(path, content)
+        if path.name.startswith("shard-00006"):
+            monkeypatch.setattr(Path, "write_bytes", write_bytes)
+            other = processes.run_python("-m", "tests.helpers.stored_teachers", str(tmp_path), "1000", seconds=300)
+            assert other.returncode == 0, other.stderr
+        return count
+
+    monkeypatch.setattr(Path, "write_bytes", slow_write_bytes)
+    assert torch.isfinite(build(tmp_path)[:]["2"]).all()
+    assert not [*tmp_path.glob("*.partial*")]
 
 
 def test_a_complete_store_is_opened_and_not_computed_again(tmp_path, capsys):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import partial_files
+from ..files import abandoned_files
 from ..ops.float64 import as_float64
 from ..pairs import Pair
 from .manifest import (
@@ -51,7 +51,7 @@ def build(folder: Path, teacher: nn.Module, data: Any, taps: Sequence[str | Mapp
     wait_for_others(folder, manifest)
     if missing and rank == 0:
         progress.end()
-        for path in partial_files(folder):  # of processes that were killed
+        for path in abandoned_files(folder):  # others may be building the same store
             path.unlink(missing_ok=True)
 
 
