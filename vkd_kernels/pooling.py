@@ -68,6 +68,8 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
         )
     if side.pool is None:
         return Rows(output, mask)
+    if mask is not None:
+        check_samples_of(mask, side, output)
     per_sample = mask is None or mask.dim() == 1
     if side.pool == "class_token":
         return Rows(output[:, 0], mask if mask is None or per_sample else mask[:, 0])
@@ -80,12 +82,26 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
         values = output.permute(0, 2, 3, 1) if side.layout == "NCHW" else output
     positions = tuple(range(1, values.dim() - 1))
     if side.pool in ("tokens", "spatial"):
-        if mask is not None and per_sample:
-            mask = mask.reshape(-1, *(1 for _ in positions)).expand(values.shape[:-1])
-        return Rows(values, mask, grid_of(side, values))
+        return Rows(values, mask if mask is None else of_positions(mask, values), grid_of(side, values))
     if mask is None or per_sample:
         return Rows(values.mean(positions), mask)
     return _masked_mean(f"mask of {side.where}", values, mask)
+
+
+def check_samples_of(mask: torch.Tensor, side: Side, values: torch.Tensor) -> None:  # values (N, ...)
+    """An error if the mask is not one of so many samples, or of their positions."""
+    if mask.dim() == 0 or len(mask) != len(values):
+        raise ValueError(
+            f"masks[{side.pair!r}] must have the shape ({len(values)},) or that of the {side.side}'s positions, "
+            f"({len(values)}, ...); got {tuple(mask.shape)}"
+        )
+
+
+def of_positions(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:  # (N,) or (N, ...), (N, ..., C)
+    """A mask of the samples as one of all their positions."""
+    if mask.dim() > 1:
+        return mask
+    return mask.reshape(-1, *(1 for _ in values.shape[1:-1])).expand(values.shape[:-1])
 
 
 def _masked_mean(name: str, values: torch.Tensor, mask: torch.Tensor) -> Rows:  # (N, ..., C), (N, ...)
@@ -127,7 +143,12 @@ def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> Com
     if one_mask and x_mask is not None and y_mask is not None:
         fits_teacher_only = y_mask.shape == x.shape[:-1] != x_mask.shape
         x_mask, y_mask = (None, y_mask) if fits_teacher_only else (x_mask, None)
-    return ComparedRows(x, y, _both_masks(pair, x_mask, y_mask))
+    mask = _both_masks(pair, x_mask, y_mask)
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"masks[{pair.name!r}] must have the shape of the rows {tuple(x.shape[:-1])}; got {tuple(mask.shape)}"
+        )
+    return ComparedRows(x, y, mask)
 
 
 def _shape(rows: Rows) -> tuple[int, ...]:

@@ -135,3 +135,14 @@ def test_negative_weights_are_refused_before_two_masks_are_multiplied():
 def test_bad_fields(fields, error, message):
     with pytest.raises(error, match=message):
         vk.Pair("a", "b", **fields)
+
+
+@pytest.mark.parametrize("pool", ["class_token", "mean_tokens", "tokens", "spatial_mean", "spatial", "a function"])
+@pytest.mark.parametrize("mask", [torch.tensor(True), torch.ones(3), torch.ones(3, 4)])
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+def test_a_mask_of_other_samples_is_named(pool, mask, masked):
+    x, y = (torch.randn(2, C, 2, 2) if "spatial" in pool else torch.randn(2, 4, C) for C in (S, T))
+    pool = (lambda tokens: tokens) if pool == "a function" else pool
+    given = mask if masked == "both" else tuple(mask if side == masked else None for side in ("student", "teacher"))
+    with pytest.raises(ValueError, match=r"masks\['x'\] must have the shape .*\(2.*; got \((3, 4|3,|)\)"):
+        distill(x, y, given, student_pool=pool, teacher_pool=pool)

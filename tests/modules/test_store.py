@@ -483,6 +483,8 @@ class Stream(IterableDataset):
         ({"rank": 1}, ValueError, "rank and world_size go together"),
         ({"rank": 2, "world_size": 2}, ValueError, r"rank must be in \[0, world_size\)"),
         ({"teacher_input": 3}, TypeError, "teacher_input must be a function"),
+        ({"mask": lambda batch: torch.ones(2, 5)}, ValueError, r"mask must give .* for the 3 samples.*shape \(2, 5\)"),
+        ({"mask": lambda batch: torch.ones(())}, ValueError, r"mask must give a tensor \(N, tokens\)"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, arguments, error, message):

@@ -221,6 +221,15 @@ def test_what_a_user_got_wrong_is_said(tmp_path, images):
         )
 
 
+@pytest.mark.parametrize("mask", [torch.tensor(True), torch.ones(SAMPLES + 1), torch.ones(SAMPLES + 1, 18)])
+def test_a_mask_of_other_samples_is_named(tmp_path, images, mask):
+    _, distiller = pair_of_distillers(tmp_path, images, VIT_PAIRS, CNN(), ViT(width=12, prefix=2))
+    for name in ("relu->norm", "class"):
+        expected = rf"masks\['{name}'\] must have the shape \({SAMPLES},\) or that of the teacher's positions"
+        with pytest.raises(ValueError, match=expected):
+            distiller(images, indices=range(SAMPLES), masks={name: (None, mask)})
+
+
 @pytest.mark.parametrize("stored", [("a", "b"), ("b",)])
 def test_several_teachers_of_which_some_are_stored(tmp_path, images, stored):
     teachers = {"a": trained_teacher(CNN(), images), "b": ViT(width=12, prefix=2)}

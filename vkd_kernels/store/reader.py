@@ -188,8 +188,8 @@ class FeatureStore:
                 self._maps[shard] = _mapped(path, manifest, len(manifest.rows_of(shard)))
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"{path} is gone since the store was opened: FeatureStore.build with the same arguments computes it "
-                    "again"
+                    f"{path} is gone since the store was opened: FeatureStore.build with the same arguments computes "
+                    "it again"
                 ) from error
             except OSError as error:  # of the disk or the rights, not of what the file holds
                 raise OSError(error.errno, f"cannot read {path} ({error.strerror or error})") from error

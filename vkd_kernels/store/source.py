@@ -11,7 +11,7 @@ from torch import nn
 from ..ops import checks
 from ..ops.tracing import not_traced
 from ..pairs import Pair
-from ..pooling import Rows, grid_of
+from ..pooling import Rows, check_samples_of, grid_of, of_positions
 from ..taps import Tap, tensors_in
 from ..teachers import TeacherAnswer, TeacherCall, TeacherSource, teacher_and_module
 from .reader import FeatureStore
@@ -82,9 +82,9 @@ def stored_mask(pair: Pair, features: torch.Tensor, mask: torch.Tensor | None) -
     pool = pair.teacher_pool
     if mask is None or pool is None or callable(pool):
         return mask
-    positions = features.shape[1:-1]
+    check_samples_of(mask, pair.side("teacher"), features)
     if mask.dim() == 1:
-        return mask.reshape(-1, *(1 for _ in positions)).expand(features.shape[:-1]) if positions else mask
+        return of_positions(mask, features)
     if pool == "class_token":
         return mask[:, 0]
     if pool in ("mean_tokens", "spatial_mean"):

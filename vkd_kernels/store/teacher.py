@@ -55,7 +55,7 @@ class FrozenTeacher:
     def __call__(self, batch: Any, count: int) -> Answer:
         args, kwargs = arguments = self.arguments(batch)
         inputs = self.tensors(arguments)  # now: a teacher may write its output into the dict that it is given
-        mask = None if self.options.mask is None else moved(self.options.mask(batch), self.device, None)
+        mask = self.mask(batch, count)
         _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.hooks, strict=True)))
         rows = {}
         for key, hook in zip(self.keys, self.hooks, strict=True):
@@ -78,6 +78,17 @@ class FrozenTeacher:
             given = batch[0] if isinstance(batch, (tuple, list)) else batch
         args, kwargs = as_arguments(given)
         return moved(args, self.device, self.dtype), moved(kwargs, self.device, self.dtype)
+
+    def mask(self, batch: Any, count: int) -> torch.Tensor | None:
+        if self.options.mask is None:
+            return None
+        mask = self.options.mask(batch)
+        if not isinstance(mask, torch.Tensor) or mask.dim() < 2 or len(mask) != count:
+            raise ValueError(
+                f"mask must give a tensor (N, tokens) or (N, H, W) for the {count} samples of a batch; got "
+                f"{checks.describe(mask)}"
+            )
+        return moved(mask, self.device, None)
 
     @staticmethod
     def tensors(arguments: tuple[tuple, dict]) -> list[torch.Tensor]:
