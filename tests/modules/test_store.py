@@ -316,13 +316,16 @@ def test_a_stale_store_says_what_differs(tmp_path, changed, message):
 
 
 def test_a_changed_pool_function_of_the_same_name_is_noticed(tmp_path):
-    def taps(factor):
-        return [{"teacher": "2", "teacher_pool": lambda x: factor * x.mean(1)}]
+    factor = {"factor": 1}
 
-    build(tmp_path, taps=taps(1))
-    build(tmp_path, taps=taps(1))
+    def taps():
+        return [{"teacher": "2", "teacher_pool": lambda x: factor["factor"] * x.mean(1)}]
+
+    build(tmp_path, taps=taps())
+    build(tmp_path, taps=taps())
+    factor["factor"] = 2
     with pytest.raises(ValueError, match="features of the same samples differ: another pool"):
-        build(tmp_path, taps=taps(2))
+        build(tmp_path, taps=taps())
 
 
 def test_another_number_of_samples_per_shard_or_batch_continues(tmp_path):

@@ -13,15 +13,14 @@ from torch import nn
 from ..files import abandoned_files
 from ..ops.float64 import as_float64
 from ..pairs import Pair
+from .functions import weights_fingerprint
 from .manifest import (
     MANIFEST,
     OWN_FILE,
     PROBE,
     Manifest,
-    StoredTap,
     missing_shards,
     shard_path,
-    weights_fingerprint,
     writing,
 )
 from .options import Options
@@ -122,8 +121,8 @@ def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[
         shard_samples=options.shard_samples or MOST_SHARD_SAMPLES,
         dtype=str(options.dtype).removeprefix("torch."),
         taps={
-            key: StoredTap.of(pair, tuple(probe.features[key].shape[1:]))
-            for key, pair in zip(frozen.keys, frozen.pairs, strict=True)
+            key: dataclasses.replace(tap, shape=tuple(probe.features[key].shape[1:]))
+            for key, tap in zip(frozen.keys, frozen.taps, strict=True)
         },
         teacher=type(frozen.model).__qualname__,  # without its module, which is __main__ in a script
         weights=weights_fingerprint(frozen.model),

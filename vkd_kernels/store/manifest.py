@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import _version
 from ..files import whole_file
 from ..pairs import Pair
+from .functions import function_text
 
 FORMAT = "vkd_kernels feature store 1"
 MANIFEST, PROBE = "store.json", "probe.safetensors"
@@ -32,7 +32,7 @@ class StoredTap:
     """Which features: the teacher's side of a ``Pair``, and the shape of one sample's."""
 
     module: str
-    pool: str | None  # a function by its name
+    pool: str | None  # a function by its name and the values that it is bound to
     skip: int
     output: int | str | tuple | None
     shape: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class StoredTap:
     def of(cls, pair: Pair, shape: tuple[int, ...] = ()) -> "StoredTap":
         pool = pair.teacher_pool
         if callable(pool):
-            pool = f"function {getattr(pool, '__qualname__', type(pool).__qualname__)}"
+            pool = f"function {function_text(pool)}"
         skip = pair.teacher_skip if pool in SKIPPING_POOLS else 0
         return cls(
             module=pair.teacher,
@@ -168,16 +168,6 @@ def writing(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         remedy = "finished shards are kept: build it again with the same arguments to continue"
         raise OSError(error.errno, f"cannot write {path} ({reason}); {remedy}") from error
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def transform_text(data: Any) -> str:

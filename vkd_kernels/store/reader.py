@@ -14,8 +14,10 @@ from torch import nn
 from ..ops import checks
 from ..pairs import Pair
 from .build import build
+from .functions import function_text, same_function
 from .manifest import Manifest, StoredTap, missing_shards, shard_path
 from .options import Options
+from .teacher import teacher_taps
 
 
 class FeatureStore:
@@ -61,6 +63,7 @@ class FeatureStore:
                 "arguments continues"
             )
         self._maps: dict[int, dict[str, numpy.ndarray]] = {}
+        self._built: dict[str, Pair] = {}  # by this process, by key
 
     @classmethod
     def build(
@@ -122,8 +125,11 @@ class FeatureStore:
             progress=progress,
         )
         folder = Path(folder).absolute()
-        build(folder, teacher, data, taps, options)
-        return cls(folder)
+        pairs = teacher_taps(taps)
+        build(folder, teacher, data, pairs, options)
+        store = cls(folder)
+        store._built = {store.key_of(pair): pair for pair in pairs}
+        return store
 
     @property
     def taps(self) -> dict[str, StoredTap]:
@@ -160,12 +166,23 @@ class FeatureStore:
         wanted = StoredTap.of(pair)
         for key, tap in self._manifest.taps.items():
             if tap.same_as(wanted):
+                self._check_function(key, pair)
                 return key
         stored = "; ".join(map(str, self._manifest.taps.values()))
         raise ValueError(
             f"pair {pair.name!r}: the store in {self.folder} has no features of teacher module {wanted}; it has "
             f"{stored}. Build another store with this pair among the taps"
         )
+
+    def _check_function(self, key: str, pair: Pair) -> None:
+        """An error if the pair's function is another one than that of the build, though of the same name."""
+        pool = pair.teacher_pool
+        if callable(pool) and key in self._built and not same_function(pool, self._built[key].teacher_pool):
+            raise ValueError(
+                f"pair {pair.name!r}: its teacher_pool {function_text(pool)!r} has the name of the function that the "
+                f"store in {self.folder} was built with, but is another one: call FeatureStore.build again with this "
+                "pair among the taps, which compares the features of a few samples"
+            )
 
     def _read(self, indices: numpy.ndarray) -> dict[str, torch.Tensor]:  # (N,)
         features = {
@@ -201,7 +218,7 @@ class FeatureStore:
         return self._maps[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_built": {}}
 
     def __repr__(self) -> str:
         taps = ", ".join(f"{key!r} {tuple(tap.shape)}" for key, tap in self._manifest.taps.items())

@@ -14,6 +14,7 @@ from ..pairs import Pair
 from ..pooling import Rows, check_samples_of, grid_of, of_positions
 from ..taps import Tap, tensors_in
 from ..teachers import TeacherAnswer, TeacherCall, TeacherSource, teacher_and_module
+from .functions import check_one_function
 from .reader import FeatureStore
 
 
@@ -43,6 +44,9 @@ class StoredTeacher(TeacherSource):
     def __init__(self, store: FeatureStore, pairs: Sequence[Pair]):
         self.store = store
         self.keys = {pair.name: store.key_of(pair) for pair in pairs}
+        first: dict[str, Pair] = {}  # by key
+        for pair in pairs:
+            check_one_function(first.setdefault(self.keys[pair.name], pair), pair)
 
     @property
     def teacher(self) -> FeatureStore:

@@ -9,6 +9,7 @@ from torch import nn
 from ..ops import checks
 from ..pairs import Pair
 from ..taps import Tap, as_arguments, hooks_of, moved, run_tapped, tensors_in
+from .functions import check_one_function
 from .manifest import StoredTap, tap_keys
 from .options import Options
 
@@ -29,8 +30,9 @@ class FrozenTeacher:
                 kind = "is on the meta device" if parameter.is_meta else "is a DTensor"
                 raise ValueError(f"teacher must be whole and have values on every rank; its {name} {kind}")
         self.teacher, self.model = teacher, getattr(teacher, "_orig_mod", teacher)  # compiled, and the model itself
-        self.pairs, self.options = pairs, options
-        self.keys = tap_keys([StoredTap.of(pair) for pair in pairs])
+        self.options = options
+        self.taps = [StoredTap.of(pair) for pair in pairs]
+        self.keys = tap_keys(self.taps)
         self.hooks = [Tap(pair.side("teacher")) for pair in pairs]
         hooks_of("teacher", teacher, self.hooks)  # are the names right?
         self.modes = [(module, module.training) for module in teacher.modules()]
@@ -99,12 +101,16 @@ def teacher_taps(taps: Sequence[str | Mapping | Pair]) -> list[Pair]:
     """One ``Pair`` for every different teacher's side; the student's side is not looked at."""
     if isinstance(taps, (str, Mapping, Pair)) or not taps:
         raise TypeError(f"taps must be a list of names, dicts or pairs, and not empty; got {checks.describe(taps)}")
-    pairs: list[Pair] = []
-    for tap in taps:
+    pairs: list[tuple[StoredTap, Pair]] = []
+    for i, tap in enumerate(taps):
         if not isinstance(tap, (str, Mapping, Pair)):
             raise TypeError(f"taps must be names of modules, dicts or pairs; one is {checks.describe(tap)}")
         fields = {"teacher": tap} if isinstance(tap, str) else tap
-        pair = fields if isinstance(fields, Pair) else Pair(**{"student": "", "name": "to store", **fields})
-        if not any(StoredTap.of(pair).same_as(StoredTap.of(other)) for other in pairs):
-            pairs.append(pair)
-    return pairs
+        pair = fields if isinstance(fields, Pair) else Pair(**{"student": "", "name": f"taps[{i}]", **fields})
+        stored = StoredTap.of(pair)
+        same = next((other for known, other in pairs if known.same_as(stored)), None)
+        if same is None:
+            pairs.append((stored, pair))
+        else:
+            check_one_function(same, pair)
+    return [pair for _, pair in pairs]
