@@ -54,6 +54,10 @@ class Images(Dataset):
         return image if self.transform is None else self.transform(image), index % 3, index
 
 
+def live_tokens(teacher, images):
+    return teacher[2](teacher[1](teacher[0](images))).detach()
+
+
 def build(folder, teacher=None, data=None, taps=({"teacher": "2", "teacher_pool": "tokens"},), **options):
     teacher = Teacher() if teacher is None else teacher
     data = Images() if data is None else data

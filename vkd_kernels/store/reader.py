@@ -84,7 +84,10 @@ class FeatureStore:
         world_size: int | None = None,
         progress: bool = True,
     ) -> "FeatureStore":
-        """Computes what the folder does not hold yet, and opens the store; of a complete one nothing is computed.
+        """Computes what the folder does not hold yet, and opens the store.
+
+        The first, the middle and the last sample are computed every time: that their inputs and features are those of
+        the store, up to 5 %, is what tells other data or another pool. No other sample is compared.
 
         Every rank of torchrun writes its share of the shards and returns when all are there. Interrupted or killed,
         the same call continues: a shard that has its name is complete. The teacher runs in eval mode, without
@@ -93,10 +96,12 @@ class FeatureStore:
         Args:
             folder: new, empty, or a store begun with the same arguments; nothing else is touched.
             teacher: any module, whole on every rank.
-            data: a map-style ``Dataset`` (or anything with ``len`` and ``[index]``), or a ``DataLoader`` over one
-                without shuffling. A sample must be the same at every visit: see ``FixedViews`` for augmentation.
+            data: a map-style ``Dataset`` (or anything with ``len`` and ``[index]``), or a ``DataLoader`` over one,
+                in batches and without shuffling. A sample must be the same at every visit: see ``FixedViews`` for
+                augmentation.
             taps: names of modules, dicts with the teacher's fields of ``Pair``, or the ``pairs`` of a
-                ``FeatureDistiller`` themselves. ``{"teacher": ""}`` stores the model's output, for the logit loss.
+                ``FeatureDistiller`` themselves. ``{"teacher": ""}`` stores the model's output, for the logit loss. A
+                function is known by its name and the numbers and strings that it is bound to, not by its code.
             dtype: float16, bfloat16, float32 or float64.
             teacher_input: from a batch to the teacher's input, as in ``FeatureDistiller``. By default a tensor is the
                 input, of a tuple or list its first entry is, and a dict gives keyword arguments.
@@ -109,7 +114,8 @@ class FeatureStore:
 
         Raises:
             FileExistsError: the folder holds other files and no store.
-            ValueError: the store there is of other weights, taps, data or transform; features are not finite.
+            ValueError: the store there is of other weights, taps, transform or number of samples, or its three samples
+                differ; functions of two taps can't be told apart by name; features are not finite.
             OSError: the disk has not enough room for the store, said before the start.
         """
         options = Options(

@@ -51,6 +51,8 @@ class Samples:
         if len(dataset) == 0:
             raise ValueError("data is empty")
         transform = transform_text(dataset) if options.transform is None else options.transform
+        if isinstance(dataset, FixedViews):
+            transform = f"{transform}, views of seed {dataset.seed}"
         return cls(dataset, len(dataset), loader_options, batch_size, transform)
 
     @property
