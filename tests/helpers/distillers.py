@@ -1,6 +1,7 @@
 """Small models as timm, torchvision and Hugging Face have them, and distillers of them."""
 
 import collections
+import warnings
 
 import torch
 from torch import nn
@@ -141,3 +142,25 @@ def loss_like(distiller, name, s, t, **options):
     module = vk.OrthoProjLoss(s, t, **options)
     module.projection.weight = distiller.projection(name).detach()
     return module
+
+
+# A student and a teacher of linear layers.
+FEATURES = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+LAYERS = {"student": "0", "teacher": "0", "dims": (8, 32), "name": "x"}
+
+
+def layers(width, inputs=6):
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def distiller_of_layers(**options):
+    return vk.FeatureDistiller(layers(8), layers(32), [LAYERS], **options)
+
+
+def messages(function):
+    """What it warns of in training, each warning as often as it comes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    said = [str(warning.message) for warning in caught]
+    return [message for message in said if "have no graph" in message or "did not move" in message]

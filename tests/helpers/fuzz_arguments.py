@@ -250,8 +250,8 @@ CALLS = {
     ),
     "whiten": (
         vk.functional.whiten,
-        {"teacher": student},
-        {"teacher": FEATURES, "method": NAMES, "mask": MASK, "eps": EPS_WHITEN, "process_group": GROUP},
+        {"features": student},
+        {"features": FEATURES, "method": NAMES, "mask": MASK, "eps": EPS_WHITEN, "process_group": GROUP},
     ),
     "Whitening": (
         vk.Whitening,

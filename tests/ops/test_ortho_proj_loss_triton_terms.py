@@ -255,3 +255,14 @@ def test_the_interface_takes_a_mixture():
     options = {"loss": MIXTURES["RADIO's"], "normalization": "l2"}
     ours, expected = (ortho_proj_loss(student, teacher, weight, **options, backend=b) for b in ("triton", "torch"))
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["smooth_l1", {"mse": 0.5, "cosine": 0.5}])
+def test_another_number_of_rows_prepares_no_launch(loss, form):
+    """Batches of images with masks or boxes differ in their rows at every step."""
+    misses = []
+    for rows in (40, 41, 57, 100):
+        Case((rows, 20, 45), torch.float32, bias=True, loss=loss, device=DEVICE).run(form)
+        misses.append(launch.prepared.cache_info().misses)
+    assert misses == misses[:1] * 4
