@@ -330,11 +330,19 @@ def _standardized(
     squares, student_sum, scatters = all_reduce_several([squares, student_sum, scatters], execution.process_group)
     student_mean = student_sum / divisor  # the same, with gradients
     p = group.weights.to(student_mean.dtype)
-    variance = ((p @ scatters) * p).sum(2).clamp_min(0) / divisor
-    p = p * torch.rsqrt(variance + spec.eps)[:, :, None]
-    # The mean of what the product will see: its weight is rounded to the student's dtype. No product of matrices, which
-    # might be in TF32. A bias cancels, but for its gradient of 0.
-    bias = -(p.to(rows.students[0].dtype).to(student_mean.dtype) * student_mean[:, None, :]).sum(2)
+    dtype = rows.students[0].dtype
+    if dtype != p.dtype:
+        # The weight that the product sees is rounded, and its variance must be the one that divides: most of the loss's
+        # gradient is along Z, where the derivative of the variance takes it off again.
+        with torch.no_grad():
+            to_unit = torch.rsqrt(_variance(p, scatters, divisor) + spec.eps)[:, :, None]
+            seen = (p * to_unit).to(dtype) / to_unit
+        p = _with_values(p, seen)
+    p = p * torch.rsqrt(_variance(p, scatters, divisor) + spec.eps)[:, :, None]
+    if dtype != p.dtype:
+        p = _with_values(p, p.detach().to(dtype))
+    # No product of matrices, which might be in TF32. A bias cancels, but for its gradient of 0.
+    bias = -(p * student_mean[:, None, :]).sum(2)
     return replace(
         group,
         weights=p,
@@ -342,6 +350,20 @@ def _standardized(
         channel_shift=teacher_mean,
         channel_scale=torch.rsqrt(squares / divisor + spec.eps),
     )
+
+
+def _variance(
+    weights: torch.Tensor,  # (G, T, S)
+    scatters: torch.Tensor,  # (G, S, S)
+    divisor: float | torch.Tensor,  # (G, 1)
+) -> torch.Tensor:  # (G, T)
+    """var(Z)_j = p_j Cov(X) p_jᵀ."""
+    return ((weights @ scatters) * weights).sum(2).clamp_min(0) / divisor
+
+
+def _with_values(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """What x was rounded to, with the derivative of x itself: that of a cast is rounded too, in float16 often to 0."""
+    return values + (x - x.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------- the scale
