@@ -11,7 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 import vkd_kernels as vk
 from vkd_kernels.logits import logit_loss
-from vkd_kernels.ops import float64
+from vkd_kernels.ops import checks, float64, library
+from vkd_kernels.ops.ortho_proj_loss import api, dispatch
+from vkd_kernels.ops.ortho_proj_loss.spec import Execution, LossSpec
 from vkd_kernels.pooling import Rows, compared
 
 
@@ -77,6 +79,36 @@ def test_the_loss(loss, normalization):
     assert module(student, teacher, torch.arange(6) > 2).dtype == torch.float32
 
 
+@pytest.fixture
+def chunks_of_rows(no_float64, monkeypatch):
+    """The way of large problems, in whose operators the mode sees every function: they are not called as operators."""
+    monkeypatch.delenv("VKD_KERNELS_BACKEND")
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1)
+    monkeypatch.setattr(library, "_is_watched", lambda: False)
+    monkeypatch.setattr(checks, "is_free_to_read", lambda tensor: False)  # as it is on such a device
+
+
+@pytest.mark.usefixtures("chunks_of_rows")
+@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm", "whiten", "l2", "none"])
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse", "cosine", {"cosine": 0.5, "mse": 0.5}], ids=str)
+@pytest.mark.parametrize("semi_orthogonal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_by_chunks(loss, normalization, semi_orthogonal, dtype):
+    leaves = [torch.randn(6, 4).to(dtype).requires_grad_(), torch.eye(16, 4).requires_grad_(), torch.rand(()) + 0.5]
+    leaves[2].requires_grad_(loss != "cosine")
+    value = api.projected_loss(
+        leaves[0],
+        torch.randn(6, 16),
+        leaves[1],
+        scale=leaves[2] if leaves[2].requires_grad else None,
+        mask=torch.rand(6),
+        spec=LossSpec(normalization=normalization, loss=LossSpec.shares(loss)),
+        execution=Execution(semi_orthogonal=semi_orthogonal),
+    )
+    gradients = torch.autograd.grad(value, [leaf for leaf in leaves if leaf.requires_grad])
+    assert value.dtype == torch.float32 and all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("momentum", [None, 0.1])
 def test_normalizations(momentum):
@@ -136,8 +168,16 @@ def test_running_statistics_stay_on_the_cpu_when_the_module_moves(monkeypatch):
 
 def test_values_and_gradients_are_those_of_a_device_with_float64(monkeypatch):
     weight, x = torch.randn(16, 4, requires_grad=True), torch.randn(20, 16)
-    upstream = torch.randn(16, 4)
+    upstream, student = torch.randn(16, 4), torch.randn(20, 4)
+
+    def chunked_loss(loss):
+        value = vk.functional.ortho_proj_loss(student, x, weight, loss=loss)
+        return [value, *torch.autograd.grad(value, weight)]
+
+    monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1)
     functions = [
+        lambda: chunked_loss("cosine"),
+        lambda: chunked_loss("mse"),
         lambda: torch.autograd.grad(vk.functional.cayley(weight, backend="torch"), weight, upstream)[0],
         lambda: vk.functional.cayley(weight, backend="torch"),
         lambda: vk.functional.whiten(x),

@@ -27,6 +27,11 @@ def _accepts_float64(device_type: str) -> bool:
     return True
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What a sum of float32 losses is kept in, on its device."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
 def as_float64(x: torch.Tensor) -> torch.Tensor:
     """In float64: on its device, or on the CPU where the device has none. Differentiable."""
     return x.double() if has_float64(x.device) else x.cpu().double()

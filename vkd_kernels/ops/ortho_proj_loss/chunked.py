@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..float64 import has_float64, sum_dtype
 from ..library import differentiable, needs_gradient, operator
 from .chunks import (
     WORKSPACE_BYTES,
@@ -36,7 +37,9 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
     row_weight, denominator = balanced(inputs)
     coefficients = spec.coefficients(inputs.teacher.shape[1])
     tall = inputs.weight.shape[1] <= inputs.weight.shape[0]
-    if spec.is_cosine_alone and tall and inputs.bias is None and inputs.channel_shift is None:
+    plain = inputs.bias is None and inputs.channel_shift is None
+    # Without Z, the lengths of z need float64.
+    if spec.is_cosine_alone and tall and plain and has_float64(inputs.student.device):
         return _without_z(spec, replace(inputs, scale=1.0), semi_orthogonal=False, workspace_bytes=workspace_bytes)
     on_device = isinstance(denominator, torch.Tensor)
     return chunked_loss(
@@ -166,7 +169,7 @@ def chunked_loss(
     )
     grad_weight.zero_()
     grad_bias.zero_()
-    total = student.new_zeros((), dtype=torch.float64)
+    total = student.new_zeros((), dtype=sum_dtype(student.device))
     need_gradient = need_student or need_weight or need_bias
 
     temporaries = 5 if normalization != "l2" and not cosine else 6  # Z, T, two for ρ, and G once more in 16 bit
@@ -181,7 +184,7 @@ def chunked_loss(
             z += bias
         y = target(teacher[rows].to(acc), channel_shift, channel_scale, normalization, eps)
         row_loss, g = _row_losses(z, y, coefficients, beta, need_gradient)
-        total += weighted_(row_loss, w).sum(dtype=torch.float64)
+        total += weighted_(row_loss, w).sum(dtype=total.dtype)
         if g is None:
             continue
         g = weighted_(g, w)

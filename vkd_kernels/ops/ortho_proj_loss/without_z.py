@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..float64 import sum_dtype
 from ..library import differentiable, operator
 from .chunks import (
     add_product,
@@ -82,7 +83,7 @@ def chunked_loss_without_z(
     )
     grad_weight.zero_()
     normal = weight.new_zeros(weight.shape[1:] * 2, dtype=acc)  # (S, S)
-    total, scale_total = (student.new_zeros((), dtype=torch.float64) for _ in range(2))
+    total, scale_total = (student.new_zeros((), dtype=sum_dtype(student.device)) for _ in range(2))
 
     bytes_per_row = (3 * t + 8 * student.shape[1]) * acc.itemsize
     step = chunk_of(student, bytes_per_row, workspace_bytes)
@@ -113,10 +114,10 @@ def chunked_loss_without_z(
             grad_cx.addcmul_(kappa[:, None], q).addcmul_((cosine * inverse)[:, None], m, value=-1)
             if need_weight and gram is not None:
                 normal.addmm_(x.T, weighted_(kappa[:, None] * x, w))
-        total += weighted_(row_loss, w).sum(dtype=torch.float64)
+        total += weighted_(row_loss, w).sum(dtype=total.dtype)
         grad_cx = weighted_(grad_cx, w)
         if need_scale:
-            scale_total += (x * grad_cx).sum(dtype=torch.float64)
+            scale_total += (x * grad_cx).sum(dtype=total.dtype)
         if need_weight:
             add_product(grad_weight, y_operand.T, (weighted_(on_y, w)[:, None] * cx).to(operand))
         if need_student:
@@ -142,7 +143,7 @@ def _square_error(
     Where that difference leaves little of ‖y‖² (or NaN) it has lost what there is: then Z is formed after all.
     """
     left_of = y_square - m.square().sum(1)
-    left, whole = (x.sum(dtype=torch.float64) for x in (left_of, y_square))
+    left, whole = (x.sum(dtype=sum_dtype(x.device)) for x in (left_of, y_square))
     if left > CANCELS_BELOW * whole:  # on a CPU, looking costs nothing
         return (cx - m).square().sum(1) + left_of
     return (product(cx.to(p.dtype), p.T) - y).square().sum(1)
