@@ -12,7 +12,7 @@ from tests.helpers import processes
 from tests.helpers.loss_cases import DTYPES, Case, error
 from tests.ops.test_ortho_proj_loss import inputs, literal
 from vkd_kernels.functional import ortho_proj_loss, ortho_proj_losses
-from vkd_kernels.ops.ortho_proj_loss import api, chunked, dispatch, reference
+from vkd_kernels.ops.ortho_proj_loss import api, chunked, dispatch, reference, without_z
 from vkd_kernels.ops.ortho_proj_loss.spec import LossSpec
 
 MIXTURES = [
@@ -181,6 +181,16 @@ def test_a_semi_orthogonal_projection_needs_no_z(s, t, normalization, loss, scal
     least = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
     for value, of_composition, expected in zip(got, composed, truth, strict=True):
         assert error(value, expected) <= max(1.5 * error(of_composition, expected), least)
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.1, 0.02])
+def test_cosine_without_z_of_a_weight_of_16_bit(noise, monkeypatch):
+    """With 16-bit operands, as on a GPU: near 1 it is a small difference, of one and the same rounded weight."""
+    monkeypatch.setattr(without_z, "operand_dtype", lambda x: x.dtype)
+    case = Case((512, 32, 96), torch.bfloat16, loss="cosine", normalization="none")
+    case.weight = torch.randn(96, 32) / 32**0.5
+    case.teacher = (case.student.float() @ case.weight.T + noise * torch.randn(512, 96)).bfloat16()
+    case.check(chunked.loss)
 
 
 def test_smooth_l1_in_a_mixture_needs_z(monkeypatch):

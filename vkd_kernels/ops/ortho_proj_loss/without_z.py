@@ -77,7 +77,7 @@ def chunked_loss_without_z(
     operand = acc if student.dtype == torch.float16 else operand_dtype(student)  # t / ‖t‖ may be below float16
     # On a CPU the products are in float32 at least, and rounding weight first would leave weightᵀ weight off I.
     p = weight.to(operand)
-    gram = None if semi_orthogonal else weight.double().T @ weight.double()
+    gram = None if semi_orthogonal else p.double().T @ p.double()  # of the weight that m is a product with
     _, grad_student, grad_weight, grad_scale = _without_z_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_scale=need_scale
     )
@@ -125,7 +125,7 @@ def chunked_loss_without_z(
     if need_weight:
         grad_weight.neg_()
         if gram is not None:
-            grad_weight.addmm_(weight.to(acc), normal)
+            grad_weight.addmm_(p.to(acc), normal)
     if need_scale:
         grad_scale.copy_(scale_total)
     return over(total, factor, denominator).to(acc), grad_student, grad_weight, grad_scale
