@@ -155,14 +155,31 @@ def test_a_node_has_the_name_of_its_operator(arguments):
     assert scaled_sum_for_a_test(**arguments)[0].grad_fn.name() == "scaled_sum_for_a_testBackward"
 
 
-def test_where_pytorch_has_moved_a_private_name_the_dispatcher_serves():
+@pytest.mark.parametrize(
+    "place, name", [("_C._functorch", "is_legacy_batchedtensor"), ("_C", "_AutoDispatchBelowAutograd")]
+)
+def test_where_pytorch_has_moved_a_private_name_the_dispatcher_serves(place, name):
+    """PyTorch itself needs them: they are gone for the import alone."""
     program = (
-        "import torch; del torch._C._functorch.is_legacy_batchedtensor; import vkd_kernels as vk\n"
+        f"import torch; place, name = torch.{place}, {name!r}; value = getattr(place, name); delattr(place, name)\n"
+        "import vkd_kernels as vk; setattr(place, name, value)\n"
+        "from tests.ops import test_library as ops\n"
         "from vkd_kernels.ops import library\n"
+        "from vkd_kernels.ops.ortho_proj_loss import dispatch\n"
         "assert not library.CAN_TELL\n"
-        "weight = torch.randn(5, 3, requires_grad=True)\n"
+        "weight = torch.randn(9, 3, requires_grad=True)\n"
         "vk.cayley(weight).sum().backward()\n"
-        "assert weight.grad.isfinite().all()"
+        "losses = []\n"
+        "for dispatch.CHUNKED_FROM in (2**40, -1):\n"
+        "    torch.manual_seed(0)\n"
+        "    x, y, leaf = torch.randn(7, 3), torch.randn(7, 9), weight.detach().clone().requires_grad_()\n"
+        "    value = vk.functional.ortho_proj_loss(x, y, leaf, normalization='batch_norm')\n"
+        "    losses.append([value, *torch.autograd.grad(value, leaf)])\n"
+        "torch.testing.assert_close(*losses)\n"
+        "x = torch.randn(3, requires_grad=True)\n"
+        "value, _ = ops.scaled_sum_for_a_test(xs=[x, torch.ones(3)], weight=torch.full((3,), 2.0), factor=0.5)\n"
+        "(grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)\n"
+        "assert torch.equal(grad, torch.ones(3))\n"
     )
     ended = processes.run_python("-c", program, seconds=300)
     assert ended.returncode == 0, ended.stderr
@@ -342,7 +359,13 @@ def test_batched_gradients(dispatched):
 
 
 def test_forward_mode_is_refused():
+    """Also where gradients are off, and the tangent would be gone without a word."""
+    inputs = {"weight": torch.ones(3), "factor": 0.5}
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.randn(3), torch.randn(3))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            of_vector(dual)
+        for call in (scaled_sum_for_a_test, OVERLOAD):
+            for enabled in (True, False):
+                with torch.set_grad_enabled(enabled):
+                    with pytest.raises(NotImplementedError, match=f"{NAME} has no forward-mode .*jvp.*backend="):
+                        call(xs=[dual], **inputs)
+                    call(xs=[dual.detach()], **inputs)

@@ -153,6 +153,31 @@ def test_a_teacher_that_ran_in_inference_mode(path, normalization, loss):
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, leaves))
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("normalization", api.NORMALIZATIONS)
+@pytest.mark.parametrize("name", ["student", "weight", "scale", "bias"])
+def test_forward_mode_derivatives(path, name, normalization, enabled):
+    """By the reference where nothing was asked for: the other implementations would lose the tangent."""
+    student, teacher, weight = (x.double() for x in tensors(n=30))
+    arguments = {"student": student, "weight": weight, "scale": torch.rand(()).double() + 1, "bias": torch.randn(4)}
+    tangent = torch.randn_like(arguments[name])
+    options = {"normalization": normalization, "eps": 0.1}
+
+    def losses(value):
+        given = arguments | {name: value}
+        one = ortho_proj_loss(teacher=teacher, **given, **options)
+        students, weights, bias = [given["student"]], given["weight"][None], given["bias"][None]
+        several = ortho_proj_losses(students, [teacher], weights, scale=given["scale"], bias=bias, **options)
+        return torch.stack([one, several[0]])
+
+    _, expected = torch.func.jvp(losses, (arguments[name],), (tangent,))
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        dual = torch.autograd.forward_ad.make_dual(arguments[name], tangent)
+        got = torch.autograd.forward_ad.unpack_dual(losses(dual)).tangent
+    torch.testing.assert_close(got, expected)
+    assert expected[0].abs() > 1e-8 or normalization == "batch_norm"
+
+
 @pytest.mark.parametrize("operands", ["float32", "of 16 bit"])
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)], ids=["bfloat16", "float16"])
 def test_batch_norm_of_16_bit_students(dtype, limit, operands, monkeypatch):

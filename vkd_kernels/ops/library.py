@@ -11,10 +11,11 @@ autograd looks on, its function is called without PyTorch's dispatcher, whose co
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "vkd_kernels"
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -62,8 +63,13 @@ class Operator:
         self, compute: Callable[..., Any], inputs: dict[str, Any], names: list[str], tensors: list[torch.Tensor]
     ) -> Any:
         """``compute``, the function or the operator, with its gradient where there may be one."""
+        if has_tangent(tensors):  # which would be lost without a word where gradients are off
+            raise NotImplementedError(
+                f"{NAMESPACE}::{self.name} has no forward-mode derivative (jvp): what calls it has one with "
+                'backend="torch", or VKD_KERNELS_BACKEND=torch'
+            )
         if self.node is None or not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd():
+            with _BelowAutograd():
                 return compute(**inputs)
         return self.node.apply(compute, inputs, names, *tensors)
 
@@ -71,6 +77,7 @@ class Operator:
 # Looked up once: an operator is called for every loss. They are private to PyTorch: where a version has moved one,
 # every call takes the dispatcher.
 try:
+    _BelowAutograd = torch._C._AutoDispatchBelowAutograd
     _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
     _transforms_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
     _is_profiling, _is_batched = torch.autograd._profiler_enabled, torch._C._functorch.is_legacy_batchedtensor
@@ -79,6 +86,16 @@ try:
 except AttributeError:
     CAN_TELL = False
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+
+
+def has_tangent(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether one is a dual number of ``torch.autograd.forward_ad``, of whose tangent an operator knows nothing.
+
+    While torch.compile traces, that can't be seen: any tensor may be one where dual numbers are in use at all.
+    """
+    if getattr(forward_ad, "_current_level", 0) < 0:  # as nearly always; looking costs 12 µs a tensor
+        return False
+    return torch.compiler.is_compiling() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _is_watched() -> bool:
@@ -166,15 +183,18 @@ def differentiable(
 
     This is what torch.library.register_autograd does, which takes 40 µs longer a call for a loss's 17 arguments: 60
     against 17 µs forward in results/cpu/operators.json, measured by benchmarks/bench_operators.py. A list of tensors
-    has a list of gradients.
+    has a list of gradients. Where PyTorch has moved a private name, it does serve.
     """
+    if not CAN_TELL:
+        _register_autograd(op, save=save, backward=backward)
+        return
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(
             ctx: Any, compute: Callable[..., Any], inputs: dict[str, Any], names: list[str], *tensors: torch.Tensor
         ) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with _BelowAutograd():
                 output = compute(**inputs)
             ctx.set_materialize_grads(False)
             ctx.input_names = names
@@ -194,6 +214,25 @@ def differentiable(
 
     op.node = type(op.name, (Differentiable,), {})  # profiles and grad_fn show the name
     library.impl(op.name, op.dispatched, "Autograd")
+
+
+def _register_autograd(
+    op: Operator,
+    *,
+    save: Callable[[Any, dict[str, Any], Any], None],
+    backward: Callable[..., dict[str, Any]],
+) -> None:
+    """``differentiable`` by what PyTorch documents."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        save(ctx, dict(zip(op.arguments, inputs, strict=True)), output)
+
+    def gradients(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        by_name = backward(ctx, *grad_outputs) if any(grad is not None for grad in grad_outputs) else {}
+        return tuple(by_name.get(name) for name in op.arguments)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op.name}", gradients, setup_context=setup_context, lib=library)
 
 
 def refuses_gradients(op: Operator, message: str) -> None:

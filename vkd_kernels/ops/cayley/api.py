@@ -1,11 +1,11 @@
 """The Cayley transform: validates, chooses a backend, documents (reference.py is the definition)."""
 
 import torch
-from torch.autograd import forward_ad
 
 from .. import checks, implementations
 from ..float64 import as_float64
 from ..implementations import Implementation
+from ..library import has_tangent
 from . import extension, reference
 
 _HINT = "; an orthogonal matrix in 16 bit is off by 4e-3: keep the weight in float32 and cast the result"
@@ -67,16 +67,11 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         return cayley(weight.mT, backend=backend).mT
     device = weight.device.type
     chosen = implementations.decide("cayley", backend, device, weight.dtype, candidates(device, weight.shape[-1]))
-    if chosen is Implementation.EXTENSION and _has_tangent(weight):
+    if chosen is Implementation.EXTENSION and has_tangent([weight]):
         if implementations.requested("cayley", backend)[0] is chosen:
             raise RuntimeError('the extension has no forward-mode derivative of cayley: use backend="torch"')
         chosen = Implementation.REFERENCE
     return (extension if chosen is Implementation.EXTENSION else reference).cayley(weight)
-
-
-def _has_tangent(weight: torch.Tensor) -> bool:
-    """Whether it is a dual number of ``torch.autograd.forward_ad``, whose tangent an operator drops without a word."""
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(weight).tangent is not None
 
 
 def cayley_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from .. import checks, implementations
 from ..implementations import Implementation
+from ..library import has_tangent
 from ..normalization.all_reduce import all_reduce_several
 from ..normalization.reference import whiten_several
 from . import chunked, reference, statistics
@@ -64,7 +65,8 @@ def loss(
 ) -> torch.Tensor:  # ()
     """The loss of arguments that api.py has checked."""
     product_dtype = _product_dtype(student)
-    implementation = choose(execution, student.device.type, product_dtype, [teacher])
+    differentiable = (student, weight, scale, bias)
+    implementation = choose(execution, student.device.type, product_dtype, [teacher], differentiable)
     spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
         spec, (teacher,) = _targets_of_module(spec, [teacher], [mask])
@@ -107,7 +109,8 @@ def group_loss(
 ) -> torch.Tensor:  # (G,)
     """The losses of arguments that api.py has checked."""
     product_dtype = _product_dtype(students[0])
-    implementation = choose(execution, students[0].device.type, product_dtype, teachers)
+    differentiable = (*students, weights, scale, bias)
+    implementation = choose(execution, students[0].device.type, product_dtype, teachers, differentiable)
     spec = _within(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
         spec, teachers = _targets_of_module(spec, teachers, masks)
@@ -155,12 +158,18 @@ def choose(
     device_type: str,
     product_dtype: torch.dtype,
     teachers: Sequence[torch.Tensor],
+    differentiable: Sequence[torch.Tensor | float | None],
 ) -> Implementation:
-    """The implementation that serves: the table of implementations.py, for these sizes."""
+    """The implementation that serves: the table of implementations.py, for these sizes.
+
+    The reference where one of the differentiable inputs is a dual number of forward mode.
+    """
     # Ranks, which may differ in size, all take the path with the same collectives.
     large = execution.process_group is not None or max(y.numel() for y in teachers) > CHUNKED_FROM
     in_torch = Implementation.CHUNKED if large else Implementation.REFERENCE
-    candidates = (Implementation.TRITON, in_torch)
+    candidates: tuple[Implementation, ...] = (Implementation.TRITON, in_torch)
+    if has_tangent(x for x in differentiable if isinstance(x, torch.Tensor)):
+        candidates = (Implementation.REFERENCE,)
     return implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates)
 
 
