@@ -133,6 +133,38 @@ def test_float16_holds_the_gradient_of_a_raw_teacher_of_any_size(loss, form):
     assert all(error(gradients[name], truth[name]) <= 1e-3 for name in gradients)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse"])
+@pytest.mark.parametrize(
+    "where, normalization",
+    [(where, "none") for where in ("student", "teacher", "weight", "bias")]
+    + [("teacher", n) for n in ("l2", "layer_norm")],
+)
+def test_nan_and_inf_go_through(where, normalization, value, form, loss):
+    case = Case((37, 20, 45), torch.float32, bias=True, loss=loss, normalization=normalization, device=DEVICE)
+    getattr(case, where).view(-1)[7] = value
+    loss_value, got = case.run(form)
+    true_loss, truth = case.truth()
+    assert not loss_value.isfinite() and loss_value.isnan() == true_loss.isnan()
+    for name, gradient in got.items():
+        assert torch.equal(gradient.isfinite(), truth[name].isfinite()), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_other_channels_of_a_teacher_with_nan_or_inf(value, form):
+    """Squared error in float16 scales its gradient by the largest of the teacher: by the largest finite one."""
+    case = Case((37, 20, 45), torch.float16, loss="mse", normalization="none", device=DEVICE)
+    case.teacher *= 8000
+    _, expected = case.run(form)
+    case.teacher[0, 7] = value
+    _, got = case.run(form)
+    others = torch.arange(45, device=DEVICE) != 7
+    assert error(got["weight"][others], expected["weight"][others].double()) <= 1e-3
+    assert error(got["student"][1:], expected["student"][1:].double()) <= 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_have_the_bits_of_one_chunk(dtype, monkeypatch):
     """Partial sums are indexed by tile, whatever launch it was in."""

@@ -33,7 +33,7 @@ def row_statistics(
     """Y (N, T) -> by STATISTIC, all in one read; also clears the counter of loss_tile.
 
     layer_norm: row_shift (N,) = mean, row_scale (N,) = 1 / sqrt(biased variance + eps)
-    l2: row_scale = 1 / max(norm, eps)        largest: row_scale = largest magnitude, 0 in rows of weight 0
+    l2: row_scale = 1 / max(norm, eps)        largest: row_scale = largest finite magnitude, 0 in rows of weight 0
     """
     pid = tl.program_id(0)
     if counter is not None:
@@ -64,12 +64,14 @@ def row_statistics(
         elif STATISTIC == "l2":
             square += tl.sum(y * y, 1)
         else:
-            square = tl.maximum(square, tl.max(tl.abs(y), 1))
+            magnitude = tl.abs(y)
+            square = tl.maximum(square, tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), 1))
     if STATISTIC == "layer_norm":
         tl.store(row_shift + offs_n, mean, mask=mask_n)
         tl.store(row_scale + offs_n, 1.0 / tl.sqrt(square / T + eps), mask=mask_n)
     elif STATISTIC == "l2":
-        tl.store(row_scale + offs_n, 1.0 / tl.maximum(tl.sqrt(square), eps), mask=mask_n)
+        norm = tl.maximum(tl.sqrt(square), eps, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(row_scale + offs_n, 1.0 / norm, mask=mask_n)
     else:
         if row_weight is not None:
             square = tl.where(tl.load(row_weight + offs_n, mask=mask_n, other=0.0) == 0, 0.0, square)
@@ -138,11 +140,10 @@ def gradient_scale(
     teacher: torch.Tensor,  # (N, T)
     row_weight: torch.Tensor | None,  # (N,)
 ) -> torch.Tensor:  # ()
-    """A power of two, at most 1, times which no value of the teacher overflows float16."""
+    """A power of two, at most 1, times which no finite value of the teacher overflows float16."""
     largest = teacher.new_empty(teacher.shape[0], dtype=torch.float32)
     _launch_statistics("largest", teacher, row_weight=row_weight, row_scale=largest)
-    exponent = torch.floor(torch.log2(1024.0 / largest.amax())).clamp(-120, 0)
-    return torch.exp2(torch.nan_to_num(exponent, nan=0.0))
+    return torch.exp2(torch.floor(torch.log2(1024.0 / largest.amax())).clamp(-120, 0))
 
 
 @triton.jit(do_not_specialize=["N", "first_partial", "partials"])
