@@ -179,15 +179,26 @@ def test_forward_mode_derivatives(path, name, normalization, enabled):
 
 
 @pytest.mark.parametrize("operands", ["float32", "of 16 bit"])
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)], ids=["bfloat16", "float16"])
-def test_batch_norm_of_16_bit_students(dtype, limit, operands, monkeypatch):
-    """The gradient along Z cancels in the weight's, and 1 / (N T) is below float16's range: 37 % were lost there."""
+@pytest.mark.parametrize(
+    "dtype, of_student, of_weight", [(torch.bfloat16, 1.6e-2, 3e-3), (torch.float16, 2e-3, 4e-4)], ids=str
+)
+def test_batch_norm_of_16_bit_students(dtype, of_student, of_weight, operands, monkeypatch):
+    """The gradient along Z cancels in the weight's, and 1 / (N T) is below float16's range: 37 % were lost there.
+
+    The student's cancels likewise, after it was rounded: see docs/kernels.md.
+    """
     monkeypatch.setattr(dispatch, "CHUNKED_FROM", -1)
     if operands == "of 16 bit":  # as on a GPU
         monkeypatch.setattr(chunks, "operand_dtype", lambda x: x.dtype)
     student = (0.1 + 0.01 * torch.randn(4096, 32)).to(dtype)
     teacher, weight = torch.randn(4096, 1152).to(dtype), vk.cayley(torch.randn(1152, 32))
-    leaf, exact = weight.clone().requires_grad_(), weight.double().requires_grad_()
-    ortho_proj_loss(student, teacher, leaf, normalization="batch_norm").backward()
-    ortho_proj_loss(student.double(), teacher.double(), exact, normalization="batch_norm", backend="torch").backward()
-    assert error(leaf.grad, exact.grad) <= limit
+
+    def gradients(student, teacher, weight, **options):
+        leaves = [student.detach().requires_grad_(), weight.detach().requires_grad_()]
+        value = ortho_proj_loss(leaves[0], teacher, leaves[1], normalization="batch_norm", **options)
+        return torch.autograd.grad(value, leaves, torch.full_like(value, 2.0**14))
+
+    exact = gradients(student.double(), teacher.double(), weight.double(), backend="torch")
+    got = gradients(student, teacher, weight)
+    assert error(got[0], exact[0]) <= of_student
+    assert error(got[1], exact[1]) <= of_weight
