@@ -227,14 +227,14 @@ def decide(
         return asked
     if _under_torch_func():
         return Implementation.REFERENCE
-    first = candidates[0]
-    if len(candidates) == 1 or not _is_meant_for(first, device_type, dtype):
-        return candidates[-1]
-    reason = why_not(op, first, device_type, dtype)
-    if reason is None:
-        return first
-    _warn_once(op, candidates[-1], reason)
-    return candidates[-1]
+    *preferred, last = candidates
+    for candidate in preferred:
+        if _is_meant_for(candidate, device_type, dtype):
+            reason = why_not(op, candidate, device_type, dtype)
+            if reason is None:
+                return candidate
+            _warn_once(op, last, reason)
+    return last
 
 
 def served_by(op: str, device_type: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ No temporary grows with N beyond ``workspace_bytes``, but for the gradients them
 pass, unscaled; backward multiplies them by the incoming gradient into new tensors. spec.py has the formulas.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
     plain = inputs.bias is None and inputs.channel_shift is None
     # Without Z, the lengths of z need float64.
     if spec.is_cosine_alone and tall and plain and has_float64(inputs.student.device):
-        return _without_z(spec, replace(inputs, scale=1.0), semi_orthogonal=False, workspace_bytes=workspace_bytes)
+        return _without_z(spec, inputs, semi_orthogonal=False, workspace_bytes=workspace_bytes)
     on_device = isinstance(denominator, torch.Tensor)
     return chunked_loss(
         student=inputs.student,
@@ -76,8 +75,7 @@ def semi_orthogonal_loss(
     """The loss for weightᵀ weight = I without Z, as spec.py says; differentiable once in student, weight and scale."""
     if inputs.student.device.type != "cpu" and spec.share("mse"):
         # Telling whether the squares cancel would stall the device: Z does without them.
-        folded = replace(inputs, weight=inputs.weight * inputs.scale, scale=1.0)
-        return loss(spec, folded, workspace_bytes=workspace_bytes)
+        return loss(spec, inputs.folded(), workspace_bytes=workspace_bytes)
     return _without_z(spec, inputs, semi_orthogonal=True, workspace_bytes=workspace_bytes)
 
 

@@ -1,4 +1,4 @@
-"""What every implementation that goes by chunks of rows is made of: their size, products, weights, targets, lengths.
+"""Helpers shared by the implementations that process rows in chunks: sizes, products, weights, targets, lengths.
 
 Last comes the backward pass that they share: the forward pass leaves unscaled gradients, which it multiplies by the
 incoming gradient into new tensors.

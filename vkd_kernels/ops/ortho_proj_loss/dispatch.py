@@ -23,7 +23,7 @@ CHUNKED_FROM = 2**23  # elements of N x T (32 MiB in float32) from which PyTorch
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of G losses as their implementation takes them, and what is known of all of them."""
+    """The rows of G losses as their implementation takes them."""
 
     students: tuple[torch.Tensor, ...]  # G of (N, S), in the product's dtype
     teachers: tuple[torch.Tensor, ...]  # G of (N, T)
@@ -67,7 +67,7 @@ def loss(
     product_dtype = _product_dtype(student)
     differentiable = (student, weight, scale, bias)
     implementation = choose(execution, student.device.type, product_dtype, [teacher], differentiable)
-    spec = _within(spec, acc_dtype(product_dtype))
+    spec = _with_beta_in_range(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
         spec, (teacher,) = _targets_of_module(spec, [teacher], [mask])
         rows = _rows(spec, execution, product_dtype, [student], [teacher], [mask])
@@ -83,15 +83,15 @@ def loss(
             scale=1.0 if scale is None else scale,
         )
         if implementation is Implementation.REFERENCE:
-            share = reference.loss(spec, _scaled(inputs), execution.process_group)
+            share = reference.loss(spec, inputs.folded(), execution.process_group)
         elif _is_without_z(spec, execution, inputs):
             share = _module(implementation).semi_orthogonal_loss(spec, inputs)
         elif spec.normalization == "batch_norm":
-            group = _standardized(spec, execution, implementation, rows, sums, _group_of_one(_scaled(inputs)))
+            group = _standardized(spec, execution, implementation, rows, sums, _group_of_one(inputs.folded()))
             (inputs,) = group.inputs()
             share = _module(implementation).loss(replace(spec, normalization="none"), inputs)
         else:
-            share = _module(implementation).loss(spec, _scaled(inputs))
+            share = _module(implementation).loss(spec, inputs.folded())
         trained = {"projections": weight, "scales": scale, "biases": bias}
         return all_ranks_loss(share, trained, execution.process_group, execution.agreement)
 
@@ -111,7 +111,7 @@ def group_loss(
     product_dtype = _product_dtype(students[0])
     differentiable = (*students, weights, scale, bias)
     implementation = choose(execution, students[0].device.type, product_dtype, teachers, differentiable)
-    spec = _within(spec, acc_dtype(product_dtype))
+    spec = _with_beta_in_range(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
         spec, teachers = _targets_of_module(spec, teachers, masks)
         rows = _rows(spec, execution, product_dtype, students, teachers, masks)
@@ -129,21 +129,21 @@ def group_loss(
             scale=1.0 if scale is None else scale,
         )
         if implementation is Implementation.REFERENCE:
-            losses = [reference.loss(spec, inputs, execution.process_group) for inputs in _scaled_group(group).inputs()]
+            losses = [reference.loss(spec, inputs, execution.process_group) for inputs in group.folded().inputs()]
             share = torch.stack(losses)
         elif _is_without_z(spec, execution, group):
             share = _module(implementation).semi_orthogonal_group_loss(spec, group)
         elif spec.normalization == "batch_norm":
-            group = _standardized(spec, execution, implementation, rows, sums, _scaled_group(group))
+            group = _standardized(spec, execution, implementation, rows, sums, group.folded())
             share = _module(implementation).group_loss(replace(spec, normalization="none"), group)
         else:
-            share = _module(implementation).group_loss(spec, _scaled_group(group))
+            share = _module(implementation).group_loss(spec, group.folded())
         trained = {"projections": weights, "scales": scale, "biases": bias}
         return all_ranks_loss(share, trained, execution.process_group, execution.agreement)
 
 
-def _within(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
-    """The options with a beta that the dtype has a number for: 0 would give every d its sign, also d = 0."""
+def _with_beta_in_range(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
+    """Clamps beta to the dtype's range: one that underflows to 0 would be divided by."""
     if 1e-30 < spec.beta < 1e30:
         return spec
     limits = torch.finfo(dtype)
@@ -191,7 +191,7 @@ def _is_without_z(spec: LossSpec, execution: Execution, tensors: LossInputs | Lo
     of_channels = isinstance(tensors.scale, torch.Tensor) and tensors.scale.dim() == (
         1 if isinstance(tensors, LossInputs) else 2
     )
-    return execution.semi_orthogonal and spec.needs_no_projection and tensors.bias is None and not of_channels
+    return execution.semi_orthogonal and spec.needs_no_z and tensors.bias is None and not of_channels
 
 
 def _product_dtype(student: torch.Tensor) -> torch.dtype:
@@ -373,27 +373,6 @@ def _variance(
 def _with_values(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """What x was rounded to, with the derivative of x itself: that of a cast is rounded too, in float16 often to 0."""
     return values + (x - x.detach())
-
-
-# ---------------------------------------------------------------------------------------------------------- the scale
-
-
-def _scaled(inputs: LossInputs) -> LossInputs:
-    """The inputs with their scale folded into the weight, which leaves every angle as it is."""
-    scale = inputs.scale
-    if isinstance(scale, torch.Tensor):
-        scale = scale.to(inputs.weight.dtype)
-        return replace(inputs, weight=inputs.weight * (scale[:, None] if scale.dim() else scale), scale=1.0)
-    return inputs if scale == 1.0 else replace(inputs, weight=inputs.weight * scale, scale=1.0)
-
-
-def _scaled_group(group: LossGroup) -> LossGroup:
-    scale = group.scale
-    if isinstance(scale, torch.Tensor):
-        scale = scale.to(group.weights.dtype)
-        scale = scale[:, None, None] if scale.dim() == 1 else scale[:, :, None]
-        return replace(group, weights=group.weights * scale, scale=1.0)
-    return group if scale == 1.0 else replace(group, weights=group.weights * scale, scale=1.0)
 
 
 def _group_of_one(inputs: LossInputs) -> LossGroup:

@@ -1,7 +1,7 @@
 r"""What a call of the loss is: ``LossSpec`` (options), ``LossInputs`` (one loss), ``LossGroup`` (several at once).
 
-api.py makes them from the caller's arguments, dispatch.py folds scale, statistics and targets into them, and every
-implementation takes them whole; they are flattened once, by name, where an implementation calls its operator.
+api.py makes the options of the caller's arguments; dispatch.py makes inputs or a group, with statistics, targets and
+scale folded in. Every implementation takes them whole; they are flattened once, by name, where it calls its operator.
 
 **What is computed.** With t = (normalize(y) - channel_shift) · channel_scale and z = x weightᵀ + bias, row by row::
 
@@ -28,7 +28,7 @@ statistics are in ``acc_dtype`` (float32; float64 for float64), gradients in the
 sequences of G tensors (N, C) and of their (N,) weights or None.
 
 **The semi-orthogonal form**: weightᵀ weight = I, S <= T, no bias, no channel statistics, ``mse`` and ``cosine`` alone
-(``LossSpec.needs_no_projection``). It writes nothing of N x T. ``weight`` is P itself and ``scale`` c stays apart::
+(``LossSpec.needs_no_z``). It writes nothing of N x T. ``weight`` is P itself and ``scale`` c stays apart::
 
     ‖c x Pᵀ - t‖² = ‖c x - t P‖² + (‖t‖² - ‖t P‖²)           cos = ⟨c x, t P⟩ / (max(‖c x‖, 1e-8) max(‖t‖, 1e-8))
 
@@ -40,7 +40,7 @@ device decides.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,7 +80,7 @@ class LossSpec:
         return dict(self.loss).get(name, 0.0)
 
     def coefficients(self, teacher_dim: int) -> "Coefficients":
-        """What the terms of a row are multiplied by; the mean over rows alone makes up for a denominator with T."""
+        """What the terms of a row are multiplied by; the cosine by T too, where the denominator counts N·T elements."""
         shares = dict(self.loss)
         cosine = shares.get("cosine", 0.0)
         return Coefficients(
@@ -90,7 +90,7 @@ class LossSpec:
         )
 
     @property
-    def needs_no_projection(self) -> bool:
+    def needs_no_z(self) -> bool:
         """Whether the semi-orthogonal form can compute it."""
         return self.normalization in ROW_NORMALIZATIONS and not self.share("smooth_l1")
 
@@ -114,7 +114,12 @@ class LossInputs:
     bias: torch.Tensor | None = None  # (T,) acc_dtype
     channel_shift: torch.Tensor | None = None  # (T,) acc_dtype; a constant
     channel_scale: torch.Tensor | None = None  # (T,) acc_dtype; a constant
-    scale: float | torch.Tensor = 1.0  # number or (); of the semi-orthogonal form alone
+    scale: float | torch.Tensor = 1.0  # number, () or (T,); not folded in yet, or apart for the semi-orthogonal form
+
+    def folded(self) -> "LossInputs":
+        """With the scale folded into the weight, which leaves every angle as it is."""
+        weight = _scaled(self.weight, self.scale)
+        return self if weight is self.weight else replace(self, weight=weight, scale=1.0)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,12 @@ class LossGroup:
     bias: torch.Tensor | None = None  # (G, T)
     channel_shift: torch.Tensor | None = None  # (G, T)
     channel_scale: torch.Tensor | None = None  # (G, T)
-    scale: float | torch.Tensor = 1.0  # number or (G,); of the semi-orthogonal form alone
+    scale: float | torch.Tensor = 1.0  # number, (G,) or (G, T); as in LossInputs
+
+    def folded(self) -> "LossGroup":
+        """As in LossInputs."""
+        weights = _scaled(self.weights, self.scale)
+        return self if weights is self.weights else replace(self, weights=weights, scale=1.0)
 
     def __len__(self) -> int:
         return len(self.students)
@@ -174,6 +184,13 @@ class LossGroup:
                 )
             )
         return groups
+
+
+def _scaled(weight: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """weight (..., T, S) times a number, or (...), or (..., T)."""
+    if not isinstance(scale, torch.Tensor):
+        return weight if scale == 1.0 else weight * scale
+    return weight * scale.to(weight.dtype)[(..., *[None] * (weight.dim() - scale.dim()))]
 
 
 def _entry(values: torch.Tensor | None, index: int | slice) -> torch.Tensor | None:

@@ -39,8 +39,8 @@ def student_scatters(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (G, S), (G, S, S)
     """The sums again and Σ_n w_n (x_n - mean)(x_n - mean)ᵀ, both differentiable in students.
 
-    In the means the derivative is 0, where they are those of all rows, as they must be. Centered before the product and
-    never in TF32: sound where |mean| is much larger than the deviation.
+    The means must be those of all rows: the derivative with respect to them is then 0. Rows are centered before the
+    product, which is never in TF32: sound where |mean| is much larger than the deviation.
     """
     entries = zip(students, row_weights, sums.detach(), means.detach(), strict=True)
     results = [student_scatter(student=x, row_weight=w, sums=total, mean=mean) for x, w, total, mean in entries]

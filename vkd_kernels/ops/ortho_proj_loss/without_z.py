@@ -140,7 +140,7 @@ def _square_error(
 ) -> torch.Tensor:  # (n,)
     """‖c x pᵀ - y‖² of each row: ‖c x - m‖² and the square of y's distance from the span of p, ‖y‖² - ‖m‖².
 
-    Where that difference leaves little of ‖y‖² (or NaN) it has lost what there is: then Z is formed after all.
+    Where that difference is small against ‖y‖², or NaN, cancellation has destroyed it: then Z is formed after all.
     """
     left_of = y_square - m.square().sum(1)
     left, whole = (x.sum(dtype=sum_dtype(x.device)) for x in (left_of, y_square))

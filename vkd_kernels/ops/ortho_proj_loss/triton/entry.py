@@ -75,7 +75,7 @@ def semi_orthogonal_loss(
     n, t = inputs.teacher.shape
     dtype = inputs.student.dtype
     if inputs.teacher.dtype != dtype or n == 0 or tiles.is_pooled(n, t, dtype, workspace_bytes):
-        return loss(spec, _folded(inputs), workspace_bytes=workspace_bytes)
+        return loss(spec, inputs.folded(), workspace_bytes=workspace_bytes)
     row_weight, denominator, factor = _denominator(inputs)
     scale = inputs.scale
     if not isinstance(scale, torch.Tensor):
@@ -101,8 +101,7 @@ def semi_orthogonal_group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor
     """semi_orthogonal_loss of each of the group's inputs; where all are of few rows, as group_loss."""
     t = group.weights.shape[1]
     if all(tiles.is_pooled(x.shape[0], t, x.dtype, WORKSPACE_BYTES) for x in group.students):
-        scale = group.scale.view(-1, 1, 1) if isinstance(group.scale, torch.Tensor) else group.scale
-        return group_loss(spec, replace(group, weights=group.weights * scale, scale=1.0))
+        return group_loss(spec, group.folded())
     return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group])
 
 
@@ -135,12 +134,6 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
         need_weight=needs_gradient(group.weights),
         need_bias=needs_gradient(group.bias),
     )[0]
-
-
-def _folded(inputs: LossInputs) -> LossInputs:
-    if isinstance(inputs.scale, float) and inputs.scale == 1.0:
-        return inputs
-    return replace(inputs, weight=inputs.weight * inputs.scale, scale=1.0)
 
 
 def _options(spec: LossSpec, t: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .primitives import over, projected_tile, rows_of, sum_in_order, swizzle, ta
 GROUP_N = 8  # blocks of rows that walk the columns together, so that the weight's tiles stay in L2
 SUM_BLOCK = 4096
 TERMS = ("mse", "smooth_l1", "cosine", "beta")  # the arguments of Terms.of, which operators take by these names
+_CANCELS_BELOW = tl.constexpr(1 / 32)  # of Σ energy, in float32; without_z.py, which adds up in float64, has 1 / 64
 COSINE_UNIT = 64.0  # G of the cosine is about 1 / (‖z‖ √T): times this, float16 neither under- nor overflows
 
 
@@ -247,7 +248,7 @@ def sum_shares(
             return
     total = sum_in_order(partial, count, BLOCK)
     if energy is not None:
-        tl.store(cancelled, tl.where(total < 0.03125 * sum_in_order(energy, count, BLOCK), 1, 0))
+        tl.store(cancelled, tl.where(total < _CANCELS_BELOW * sum_in_order(energy, count, BLOCK), 1, 0))
     if others is not None:
         total += sum_in_order(others, count_others, BLOCK)
     tl.store(loss, total * over(factor, denominator, 0))
