@@ -26,6 +26,9 @@ BATCH_NORM = {"distill.normalization": "batch_norm"}
 class ProjectorStudy(ReleasedProjector):
     arms = {
         **ReleasedProjector.arms,
+        "alone-longer": Arm(  # takes as long as logits, whose batches have as many unlabeled images again
+            "student alone, twice the steps", {"distill.logit_weight": 0.0, "distill.weight": 0.0}, longer=2.0
+        ),
         "linear-strong": Arm("linear projection, weight 17", {**LINEAR, "distill.weight": WEIGHT_17}),
         "linear-30": Arm("linear projection, weight 30", {**LINEAR, "distill.weight": WEIGHT_30}),
         "linear-52": Arm("linear projection, weight 52", {**LINEAR, "distill.weight": WEIGHT_52}),
