@@ -110,7 +110,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         implementations.requested("ortho_proj_loss", backend)
         self.temperature, self.reduction = temperature, reduction
         self.student_logits, self.teacher_logits = student_logits, teacher_logits
-        self.process_group, self.backend = process_group, backend
+        self._set_group(process_group)
+        self.backend = backend
         self.student = student
         self.source = as_source(teacher, self.pairs, student)
         self.logit_terms = logit_terms(logit_weight, self.source.names())

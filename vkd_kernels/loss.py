@@ -113,7 +113,8 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
         implementations.requested("ortho_proj_loss", backend)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.normalization, self.loss, self.beta, self.eps, self.reduction = normalization, loss, beta, eps, reduction
-        self.process_group, self.backend = process_group, backend
+        self._set_group(process_group)
+        self.backend = backend
         self._agreement = RankAgreement()  # whether the ranks train one projection
         self.watch = TrainingWatch()
         self.projection = make_projection(

@@ -73,6 +73,10 @@ class HasProcessGroup:
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._set_group(group)
+
+    def _set_group(self, group: dist.ProcessGroup | None) -> None:
+        """In constructors: assigned, a module given by mistake would become a submodule instead of an error."""
         check_group(group)
         self._group_handle = GroupHandle(group)
 

@@ -35,7 +35,7 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
     ) -> None:
         super().__init__()
         self.num_features, self.momentum = num_features, momentum
-        self.process_group = process_group
+        self._set_group(process_group)
         self.is_frozen = False
         if spread is not None:
             self.register_buffer("running_mean", torch.zeros(num_features, dtype=torch.float64))

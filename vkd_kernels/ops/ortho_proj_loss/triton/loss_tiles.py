@@ -248,7 +248,7 @@ def sum_shares(
             return
     total = sum_in_order(partial, count, BLOCK)
     if energy is not None:
-        tl.store(cancelled, tl.where(total < _CANCELS_BELOW * sum_in_order(energy, count, BLOCK), 1, 0))
+        tl.store(cancelled, tl.where(total < sum_in_order(energy, count, BLOCK) * _CANCELS_BELOW, 1, 0))
     if others is not None:
         total += sum_in_order(others, count_others, BLOCK)
     tl.store(loss, total * over(factor, denominator, 0))
