@@ -53,6 +53,7 @@ class Family:
 
 
 FASHION_MNIST = ["fashion-mnist-8seeds.json", "fashion-mnist-projectors-8seeds.json"]
+WEIGHTS, FURTHER = "fashion-mnist-weights-8seeds.json", "fashion-mnist-further-8seeds.json"
 FAMILIES = [
     Family(
         "fashion-mnist",
@@ -83,7 +84,7 @@ FAMILIES = [
     Family(
         "fashion-mnist-weights",
         "Fashion-MNIST: larger weights of the loss, and both projections where they pull alike; points, eight seeds",
-        [*FASHION_MNIST, "fashion-mnist-weights-8seeds.json"],
+        [*FASHION_MNIST, WEIGHTS],
         [
             Claim("10", "Linear: weight 30 is better than 17.", "linear-30", "linear-strong", "+0.2"),
             Claim("11", "Linear: weight 52 is better than 30.", "linear-52", "linear-30", "0"),
@@ -95,11 +96,46 @@ FAMILIES = [
     Family(
         "fashion-mnist-targets",
         "Fashion-MNIST: normalization, projection and loss; points, eight seeds",
-        [*FASHION_MNIST, "fashion-mnist-weights-8seeds.json"],
+        [*FASHION_MNIST, WEIGHTS],
         [
             Claim("15", "Layer norm is better than batch norm.", "vkd", "orthogonal-batch_norm", "0", margin=0.3),
             Claim("16", "Layer norm is better than whitening.", "vkd", "orthogonal-whiten", "0", margin=0.3),
             Claim("18", "Semi-orthogonal is better than no projection.", "vkd", "identity-layer_norm", "+0.5"),
+        ],
+    ),
+    Family(
+        "fashion-mnist-losses",
+        "Fashion-MNIST: no normalization with a larger weight, and cosine; points, eight seeds",
+        [*FASHION_MNIST, FURTHER],
+        [
+            Claim("17", "Layer norm is better than none at weight 24.", "vkd", "none-24", "+0.6"),
+            Claim("19", 'Smooth L1, `scale="match"`, is better than cosine.', "vkd-match", "cosine", "0", margin=0.3),
+        ],
+    ),
+    Family(
+        "fashion-mnist-tokens",
+        "Fashion-MNIST: dense features against pooled ones; points, eight seeds",
+        [*FASHION_MNIST, FURTHER],
+        [
+            Claim("22", "Linear: every position is better than their mean.", "linear-tokens", "linear", "+0.5"),
+            Claim("22", '`"match"`: every position is better than their mean.', "match-tokens", "vkd-match", "+0.5"),
+        ],
+    ),
+    Family(
+        "fashion-mnist-batch-norm",
+        "Fashion-MNIST: batch norm with a linear projection, and with a larger weight; points, eight seeds",
+        [*FASHION_MNIST, WEIGHTS, FURTHER],
+        [
+            Claim(
+                "23",
+                "Batch norm: semi-orthogonal is better than linear.",
+                "orthogonal-batch_norm",
+                "linear-batch_norm",
+                "0",
+                margin=0.3,
+            ),
+            Claim("24", "Batch norm: weight 30 is better than 10.", "batch_norm-30", "orthogonal-batch_norm", "+0.2"),
+            Claim("25", "At weight 30, batch norm is better than layer norm.", "batch_norm-30", "linear-30", "+0.3"),
         ],
     ),
     Family(
