@@ -1,6 +1,10 @@
 """Shared by all tests: the skip of GPU tests with its reason, a fixed seed, and no process left behind."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so in a shell's background, and in commands that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Some virtual machines advertise AMX and stop a process that uses it: 16-bit products take the next best instructions.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
