@@ -164,7 +164,8 @@ def test_a_loss_with_another_projection_is_the_loss_of_its_matrix(projection, sh
     )
     x, y = torch.randn(20, s, dtype=torch.float64, requires_grad=True), torch.randn(20, t, dtype=torch.float64) + 1
     weight = torch.eye(t, s, dtype=torch.float64) if projection == "identity" else module.projection.weight.detach()
-    options = {"loss": loss, "normalization": normalization, "eps": 1e-2, "scale": max(t / s, 1.0) ** 0.5, "backend": "torch"}
+    scale = max(t / s, 1.0) ** 0.5
+    options = {"loss": loss, "normalization": normalization, "eps": 1e-2, "scale": scale, "backend": "torch"}
     expected = vk.functional.ortho_proj_loss(x, y, weight, **options)
     torch.testing.assert_close(module(x, y), expected)
     (grad,) = torch.autograd.grad(expected, x)
