@@ -16,4 +16,5 @@ def constant_result(function: F) -> F:
     return function
 
 
-not_traced = torch._disable_dynamo  # torch.compiler.disable, which PyTorch's optimizers use in this form
+# torch.compiler.disable as PyTorch's optimizers use it, or itself where a version has no such name.
+not_traced = getattr(torch, "_disable_dynamo", torch.compiler.disable)

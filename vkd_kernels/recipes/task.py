@@ -78,7 +78,7 @@ class DistillConfig(Section):
     normalization: Normalization = option("layer_norm", "of the teacher's features", source=PAPER)
     loss: Loss = option("smooth_l1", "between projected features and the target", source=PAPER)
     beta: float = option(1.0, "where smooth L1 turns linear", source=RELEASED, gt=0)
-    scale: Scale = option(1.0, "of projected features; match: sqrt(T/S); learned: from there on", source=PAPER)
+    scale: Scale = option(1.0, "of projected features; match: sqrt(T/S), at least 1; learned: from there", source=PAPER)
     eps: float = option(0.0, "eps of the normalization; 0: 1e-5, or 1e-3 for whiten", ge=0, lt=1)
     weight: float = option(1.0, "weight of the feature loss; 0: none", ge=0)
 

@@ -26,18 +26,18 @@ from .manifest import (
 from .options import Options
 from .progress import Progress, in_words
 from .samples import Samples
-from .teacher import Answer, FrozenTeacher, teacher_taps
+from .teacher import Answer, FrozenTeacher
 
 SHARD_BYTES, MOST_SHARD_SAMPLES = 256 * 2**20, 8192
 PROBE_TOLERANCE = 0.05  # relative: another device or precision stays below it, another transform or pool does not
 LONGEST_SILENCE = 1800.0  # seconds without a new shard, after which a rank stops waiting for the others
 
 
-def build(folder: Path, teacher: nn.Module, data: Any, taps: Sequence[str | Mapping | Pair], options: Options) -> None:
+def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], options: Options) -> None:
     rank, ranks = options.share()
     samples = Samples.of(data, options)
     check_folder(folder)
-    with FrozenTeacher(teacher, teacher_taps(taps), options) as frozen:
+    with FrozenTeacher(teacher, pairs, options) as frozen:
         manifest = open_manifest(folder, frozen, samples, options)
         missing = missing_shards(folder, manifest)
         check_room(folder, manifest, missing)

@@ -59,9 +59,9 @@ def _check_alike(
     """An error on every rank if any rank's checksum is not the mean of all; a NaN is no difference."""
     differences = torch.nan_to_num((values - means).abs() / sizes, nan=0.0)
     dist.all_reduce(differences, op=dist.ReduceOp.MAX, group=process_group)
-    rows = zip(names, differences.tolist(), values.tolist(), means.tolist(), strict=True)
-    for name, difference, value, mean in rows:
+    for i, (name, difference) in enumerate(zip(names, differences.tolist(), strict=True)):
         if difference > DRIFTED:
+            value, mean = values[i].item(), means[i].item()
             raise RuntimeError(
                 f"the {name} of the {dist.get_world_size(process_group)} ranks of process_group differ (checksum "
                 f"{value:.6g} on this rank, {mean:.6g} on average): the gradients of the loss's own parameters are not "
