@@ -175,13 +175,13 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         return self.pair_losses.of(name).projection.weight
 
     def converted_state_dict(self, state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """A state dict of version 0.1, whose projections had no names, given the pairs' names in its order of pairs."""
+        """A state dict of before 0.1, whose projections had no names, given the pairs' names in its order of pairs."""
         for name in names:
             checks.check_choice("names", name, [pair.name for pair in self.pairs])
         return converted_state_dict(state_dict, names, self.pair_losses, prefix="")
 
     def reset_parameters(self) -> None:
-        """Fresh projections, and learned scales back at √(T / S), also after ``to_empty()``; the models stay."""
+        """Fresh projections, and learned scales back where they start, also after ``to_empty()``; the models stay."""
         self.pair_losses.reset_parameters()
         self.balance.reset_parameters()
 

@@ -24,6 +24,11 @@ TASKS: dict[str, dict[str, Any]] = {  # the paper's normalization for each of it
 }
 
 
+def matched_scale(student_dim: int, teacher_dim: int) -> float:
+    """√(T / S), by which a vector of norm √S gets norm √T; at least 1, as a wide P shortens to about √T itself."""
+    return math.sqrt(max(teacher_dim / student_dim, 1.0))
+
+
 def starting_scale(
     scale: Any,
     student_dim: int,
@@ -36,7 +41,7 @@ def starting_scale(
         checks.check_number("scale", scale)
         return scale
     checks.check_choice("scale", scale, ("match", "learned"))
-    matched = math.sqrt(max(teacher_dim / student_dim, 1.0))  # a wide P shortens a vector of norm √S to about √T itself
+    matched = matched_scale(student_dim, teacher_dim)
     # One element rather than a 0-d tensor, which fully_shard refuses.
     if scale == "match":
         return matched
@@ -130,13 +135,13 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A fresh projection, and a learned scale back at √(T / S): also for modules built on the meta device.
+        """A fresh projection, and a learned scale back where it starts: also for modules built on the meta device.
 
         A module that makes the targets has a ``reset_parameters()`` of its own.
         """
         self.projection.reset_parameters()
         if isinstance(self.scale, nn.Parameter):
-            nn.init.constant_(self.scale, math.sqrt(self.teacher_dim / self.student_dim))
+            nn.init.constant_(self.scale, matched_scale(self.student_dim, self.teacher_dim))
 
     @classmethod
     def for_task(cls, task: str, student_dim: int, teacher_dim: int, **options: Any) -> "OrthoProjLoss":

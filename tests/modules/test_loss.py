@@ -66,6 +66,15 @@ def test_match_makes_lengths_equal_whichever_side_is_wider(s, t):
     torch.testing.assert_close(*lengths, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize(("s", "t"), [(4, 9), (9, 4)])
+def test_a_learned_scale_is_reset_to_where_it_starts(s, t):
+    module = vk.OrthoProjLoss(s, t, scale="learned")
+    start = module.scale.item()
+    nn.init.constant_(module.scale, 7.0)
+    module.reset_parameters()
+    assert module.scale.item() == start == vk.OrthoProjLoss(s, t, scale="match").scale
+
+
 @pytest.mark.parametrize(("scale", "value"), [(1.0, 1.0), (0.3, 0.3), ("match", 2.0), ("learned", 2.0)])
 @pytest.mark.parametrize("affine", [False, True])
 def test_scale(scale, value, affine):
