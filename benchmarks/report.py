@@ -1,6 +1,6 @@
 """Records -> README.md and plots beside them: `python -m benchmarks.report [folder]` (default: benchmarks/results).
 
-Targets that need an NVIDIA GPU are marked as owed until a record from one is there.
+Targets that need an NVIDIA GPU are marked as not measured until a record from one is there.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks.bench_cayley import OWN_PRODUCTS
 Records = dict[str, dict]  # {benchmark: record} of one device
 MAPS, LOSS, CAYLEY, STEP = "orthogonal_maps", "ortho_proj_loss", "cayley", "training_step"
 SEMI_ORTHOGONAL = "semi_orthogonal"
-OWED = "owed: no record from an NVIDIA GPU yet (`make gpu` there writes it)"
+NOT_MEASURED = "not measured yet: it needs an NVIDIA GPU (`make gpu`)"
 
 # -------------------------------------------------------------------------------------------------------- looking up
 
@@ -73,7 +73,7 @@ class Target:
         """(the measured figure, whether the target is met)."""
         measured = None if device is None else self.measure(device)
         if measured is None:
-            return "—", "not in the record" if device else OWED
+            return "—", "not in the record" if device else NOT_MEASURED
         measured *= self.scale
         met = measured >= self.at_least if self.at_least is not None else measured <= self.at_most
         return f"{measured:.4g} {self.unit}", "yes" if met else "**no**"
@@ -263,11 +263,24 @@ def environment_lines(record: dict) -> list[str]:
         lines.append(
             f"Ceilings of this run: copy {rates['copy_bytes_per_s'] / 1e9:.4g} GB/s, matrix products {matmul}."
         )
-    shares = [case["others_cpu_share"] for case in record.get("cases", []) if case.get("others_cpu_share") is not None]
-    if shares:
-        note = " **The machine was busy: these figures say little.**" if max(shares) > harness.MOST_OTHERS_SHARE else ""
+    if shares := others_shares(record):
+        note = " **The machine was busy: these figures say little.**" if is_of_busy_machine(record) else ""
         lines.append(f"Other processes took at most {max(shares):.0%} of the processors' time.{note}")
     return [" ".join(lines), ""]
+
+
+def others_shares(record: dict) -> list[float]:
+    return [case["others_cpu_share"] for case in record.get("cases", []) if case.get("others_cpu_share") is not None]
+
+
+def is_of_busy_machine(record: dict) -> bool:
+    return max(others_shares(record), default=0.0) > harness.MOST_OTHERS_SHARE
+
+
+def busy_lines(device: Records) -> list[str]:
+    """Below the targets: which of the records that they rest on say little."""
+    busy = [benchmark for benchmark, record in device.items() if is_of_busy_machine(record)]
+    return [f"Measured on a busy machine, so the figures say little: {', '.join(busy)}.", ""] if busy else []
 
 
 def added_lines(device: Records) -> list[str]:
@@ -301,6 +314,7 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
     ]
     for name, device in sorted(devices.items()):
         lines += [f"## {name}", "", *targets_table(CPU_TARGETS if name == "cpu" else GPU_TARGETS, device)]
+        lines += busy_lines(device)
         lines += [line for plot in plots.get(name, ()) for line in (f"![{Path(plot).stem}]({plot})", "")]
         for benchmark, record in device.items():
             lines += [f"### {name}: {benchmark}", "", *environment_lines(record)]

@@ -173,8 +173,9 @@ def test_the_claims_are_those_of_the_records():
         text += page.read_text()
         assert page.read_text() == evidence.with_tables(page.read_text()), "run: python tools/evidence.py"
     for family in evidence.FAMILIES:
-        assert f"<!-- claims: {family.name} -->" in text
-    assert text.count("<!-- arms: ") == 3
+        assert re.search(rf"^##+ {re.escape(family.heading)}$", text, re.MULTILINE), family.heading
+        assert f"(images/evidence-{family.name}.svg)" in text
+    assert (text.count("<!-- claims -->"), text.count("<!-- arms: ")) == (1, 3)
     for name, drawing in evidence.figures().items():
         assert (ROOT / "docs" / "images" / name).read_text() == drawing, f"run: python tools/evidence.py ({name})"
 
@@ -192,8 +193,8 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     (tmp_path / "other.json").write_text(json.dumps({"teachers": [{"seed": 0, "accuracy": 90.1}], "runs": []}))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     records = ["record.json", "further.json"]
-    claims = [evidence.Claim("", "", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
-    holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", records, claims))
+    claims = [evidence.Claim("", "", "", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
+    holds, doubtful, opposite = evidence.outcomes(evidence.Family("", "", [], "", records, claims))
     for margin, verdict in ((doubtful.high + 0.01, "equal"), (doubtful.high - 0.01, "not settled")):
         assert replace(doubtful, claim=replace(claims[1], margin=margin)).verdict == verdict
     assert (holds.verdict, doubtful.verdict, opposite.verdict) == ("holds", "not settled", "does not hold")

@@ -1,8 +1,8 @@
 """The docs' tables of accuracy, from the records: `python tools/evidence.py` writes them, and the figures of claims.
 
-A page marks their places: `<!-- claims: FAMILY -->` or `<!-- arms: RECORD -->`, then `<!-- end -->`. A claim is a
-paired difference over seeds. A family of claims is tested together: p-values of paired t-tests with Holm's correction.
-A test holds the committed pages and figures to this script.
+A page marks their places: `<!-- claims -->` or `<!-- arms: RECORD -->`, then `<!-- end -->`. A claim is a paired
+difference over seeds. A family of claims is tested together: p-values of paired t-tests with Holm's correction. A test
+holds the committed pages and figures to this script.
 """
 
 import json
@@ -33,7 +33,8 @@ FEWEST_SEEDS = 8
 
 @dataclass(frozen=True)
 class Claim:
-    number: str  # in the page's tables of what was expected
+    number: str  # by which the page's text speaks of it
+    whose: str
     text: str
     arm: str  # is better than `over`
     over: str
@@ -45,7 +46,9 @@ class Claim:
 class Family:
     """Claims that are corrected for each other, and the records of their arms. Seeds have the same teachers in all."""
 
-    name: str  # of its table in the page, and of its figure
+    name: str  # of its figure
+    heading: str  # of its section in the page
+    commits: Sequence[str]  # in which its expectations were written down
     title: str
     records: Sequence[str]
     claims: Sequence[Claim]
@@ -57,102 +60,209 @@ WEIGHTS, FURTHER = "fashion-mnist-weights-8seeds.json", "fashion-mnist-further-8
 FAMILIES = [
     Family(
         "fashion-mnist",
+        "Logits, features, projections",
+        ["2ad1fd5"],
         "Fashion-MNIST, 1000 labels: difference of test accuracy, points, with 95 % intervals, eight seeds",
         ["fashion-mnist-8seeds.json"],
         [
-            Claim("1", "A teacher's logits help.", "logits", "alone", "+7"),
-            Claim("2", "Its features help beyond its logits.", "linear", "logits", "+1.5"),
-            Claim("3", "Semi-orthogonal is better than linear.", "vkd", "linear", "+0.1"),
-            Claim("4", '`scale="match"` is better than linear.', "vkd-match", "linear", "+0.8"),
-            Claim("5", '`scale="match"` is better than scale 1.', "vkd-match", "vkd", "+0.7"),
+            Claim("1", "common knowledge", "A teacher's logits help.", "logits", "alone", "+7"),
+            Claim("2", "popular belief", "Its features help beyond its logits.", "linear", "logits", "+1.5"),
+            Claim("3", "the paper", "Semi-orthogonal is better than linear.", "vkd", "linear", "+0.1"),
+            Claim("4", "this library", '`scale="match"` is better than linear.', "vkd-match", "linear", "+0.8"),
+            Claim("5", "this library", '`scale="match"` is better than scale 1.', "vkd-match", "vkd", "+0.7"),
         ],
     ),
     Family(
         "fashion-mnist-projectors",
+        "The weight, the normalization, the released projector",
+        ["14555ea"],
         "Fashion-MNIST: the loss's weight, its normalization, the released projector; points, eight seeds",
         FASHION_MNIST,
         [
-            Claim("7", "Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
-            Claim("7", "Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
-            Claim("7", '`scale="match"` is better than linear of that weight.', "vkd-match", "linear-strong", "+0.3"),
-            Claim("7", '`scale="match"` is better than scale 1 of that weight.', "vkd-match", "vkd-strong", "+0.3"),
-            Claim("8", "Layer norm is better than no normalization.", "vkd", "orthogonal-none", "+0.3"),
-            Claim("9", "The released projector helps beyond logits.", "released", "logits", "0"),
-            Claim("9", "The library's is better than the released projector.", "vkd", "released", "+2.2"),
+            Claim("7", "an objection", "Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
+            Claim("7", "an objection", "Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
+            Claim(
+                "7",
+                "an objection",
+                '`scale="match"` is better than linear of that weight.',
+                "vkd-match",
+                "linear-strong",
+                "+0.3",
+            ),
+            Claim(
+                "7",
+                "an objection",
+                '`scale="match"` is better than scale 1 of that weight.',
+                "vkd-match",
+                "vkd-strong",
+                "+0.3",
+            ),
+            Claim("8", "the paper", "Layer norm is better than no normalization.", "vkd", "orthogonal-none", "+0.3"),
+            Claim("9", "this library", "The released projector helps beyond logits.", "released", "logits", "0"),
+            Claim(
+                "9", "this library", "The library's is better than the released projector.", "vkd", "released", "+2.2"
+            ),
         ],
     ),
     Family(
         "fashion-mnist-weights",
+        "Larger weights",
+        ["5cc678a"],
         "Fashion-MNIST: larger weights of the loss, and both projections where they pull alike; points, eight seeds",
         [*FASHION_MNIST, WEIGHTS],
         [
-            Claim("10", "Linear: weight 30 is better than 17.", "linear-30", "linear-strong", "+0.2"),
-            Claim("11", "Linear: weight 52 is better than 30.", "linear-52", "linear-30", "0"),
-            Claim("12", '`scale="match"`: weight 17 is better than 10.', "match-17", "vkd-match", "+0.2"),
-            Claim("13", '`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"),
-            Claim("14", '`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"),
+            Claim("10", "this library", "Linear: weight 30 is better than 17.", "linear-30", "linear-strong", "+0.2"),
+            Claim("11", "this library", "Linear: weight 52 is better than 30.", "linear-52", "linear-30", "0"),
+            Claim(
+                "12", "this library", '`scale="match"`: weight 17 is better than 10.', "match-17", "vkd-match", "+0.2"
+            ),
+            Claim(
+                "13", "the paper", '`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"
+            ),
+            Claim(
+                "14", "the paper", '`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"
+            ),
         ],
     ),
     Family(
         "fashion-mnist-targets",
+        "Other normalizations, and no projection",
+        ["5cc678a", "f85a887"],
         "Fashion-MNIST: normalization, projection and loss; points, eight seeds",
         [*FASHION_MNIST, WEIGHTS],
         [
-            Claim("15", "Layer norm is better than batch norm.", "vkd", "orthogonal-batch_norm", "0", margin=0.3),
-            Claim("16", "Layer norm is better than whitening.", "vkd", "orthogonal-whiten", "0", margin=0.3),
-            Claim("18", "Semi-orthogonal is better than no projection.", "vkd", "identity-layer_norm", "+0.5"),
+            Claim(
+                "15",
+                "the paper",
+                "Layer norm is better than batch norm.",
+                "vkd",
+                "orthogonal-batch_norm",
+                "0",
+                margin=0.3,
+            ),
+            Claim(
+                "16", "the paper", "Layer norm is better than whitening.", "vkd", "orthogonal-whiten", "0", margin=0.3
+            ),
+            Claim(
+                "18", "the paper", "Semi-orthogonal is better than no projection.", "vkd", "identity-layer_norm", "+0.5"
+            ),
         ],
     ),
     Family(
         "fashion-mnist-losses",
+        "No normalization, cosine",
+        ["5cc678a", "f85a887", "2a8601f"],
         "Fashion-MNIST: no normalization with a larger weight, and cosine; points, eight seeds",
         [*FASHION_MNIST, FURTHER],
         [
-            Claim("17", "Layer norm is better than none at weight 24.", "vkd", "none-24", "+0.6"),
-            Claim("19", 'Smooth L1, `scale="match"`, is better than cosine.', "vkd-match", "cosine", "0", margin=0.3),
+            Claim("17", "an objection", "Layer norm is better than none at weight 24.", "vkd", "none-24", "+0.6"),
+            Claim(
+                "19",
+                "this library",
+                'Smooth L1, `scale="match"`, is better than cosine.',
+                "vkd-match",
+                "cosine",
+                "0",
+                margin=0.3,
+            ),
         ],
     ),
     Family(
         "fashion-mnist-tokens",
+        "Dense features",
+        ["b17ad59"],
         "Fashion-MNIST: dense features against pooled ones; points, eight seeds",
         [*FASHION_MNIST, FURTHER],
         [
-            Claim("22", "Linear: every position is better than their mean.", "linear-tokens", "linear", "+0.5"),
-            Claim("22", '`"match"`: every position is better than their mean.', "match-tokens", "vkd-match", "+0.5"),
+            Claim(
+                "22",
+                "popular belief",
+                "Linear: every position is better than their mean.",
+                "linear-tokens",
+                "linear",
+                "+0.5",
+            ),
+            Claim(
+                "22",
+                "popular belief",
+                '`"match"`: every position is better than their mean.',
+                "match-tokens",
+                "vkd-match",
+                "+0.5",
+            ),
         ],
     ),
     Family(
         "fashion-mnist-batch-norm",
+        "Batch norm, again",
+        ["b17ad59"],
         "Fashion-MNIST: batch norm with a linear projection, and with a larger weight; points, eight seeds",
         [*FASHION_MNIST, WEIGHTS, FURTHER],
         [
             Claim(
                 "23",
+                "the paper",
                 "Batch norm: semi-orthogonal is better than linear.",
                 "orthogonal-batch_norm",
                 "linear-batch_norm",
                 "0",
                 margin=0.3,
             ),
-            Claim("24", "Batch norm: weight 30 is better than 10.", "batch_norm-30", "orthogonal-batch_norm", "+0.2"),
-            Claim("25", "At weight 30, batch norm is better than layer norm.", "batch_norm-30", "linear-30", "+0.3"),
+            Claim(
+                "24",
+                "this library",
+                "Batch norm: weight 30 is better than 10.",
+                "batch_norm-30",
+                "orthogonal-batch_norm",
+                "+0.2",
+            ),
+            Claim(
+                "25",
+                "this library",
+                "At weight 30, batch norm is better than layer norm.",
+                "batch_norm-30",
+                "linear-30",
+                "+0.3",
+            ),
         ],
     ),
     Family(
         "fashion-mnist-longer",
+        "Labels alone, for as long",
+        ["e4e2d11"],
         "Fashion-MNIST: logits against labels alone that train as long; points, eight seeds",
         ["fashion-mnist-8seeds.json", FURTHER],
-        [Claim("26", "Logits are better than labels alone for twice the steps.", "logits", "alone-longer", "+8")],
+        [
+            Claim(
+                "26",
+                "common knowledge",
+                "Logits are better than labels alone for twice the steps.",
+                "logits",
+                "alone-longer",
+                "+8",
+            )
+        ],
     ),
     Family(
         "detection",
+        "Detection in scenes of garments",
+        ["119c3d2", "e7293fc"],
         "Detection in scenes of garments: difference of AP, points, with 95 % intervals, eight seeds",
         ["detection-fashion-mnist-8seeds.json"],
         [
-            Claim("", "V_kD is better than the student alone.", "vkd", "alone", "+6"),
-            Claim("", "A linear projection is better than the student alone.", "linear", "alone", "+6"),
-            Claim("", "Semi-orthogonal is better than linear.", "vkd", "linear", "0"),
-            Claim("", "V_kD is better than alone at 1.7 times the steps.", "vkd", "alone-longer", "+6"),
+            Claim("D1", "the paper", "V_kD is better than the student alone.", "vkd", "alone", "+6"),
+            Claim(
+                "D2", "popular belief", "A linear projection is better than the student alone.", "linear", "alone", "+6"
+            ),
+            Claim("D3", "the paper", "Semi-orthogonal is better than linear.", "vkd", "linear", "0", margin=1.0),
+            Claim(
+                "D4",
+                "an objection",
+                "V_kD is better than alone at 1.7 times the steps.",
+                "vkd",
+                "alone-longer",
+                "+6",
+            ),
         ],
         metric="AP",
     ),
@@ -224,15 +334,26 @@ def markdown(head: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def table_of_claims(name: str) -> str:
+def link_to(record: str) -> str:
+    return f"[{record.removesuffix('-8seeds.json').removeprefix('fashion-mnist-')}](../benchmarks/results/{record})"
+
+
+def table_of_claims() -> str:
     rows = []
-    for o in outcomes(next(family for family in FAMILIES if family.name == name)):
-        cells = [o.claim.number, o.claim.text, f"**{o.verdict}**", o.claim.expected]
-        cells += [f"{o.mean:+.2f}", f"{o.low:+.2f} to {o.high:+.2f}"]
-        rows.append([*cells, f"{o.better} of {o.seeds}", show_p(o.p_holm), f"{o.cost:.2f} x" if o.cost else "-"])
-    return markdown(
-        " | claim | verdict | expected | measured, points | 95 % interval | better for | p Holm | cost", rows
-    )
+    for family in FAMILIES:
+        runs = read(family.records, family.metric)
+        commits = ", ".join(f"`{commit}`" for commit in family.commits)
+        anchor = re.sub("[^a-z -]", "", family.heading.lower()).replace(" ", "-")
+        rows.append(["", f"**[{family.heading}](#{anchor})**, expected in {commits}", *[""] * 7])
+        for o in outcomes(family):
+            expected = o.claim.expected + (f" ± {o.claim.margin:g}" if o.claim.margin else "")
+            cells = [o.claim.number, o.claim.text, o.claim.whose, expected, f"**{o.verdict}**"]
+            cells += [f"{o.mean:+.2f} ({o.low:+.2f} to {o.high:+.2f})", f"{o.better} of {o.seeds}", show_p(o.p_holm)]
+            records = dict.fromkeys(run["record"] for arm in (o.claim.arm, o.claim.over) for run in runs[arm].values())
+            cost = f"{o.cost:.2f} x" if o.cost else "-"
+            rows.append([*cells, cost, ", ".join(link_to(record) for record in records)])
+    head = " | claim | whose | expected | verdict | difference (95 % interval) | better for | p Holm | cost | record"
+    return markdown(head, rows)
 
 
 def table_of_arms(name: str) -> str:
@@ -287,11 +408,10 @@ def with_tables(page: str) -> str:
     """The page with the tables between its marks computed anew."""
 
     def computed(match: re.Match[str]) -> str:
-        kind, name = match.groups()
-        table = {"claims": table_of_claims, "arms": table_of_arms}[kind](name)
-        return f"<!-- {kind}: {name} -->\n\n{table}\n\n<!-- end -->"
+        mark, record = match.groups()
+        return f"<!-- {mark} -->\n\n{table_of_arms(record) if record else table_of_claims()}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (claims|arms): (\S+) -->\n.*?<!-- end -->", computed, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (claims|arms: (\S+)) -->\n.*?<!-- end -->", computed, page, flags=re.DOTALL)
 
 
 def figures() -> dict[str, str]:

@@ -104,7 +104,7 @@ def cka(
 
         HSIC ∝ ‖XᵀY‖² - n/(n-2) Σ a_i b_i + Σ a_i Σ b_i / ((n-1)(n-2))        a_i = ‖x_i‖², b_i = ‖y_i‖²
 
-    so that independent features give 0 on average. 1 for features that are equal up to rotation, scale and offset: an
+    so that independent features give 0 on average. 1 for features that are equal up to rotation, scale and offset: a
     semi-orthogonal projection, to as many channels or more, changes nothing.
 
     Args:

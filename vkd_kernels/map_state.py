@@ -69,8 +69,8 @@ def _convert(
     if isinstance(signs, torch.Tensor) and not (checks.is_sharded(signs) or signs.is_meta):
         if not are_signs(signs):
             raise ValueError(
-                f"{signs_key} must hold ±{SIGN}, or ±1 as in version 0.1: an average of weights whose signs differ "
-                "is no matrix; average the matrices and assign the result to the weight"
+                f"{signs_key} must hold ±{SIGN}, or ±1 as in commits before 0.1: an average of weights whose signs "
+                "differ is no matrix; average the matrices and assign the result to the weight"
             )
         state_dict[signs_key] = (signs.float().sign() * SIGN).to(torch.int8)
 

@@ -155,7 +155,7 @@ def _of_one_dtype(features: list[torch.Tensor]) -> list[torch.Tensor]:
 def converted_state_dict(
     state_dict: Mapping[str, Any], names: Sequence[str], losses: PairLosses, prefix: str
 ) -> dict[str, Any]:
-    """A state dict of version 0.1, which knew projections by shape and order, with the pairs' names in its keys.
+    """A state dict of before 0.1, which knew projections by shape and order, with the pairs' names in its keys.
 
     ``names``: those of the pairs, in the order that they had when it was saved.
     """
@@ -198,8 +198,8 @@ def convert_when_loading(module: nn.Module, state_dict: dict[str, Any], prefix: 
         converted = converted_state_dict(state_dict, names, losses, prefix)
     except ValueError as reason:
         error_messages.append(
-            f"{', '.join(map(repr, keys))} are of version 0.1, which kept projections by shape in the order of the "
-            f"pairs: {reason}. Load distiller.converted_state_dict(state_dict, names) with the names of the pairs "
+            f"{', '.join(map(repr, keys))} are of a commit before 0.1, which kept projections by shape in the order of "
+            f"the pairs: {reason}. Load distiller.converted_state_dict(state_dict, names) with the names of the pairs "
             "in the order that they had then."
         )
         for key in keys:

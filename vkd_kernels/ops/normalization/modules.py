@@ -104,7 +104,7 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         if self.momentum is not None and f"{prefix}batches_seen" in state_dict:
-            state_dict.setdefault(f"{prefix}frozen", torch.tensor(False))  # version 0.1 could not freeze
+            state_dict.setdefault(f"{prefix}frozen", torch.tensor(False))  # commits before 0.1 could not freeze
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if self.momentum is not None and not self.frozen.is_meta:
             self.is_frozen = bool(self.frozen.item())
