@@ -49,7 +49,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
     with L of ``OrthoProjLoss``. Wrap, compile and optimize the distiller, which holds student and projections (not the
     teacher); infer with ``distiller.student``. ``forward(*args, masks=None, teacher_input=None, indices=None,
     total_rows=None, metrics=False, **kwargs)`` -> (student's output, losses: a scalar by each pair's name, ``"logits"``
-    and ``"total"``), and with ``metrics`` a third, a flat dictionary. docs/distiller.md has every argument at length.
+    and ``"total"``), and with ``metrics`` a third, a flat dictionary (with a process group all ranks must ask for it).
+    docs/distiller.md has every argument at length.
 
     Args:
         student: any module.
@@ -128,6 +129,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         device = parameter.device if device is None else torch.device(device)
         self.terms = (*self._pair_terms(teacher_weights), *self.logit_terms)
         self.balance = LossBalance(self.terms, balance, drop_best, device)
+        if reduction == "sum" and (balance is not None or drop_best):
+            raise ValueError("balance and drop_best compare the means of losses: they need reduction='mean'; got 'sum'")
         self.pair_losses = PairLosses(
             self.pairs,
             self._dims(example_input, example_teacher_input),
@@ -286,13 +289,13 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
                 reduction=self.reduction,
                 process_group=group,
             )
+        factors, balance_report = self.balance(losses)  # of means, before they become a micro-batch's share
         if step.total_rows is not None:
             row_weights |= {name: weight_of(seen) for name, seen in rows.items()}
             losses = over_total_rows(losses, row_weights, step.total_rows, group)
         elif self.reduction == "mean" and step.student[1].get("num_items_in_batch") is not None:
             share = share_of_items(step.student[1], group)
             losses = {name: loss * share for name, loss in losses.items()}
-        factors, balance_report = self.balance(losses)
         total = sum(factors.get(term.name, 1.0) * term.weight * losses[term.name] for term in self.terms)
         if not step.metrics:
             return output, {**losses, "total": total}

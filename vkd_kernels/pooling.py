@@ -1,6 +1,7 @@
 """From what a tapped module returned to the rows that are compared: pooling, grids, resampling, and their masks."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +59,8 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
     if callable(side.pool):
         values = side.pool(output)
         checks.check_tensor(f"what {side.side}_pool of pair {side.pair!r} returns", values)
-        return Rows(values, mask, grid_of(side, values))
+        return Rows(values, _mask_beside(side, values, mask), grid_of(side, values))
+    mask = _mask_beside(side, output, mask)
     layout = LAYOUTS_OF_POOLINGS[side.pool]
     if output.dim() != layout.count(",") + 1:
         fitting = [repr(pool) for pool, other in LAYOUTS_OF_POOLINGS.items() if other.count(",") + 1 == output.dim()]
@@ -79,6 +81,7 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
         values = output[:, side.skip :]
         mask = mask if mask is None or per_sample else mask[:, side.skip :]
     else:
+        _warn_of_channels_last(side, output)
         values = output.permute(0, 2, 3, 1) if side.layout == "NCHW" else output
     positions = tuple(range(1, values.dim() - 1))
     if side.pool in ("tokens", "spatial"):
@@ -86,6 +89,25 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
     if mask is None or per_sample:
         return Rows(values.mean(positions), mask)
     return _masked_mean(f"mask of {side.where}", values, mask)
+
+
+def _mask_beside(side: Side, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask; for a teacher where its features are, as its inputs are moved there too."""
+    if mask is None or side.side == "student" or mask.device == values.device:
+        return mask
+    return mask.to(values.device, non_blocking=values.device.type != "cpu")
+
+
+def _warn_of_channels_last(side: Side, output: torch.Tensor) -> None:  # (N, C, H, W) or (N, H, W, C)
+    """A square map, but for its last dimension, that is read as channels first."""
+    _, first, second, last = output.shape
+    if side.layout == "NCHW" and first == second < last and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{side.where} has the shape (N, {first}, {second}, {last}) and is read as {first} channels of a "
+            f"{second} x {last} map. If its channels come last, as in Swin, say "
+            f"{side.side}_layout='NHWC'",
+            stacklevel=2,
+        )
 
 
 def check_samples_of(mask: torch.Tensor, side: Side, values: torch.Tensor) -> None:  # values (N, ...)
@@ -133,12 +155,10 @@ def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> Com
 
     ``one_mask``: both sides were given the same mask, which then counts once, for the side that it fits.
     """
+    teacher = _beside(student.values, teacher)
     if _shape(student) != _shape(teacher):
         student, teacher = _on_one_grid(pair, student, teacher)
     x, y = student.values, teacher.values
-    dtype = x.dtype if (x.dtype == torch.float64) != (y.dtype == torch.float64) else y.dtype
-    if y.device != x.device or y.dtype != dtype:  # in one step: the device may have no float64
-        y = y.to(device=x.device, dtype=dtype, non_blocking=x.device.type != "cpu")
     x_mask, y_mask = student.mask, teacher.mask
     if one_mask and x_mask is not None and y_mask is not None:
         fits_teacher_only = y_mask.shape == x.shape[:-1] != x_mask.shape
@@ -149,6 +169,18 @@ def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> Com
             f"masks[{pair.name!r}] must have the shape of the rows {tuple(x.shape[:-1])}; got {tuple(mask.shape)}"
         )
     return ComparedRows(x, y, mask)
+
+
+def _beside(x: torch.Tensor, teacher: Rows) -> Rows:
+    """The teacher's rows on the device of the student's; in float64 where, and only where, the student's are."""
+    y, mask = teacher.values, teacher.mask
+    dtype = x.dtype if (x.dtype == torch.float64) != (y.dtype == torch.float64) else y.dtype
+    asynchronous = x.device.type != "cpu"
+    if y.device != x.device or y.dtype != dtype:  # in one step: the device may have no float64
+        y = y.to(device=x.device, dtype=dtype, non_blocking=asynchronous)
+    if mask is not None and mask.device != x.device:
+        mask = mask.to(x.device, non_blocking=asynchronous)
+    return replace(teacher, values=y, mask=mask)
 
 
 def _shape(rows: Rows) -> tuple[int, ...]:
@@ -226,4 +258,4 @@ def _both_masks(pair: Pair, student: torch.Tensor | None, teacher: torch.Tensor 
             f"masks[{pair.name!r}] must agree on the rows; got {tuple(student.shape)} for the student's rows and "
             f"{tuple(teacher.shape)} for the teacher's"
         )
-    return student * teacher.to(student.device)
+    return student * teacher

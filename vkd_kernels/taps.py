@@ -191,8 +191,13 @@ def as_mapping(value: Any) -> Any:
 
 def selected(output: Any, key: int | str | tuple | None, *, where: str, option: str) -> Any:
     """The entry of what a module returned: by a key, a position or a path of them."""
-    value = output
-    for step in () if key is None else key if isinstance(key, tuple) else (key,):
+    value, steps = output, () if key is None else key if isinstance(key, tuple) else (key,)
+    if isinstance(output, torch.Tensor) and steps and isinstance(steps[0], int):
+        raise TypeError(
+            f"{where} is a tensor already, of which {option}={key!r} would take one sample of the batch: leave "
+            f"{option} out. Some modules return a tuple in training and a tensor in eval mode: tap one that does not"
+        )
+    for step in steps:
         entries = entries_of(value)
         size = len(value) if isinstance(value, torch.Tensor) and value.dim() else 0
         if isinstance(step, int) and -size <= step < size:

@@ -286,6 +286,7 @@ def test_logits_alone_with_masked_rows_and_entries():
         ({"student_skip": 17}, ValueError, "student_skip=17 leaves none of 17 tokens"),
         ({"teacher": None}, TypeError, "teacher must be the name of a module; got NoneType"),
         ({"student_output": "x"}, TypeError, "has no entry 'x' of student_output='x'; Tensor has no entries"),
+        ({"student_output": 0}, TypeError, "'norm' is a tensor already.*one sample of the batch: leave student_output"),
         ({"student_pool": "tokens"}, ValueError, r"same positions; got student rows of shape \(1, 16, 6\) and teacher"),
         ({"weight": "1"}, TypeError, "weight must be a number"),
         ({"scale": "auto"}, ValueError, "scale must be one of 'match', 'learned'"),

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import warnings
 
 import pytest
 import torch
@@ -344,3 +345,24 @@ def test_scripted_and_exported_teachers(kind):
         reason = "A traced graph" if kind == "exported" else "TorchScript runs submodules without their hooks"
         with pytest.raises(RuntimeError, match=reason):
             make([inner], teacher=kinds[kind](), example_input=IMAGES)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_channels_last_map_that_is_read_as_channels_first_is_warned_of(side):
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Identity()
+
+        def forward(self, x):
+            return self.last(x.permute(0, 2, 3, 1)).mean((1, 2))
+
+    other = "teacher" if side == "student" else "student"
+    pair = {"student": "last", "teacher": "last", "student_pool": "spatial_mean", "teacher_pool": "spatial_mean"}
+    pair[f"{other}_layout"] = "NHWC"
+    images = torch.randn(2, 12, 7, 7)
+    with pytest.warns(UserWarning, match=rf"\(N, 7, 7, 12\) and is read as 7 channels.* say {side}_layout='NHWC'"):
+        vk.FeatureDistiller(Blocks(), Blocks(), [pair], example_input=images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vk.FeatureDistiller(Blocks(), Blocks(), [{**pair, f"{side}_layout": "NHWC"}], example_input=images)

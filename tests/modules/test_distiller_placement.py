@@ -10,6 +10,7 @@ from torch import nn
 
 import vkd_kernels as vk
 from tests.helpers import processes
+from vkd_kernels.pooling import Rows, compared, pooled
 
 FEATURES = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 PAIR = {"student": "2", "teacher": "2", "dims": (8, 16), "name": "x"}
@@ -122,10 +123,25 @@ def test_inputs_go_to_the_teachers_device_and_features_come_back():
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         features_come_back(FEATURES, teacher_input=(batch,))
     assert places == [("meta", torch.float32)]
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # the mask goes there, too
+        features_come_back(FEATURES, teacher_input=(batch,), masks={"x": torch.ones(len(FEATURES), dtype=torch.bool)})
+    places.pop()
     inputs_go = distill(Watched("cpu"), {**PAIR, "teacher": "linear"})
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         inputs_go(FEATURES, teacher_input=(batch,))
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("resample", ["student", "teacher"])
+def test_rows_and_masks_of_a_teacher_elsewhere_are_resampled_where_the_student_is(resample):
+    """With the meta device as the student's, which nothing comes back from."""
+    pair = vk.Pair("a", "b", student_pool="spatial", teacher_pool="spatial", resample=resample)
+    student = Rows(torch.randn(2, 4, 4, 6, device="meta"), torch.ones(2, 4, 4, device="meta"))
+    teacher = pooled(pair.side("teacher"), torch.randn(2, 8, 7, 7), torch.ones(2, 7, 7, dtype=torch.bool))
+    rows = compared(pair, student, teacher, one_mask=False)
+    assert all(x.is_meta for x in (rows.student, rows.teacher, rows.mask))
+    size = (7, 7) if resample == "student" else (4, 4)
+    assert rows.mask.shape == (2, *size) and rows.teacher.shape == (2, *size, 8)
 
 
 def validation_on_the_first_rank(rank):

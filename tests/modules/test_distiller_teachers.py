@@ -88,6 +88,8 @@ def test_every_teacher_has_its_own_input_and_dtype():
         ({"teachers": {"dino": 3}}, TypeError, r"teacher\['dino'\] must be a torch.nn.Module; got int 3"),
         ({"balance": "mean"}, ValueError, "balance must be one of None, 'running_mean'; got 'mean'"),
         ({"drop_best": 2.0}, ValueError, "drop_best must be .*<= 1"),
+        ({"balance": "running_mean", "reduction": "sum"}, ValueError, "they need reduction='mean'; got 'sum'"),
+        ({"drop_best": 0.5, "reduction": "sum"}, ValueError, "they need reduction='mean'; got 'sum'"),
     ],
 )
 def test_bad_teachers(options, error, message):
@@ -144,6 +146,30 @@ def test_balanced_losses_weigh_alike_whatever_their_scale():
         torch.testing.assert_close(metrics["balance/a"].item(), 1 / distiller.balance.means["[a]"]().item())
     assert make().state_dict().keys() == make(balance=None).state_dict().keys()
     assert not any("balance" in name for name in make().state_dict())
+
+
+@pytest.mark.parametrize("count", ["total_rows", "num_items_in_batch"])
+def test_balanced_micro_batches_add_up_to_the_balanced_batch(count):
+    """The means are of the losses, not of a micro-batch's shares of them."""
+
+    class Labeled(ViT):
+        def forward(self, images, **_):
+            return super().forward(images)
+
+    distiller = make(PAIRS, Labeled(6), {"dino": Labeled(9), "clip": CNN(10)}, balance="running_mean")
+    if count == "num_items_in_batch":
+        distiller = make([PAIRS[0]], Labeled(6), {"dino": Labeled(9)}, balance="running_mean")
+
+    def total(images):
+        if count == "total_rows":
+            return distiller(images, total_rows=len(IMAGES))[1]["total"]
+        labels = torch.ones(len(images), dtype=torch.long)
+        return distiller(images, labels=labels, num_items_in_batch=len(IMAGES))[1]["total"]
+
+    expected = sum(pair.weight for pair in distiller.pairs)
+    torch.testing.assert_close(total(IMAGES[:2]).item(), expected * 2 / len(IMAGES))  # each loss over itself
+    whole, parts = distiller.eval()(IMAGES)[1]["total"], (IMAGES[:2], IMAGES[2:])
+    torch.testing.assert_close(sum(total(part) for part in parts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -166,6 +166,36 @@ def test_trainer_with_a_wrapped_distiller_that_takes_any_argument(tmp_path, labe
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
 
 
+def class_of_the_page():
+    """docs/integrations.md's class around a FeatureDistiller."""
+    transformers = needs("transformers")
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    code = page[page.index("class Distilled(PreTrainedModel)") :].split("```")[0]
+    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedConfig")}
+    exec(code, names)
+    return names["Distilled"]
+
+
+def test_trainer_accumulates_the_students_own_loss_beside_a_distillers(tmp_path):
+    """docs/integrations.md's class: 4 micro-batches of 2 give the gradient of 8, in both losses."""
+    transformers = needs("transformers")
+    data = sentences([12] * 8)
+    model = class_of_the_page()(vk.FeatureDistiller(*pair_of_models(), [TOKENS]))
+    (whole, loss), (parts, loss_of_parts) = (
+        gradients_of_a_step(
+            tmp_path,
+            copy.deepcopy(model),
+            data,
+            cls=transformers.Trainer,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        for size, steps in ((8, 1), (2, 4))
+    )
+    assert_same(parts.values(), whole.values(), rtol=1e-4, atol=1e-6)
+    assert loss_of_parts == pytest.approx(loss, rel=1e-5)
+
+
 def test_trainer_with_a_distiller_whose_rows_are_counted(tmp_path):
     """Labels of sentences, features of tokens: with ``total_rows`` any lengths make one large batch."""
     transformers = needs("transformers")
@@ -223,17 +253,14 @@ def test_trainer_saves_resumes_and_goes_on_bit_for_bit(tmp_path, kind):
 def test_trainer_saves_a_wrapped_distiller_with_tied_weights(tmp_path):
     """docs/integrations.md's class around a FeatureDistiller: saved, resumed bit for bit, and the student loaded."""
     transformers = needs("transformers")
-    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-    code = page[page.index("class Distilled(PreTrainedModel)") :].split("```")[0]
-    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedConfig")}
-    exec(code, names)
+    distilled = class_of_the_page()
     data = sentences([3, 12, 5, 7, 12, 2, 9, 4])
     weights = []
     for resume in (False, True):
         distiller = vk.FeatureDistiller(*pair_of_models(), [TOKENS])
         torch.manual_seed(1)
         distiller.reset_parameters()
-        model = names["Distilled"](distiller)
+        model = distilled(distiller)
         options = {"cls": transformers.Trainer, "save_strategy": "steps", "save_steps": 2}
         options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         trainer = trainer_of(tmp_path, model, data, **options)
