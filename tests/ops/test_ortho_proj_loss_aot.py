@@ -20,12 +20,23 @@ import pytest
 triton = pytest.importorskip("triton")
 pytest.importorskip("benchmarks.host_time.forms", reason="needs the repository's benchmarks")
 
-CHIPS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942, "gfx950": 950}
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+CHIPS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": 942, "gfx950": 950}
+SHARED_BYTES = {  # of a program
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,  # and sm_89: GeForce RTX 30 and 40
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,  # GeForce RTX 50
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
+WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
+LIKE_ANOTHER = ("sm_86", "sm_120", "gfx950")  # the tiles of sm_80, sm_90 and gfx942, in less or more shared memory
 NOTES = {"C7519"}  # ptxas puts in an arrive where a loop has vanished (S = 1): nothing is serialized
 # Its A operand lies in registers, where ptxas before 13.3 has a bug (Triton issue 9433) that waiting avoids.
 SERIALIZED = {"scatter_gradients": {"C7515"}}
-SPILLED_BYTES = {"sm_80": 64, "sm_90": 8, "sm_100": 32}  # a scalar may lie on the stack; a tile too large is hundreds
+# A scalar may lie on the stack; a tile too large is hundreds.
+SPILLED_BYTES = {"sm_80": 64, "sm_86": 64, "sm_90": 8, "sm_100": 32, "sm_120": 32}
 SPILLED_BYTES_BEFORE_3_6 = 64  # the ptxas of Triton 3.4 allocates registers less well: 20 bytes in cosine_rows
 TF32 = ("tokens fp32", "pooled fp32", "semi-orthogonal fp32, raw")  # these once more with TF32
 SWITCHED = {  # what a benchmark can switch on: (name in tiles.py, value)
@@ -212,7 +223,7 @@ JOBS = [(form, chip) for form in names() for chip in CHIPS if chip.startswith("s
 
 def is_thorough(form: str, chip: str) -> bool:
     """Whether `make test` leaves this one to `make test-thorough`."""
-    return chip != "sm_90" and form not in (WIDEST if chip == "gfx950" else IN_SHORT + WIDEST)
+    return chip != "sm_90" and form not in (WIDEST if chip in LIKE_ANOTHER else IN_SHORT + WIDEST)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +273,7 @@ def test_compiles_for_the_chip(compiled: Any, form: str, chip: str) -> None:
         elif name in PRODUCTS and not (form.endswith("TF32") and chip.startswith("gfx")):
             assert used["mma"] > 0, (name, used)
     if form in ("tokens bf16", "tokens bf16, ragged"):
-        has_descriptors = chip in ("sm_90", "sm_100") and form == "tokens bf16"
+        has_descriptors = chip in WITH_DESCRIPTORS and form == "tokens bf16"
         assert kernels["loss_tile"]["descriptors"] == has_descriptors
 
 
