@@ -103,7 +103,7 @@ class PairLosses(nn.ModuleDict):
         return losses, projections
 
     def masked_row(self, name: str) -> ComparedRows:
-        """In place of a pair that was skipped: its loss is 0, and it takes part in every collective."""
+        """In place of a pair that was skipped: its loss is 0, and it takes part in every collective, also backward."""
         loss = self.of(name)
         like = next(chain(loss.parameters(), loss.buffers()))
         student, teacher = (like.new_zeros(1, dim) for dim in (loss.student_dim, loss.teacher_dim))

@@ -16,12 +16,16 @@ from tests.helpers import processes
 NORMALIZATIONS = ("layer_norm", "batch_norm", "whiten", "none")
 SPLITS = {"even": 10, "uneven": 4, "empty": 0, "one rank all masked": 10}
 BACKENDS = (None, "torch")
+WITHOUT_A_GRAPH = ({}, {"affine": False, "scale": 1.0, "projection": "identity"})
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
+)
 
 
 class Distiller(nn.Module):
     """Student and loss inside one module, as they must be for gradients to be reduced."""
 
-    def __init__(self, normalization, backend, group=None):
+    def __init__(self, normalization, backend, group=None, **options):
         super().__init__()
         torch.manual_seed(0)
         self.student = nn.Linear(6, 5, dtype=torch.float64)
@@ -30,11 +34,10 @@ class Distiller(nn.Module):
             9,
             normalization=normalization,
             eps=1e-2,
-            affine=True,
-            scale="learned",
             dtype=torch.float64,
             backend=backend,
             process_group=group,
+            **{"affine": True, "scale": "learned", **options},
         )
 
     def forward(self, x, y, mask):
@@ -99,6 +102,78 @@ def check_whitening(rank):
         torch.testing.assert_close(value, alone.state_dict()[name])
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def one_rank_without_a_graph(rank):
+    """Where the student of the first rank's rows is frozen, their statistics have no gradient, but the others' have."""
+    x, y, mask = rows("uneven")
+    mine = slice(0, 4) if rank == 0 else slice(4, 20)
+    for backend, options in itertools.product(BACKENDS, WITHOUT_A_GRAPH):
+        ours, alone = (Distiller("batch_norm", backend, group, **options) for group in (dist.group.WORLD, None))
+        features = ours.student(x[mine]).detach() if rank == 0 else ours.student(x[mine])
+        ours.loss(features, y[mine], mask[mine]).backward()
+        features = torch.cat([alone.student(x[:4]).detach(), alone.student(x[4:])])
+        alone.loss(features, y, mask).backward()
+        for (name, parameter), theirs in zip(ours.named_parameters(), alone.parameters(), strict=True):
+            if theirs.grad is not None:
+                check_averaged_gradient(parameter, theirs.grad, f"{backend}, {options}, {name}")
+
+
+def check_averaged_gradient(parameter, expected, message):
+    """What DistributedDataParallel would make of the ranks' gradients."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    dist.all_reduce(grad)
+    torch.testing.assert_close(grad / 2, expected, rtol=1e-8, atol=1e-11, msg=message)
+
+
+class DropsItsLastLayer(nn.Module):
+    """As LayerDrop does it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]).double()
+        self.drops = False
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        return x if self.drops else self.layers[1](x)
+
+
+def an_optional_pair_skipped_on_one_rank(rank):
+    """Its loss is that of the other rank's rows, as are its gradients."""
+    x = rows("even")[0]
+    for backend, projection in itertools.product(BACKENDS, ("orthogonal", "identity")):
+        options = {"normalization": "batch_norm", "projection": projection, "optional": True}
+        pairs = [{"student": f"layers.{i}", "teacher": "0", **options} for i in range(2)]
+        torch.manual_seed(0)
+        ours = vk.FeatureDistiller(
+            DropsItsLastLayer(),
+            nn.Sequential(nn.Linear(6, 9)).double(),
+            pairs,
+            example_input=x,
+            backend=backend,
+            process_group=dist.group.WORLD,
+        )
+        alone = copy.deepcopy(ours)
+        alone.process_group = None
+        ours.student.drops = rank == 0
+        losses = ours(x[:10] if rank == 0 else x[10:])[1]
+        losses["total"].backward()
+        expected = alone(x[10:])[1]["layers.1->0"]
+        torch.testing.assert_close(losses["layers.1->0"], expected, rtol=1e-9, atol=1e-12)
+        (grad,) = torch.autograd.grad(expected, [alone.student.layers[1].weight])
+        check_averaged_gradient(ours.student.layers[1].weight, grad, f"{backend}, {projection}")
+
+
+def rank_without_a_graph(rank):
+    one_rank_without_a_graph(rank)
+    an_optional_pair_skipped_on_one_rank(rank)
+
+
+@needs_gloo
+def test_a_rank_without_a_graph_takes_part_in_the_backward_pass(tmp_path):
+    processes.run_ranks(rank_without_a_graph, tmp_path, seconds=120)
+
+
+@needs_gloo
 def test_two_ranks_equal_one_process(tmp_path):
     processes.run_ranks(worker, tmp_path)

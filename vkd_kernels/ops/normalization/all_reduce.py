@@ -10,18 +10,21 @@ from ..checks import describe
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """y = Σ over ranks of x; every rank's y depends on every rank's x, so the gradient is a sum over ranks too."""
+    """y = Σ over ranks of x; every rank's y depends on every rank's x, so the gradient is a sum over ranks too.
+
+    ``trained`` has no part in the sum: the backward pass comes by here where it needs a gradient, as if y were of it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, trained: torch.Tensor | None) -> torch.Tensor:
         ctx.group = group
         y = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(y, group=group)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _AllReduceSum.apply(grad, ctx.group), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _AllReduceSum.apply(grad, ctx.group, None), None, None
 
 
 class _GlobalLoss(torch.autograd.Function):
@@ -40,17 +43,32 @@ class _GlobalLoss(torch.autograd.Function):
         return grad * ctx.size, None
 
 
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Σ over the ranks of ``group`` of ``x`` (``x`` itself for ``group=None``), differentiable: for statistics."""
-    return x if group is None else _AllReduceSum.apply(x, group)
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None, trained: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ over the ranks of ``group`` of ``x`` (``x`` itself for ``group=None``), differentiable: for statistics.
+
+    The backward pass has a collective where ``x`` or ``trained`` requires a gradient. All ranks must agree in that:
+    where one rank's ``x`` may have no graph, ``trained`` is to be ``with_gradient`` of what they train.
+    """
+    return x if group is None else _AllReduceSum.apply(x, group, trained)
 
 
-def all_reduce_several(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> Sequence[torch.Tensor]:
+def all_reduce_several(
+    tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None, trained: torch.Tensor | None = None
+) -> Sequence[torch.Tensor]:
     """all_reduce of several tensors of one dtype, all in one collective."""
     if group is None:
         return tensors
-    sums = all_reduce(torch.cat([x.reshape(-1) for x in tensors]), group).split([x.numel() for x in tensors])
+    flat = torch.cat([x.reshape(-1) for x in tensors])
+    sums = all_reduce(flat, group, trained).split([x.numel() for x in tensors])
     return [flat.view(x.shape) for flat, x in zip(sums, tensors, strict=True)]
+
+
+def with_gradient(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """``x`` requiring a gradient on every rank that records gradients, so that none waits for another's collective.
+
+    A rank's features have no graph where its student is frozen in this step, or an optional pair was skipped.
+    """
+    return x if group is None or x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
 
 def global_loss(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from .. import checks, implementations
 from ..implementations import Implementation
 from ..library import has_tangent
-from ..normalization.all_reduce import all_reduce_several
+from ..normalization.all_reduce import all_reduce_several, with_gradient
 from ..normalization.reference import whiten_several
 from . import chunked, reference, statistics
 from .ranks import all_ranks_loss
@@ -336,7 +336,11 @@ def _standardized(
     student_sum, scatters = row_statistics.student_scatters(
         rows.students, rows.row_weights, sums.own_student, student_mean
     )
-    squares, student_sum, scatters = all_reduce_several([squares, student_sum, scatters], execution.process_group)
+    squares, student_sum, scatters = all_reduce_several(
+        [squares, student_sum, scatters],
+        execution.process_group,
+        trained=with_gradient(group.weights, execution.process_group),  # a rank's student may have no graph
+    )
     student_mean = student_sum / divisor  # the same, with gradients
     p = group.weights.to(student_mean.dtype)
     dtype = rows.students[0].dtype

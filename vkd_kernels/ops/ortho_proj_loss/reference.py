@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..normalization import reference as normalization_reference
+from ..normalization.all_reduce import with_gradient
 from ..normalization.reference import standardize, weighted, without_masked_rows
 from .spec import NORM_FLOOR, LossInputs, LossSpec
 
@@ -28,7 +29,7 @@ def loss(spec: LossSpec, inputs: LossInputs, process_group: "dist.ProcessGroup |
         t = F.normalize(t, dim=-1, eps=spec.eps)
     elif spec.normalization == "batch_norm":
         t = standardize(t, w, eps=spec.eps, group=process_group)
-        z = standardize(z, w, eps=spec.eps, group=process_group)
+        z = standardize(with_gradient(z, process_group), w, eps=spec.eps, group=process_group)
     elif spec.normalization == "whiten":
         t = normalization_reference.whiten(t, w, method="zca", eps=spec.eps, group=process_group)
     t = without_masked_rows(t, w)  # with eps = 0 a row of zeros has become NaN
