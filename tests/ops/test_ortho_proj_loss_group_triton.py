@@ -286,6 +286,32 @@ def test_interface(normalization, loss, masks, rows, monkeypatch):
     assert_equal(results, rtol=1e-4, atol=1e-6)
 
 
+def strided(x):
+    """The values of x in every other place of memory, NaN between them."""
+    wide = torch.full((*x.shape, 2), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., 0] = x.detach()
+    return wide[..., 0].requires_grad_(x.requires_grad)
+
+
+def layouts(students, teachers, weights, scale, bias, masks):
+    """The same values laid out otherwise: strided, and what has a row for each loss transposed."""
+    transposed = [x.detach().T.contiguous().T.requires_grad_() for x in (scale, bias)]
+    yield students, teachers, weights, *transposed, [strided(w) for w in masks]
+    yield [strided(x) for x in students], [strided(y) for y in teachers], *map(strided, (weights, scale, bias)), masks
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm"])
+@pytest.mark.parametrize("rows", [ROWS, [70, 1, 90, 64]], ids=["few", "few and many"])
+def test_strided_inputs(normalization, rows, monkeypatch):
+    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
+    options = {"normalization": normalization, "backend": "triton"}
+    given = *arguments(rows, 20, 45, torch.float32, DEVICE), masks_of("weights", rows, DEVICE)
+    expected, _ = in_a_group_and_alone(*given, **options)
+    for laid_out in layouts(*given):
+        for results in in_a_group_and_alone(*laid_out, **options):
+            assert_equal((results, expected), rtol=1e-4, atol=1e-6)
+
+
 ONCE = {"column_sums_kernel": 3, "scatter_tiles": 1, "scatter_gradients": 1}  # batch_norm's statistics, of all losses
 FEW, MANY = {"loss_tile": 1, "gradient_tiles": 1}, {"loss_tile": 1, "sum_shares": 1, "scale_gradients": 1}
 

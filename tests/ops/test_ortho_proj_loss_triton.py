@@ -267,9 +267,13 @@ def test_no_rows(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_strided_inputs(form):
-    case = Case((37, 20, 45), torch.float32, device=DEVICE)
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_strided_inputs(layout, form):
+    case = Case((37, 20, 45), torch.float32, bias=True, device=DEVICE)
+    bias = case.bias[:, None].expand(45, 2).contiguous()[:, 0] if layout == "strided" else case.bias[:1].expand(45)
+    case.bias = bias.contiguous()
     expected = case.run(form)
+    case.bias = bias
     wide = torch.full((37, 3, 70), torch.nan, device=DEVICE)
     wide[:, 1, 5:25] = case.student
     wide[:, 2, 7:52] = case.teacher

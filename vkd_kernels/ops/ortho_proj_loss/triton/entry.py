@@ -14,7 +14,7 @@ from ...library import needs_gradient
 from ..chunks import WORKSPACE_BYTES, balanced
 from ..spec import LossGroup, LossInputs, LossSpec
 from . import tiles
-from .launch import unit_stride
+from .launch import dense, unit_stride
 from .many_rows import fused_loss
 from .pooled import pooled_loss
 from .semi_orthogonal import fused_semi_orthogonal_loss
@@ -32,7 +32,7 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
         "student": unit_stride(inputs.student),
         "teacher": unit_stride(inputs.teacher),
         "weight": unit_stride(inputs.weight),
-        "bias": inputs.bias,
+        "bias": dense(inputs.bias),
         "row_weight": row_weight,
         "channel_shift": inputs.channel_shift,
         "channel_scale": inputs.channel_scale,
@@ -122,7 +122,7 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
         student=torch.cat(group.students),
         teacher=torch.cat(group.teachers),
         weight=group.weights.contiguous(),
-        bias=group.bias,
+        bias=dense(group.bias),
         row_weight=torch.cat(row_weights) if row_weights else None,
         channel_shift=group.channel_shift,
         channel_scale=group.channel_scale,

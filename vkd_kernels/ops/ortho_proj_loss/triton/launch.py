@@ -161,6 +161,11 @@ def unit_stride(matrix: torch.Tensor) -> torch.Tensor:  # (N, C)
     return matrix.contiguous()
 
 
+def dense(vectors: torch.Tensor | None) -> torch.Tensor | None:  # (C,) or (G, C)
+    """What kernels read with no stride of its own: the tensor, or a copy one value after the other."""
+    return None if vectors is None else vectors.contiguous()
+
+
 def aligned(*matrices: torch.Tensor) -> bool:
     """Whether every row starts on a 16-byte boundary, as tensor descriptors need it."""
     return all(m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices)
