@@ -312,6 +312,18 @@ def test_strided_inputs(normalization, rows, monkeypatch):
             assert_equal((results, expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [ROWS, [90, 90, 20, 9]], ids=["few", "few and many"])
+@pytest.mark.parametrize("normalization", ["none", "batch_norm"])
+def test_teachers_of_one_channel(normalization, rows, monkeypatch):
+    """As vkd_kernels.cayley makes their projections, which are transposed."""
+    monkeypatch.setattr(tiles, "POOLED_ROWS", 80)
+    students, teachers, _, scale, bias = arguments(rows, 20, 1, torch.float32, DEVICE)
+    weights = vk.cayley(torch.randn(len(rows), 1, 20, device=DEVICE)).detach().requires_grad_()
+    given = students, teachers, weights, scale, bias, None
+    results = in_a_group_and_alone(*given, normalization=normalization, backend="triton")
+    assert_equal(results, rtol=1e-4, atol=1e-6)
+
+
 ONCE = {"column_sums_kernel": 3, "scatter_tiles": 1, "scatter_gradients": 1}  # batch_norm's statistics, of all losses
 FEW, MANY = {"loss_tile": 1, "gradient_tiles": 1}, {"loss_tile": 1, "sum_shares": 1, "scale_gradients": 1}
 

@@ -166,6 +166,11 @@ def dense(vectors: torch.Tensor | None) -> torch.Tensor | None:  # (C,) or (G, C
     return None if vectors is None else vectors.contiguous()
 
 
+def row_stride(weight: torch.Tensor) -> int:
+    """Elements between the rows of (T, S), or of a contiguous (G, T, S), whose own strides say nothing where T = 1."""
+    return weight.stride(0) if weight.dim() == 2 else weight.shape[-1]
+
+
 def aligned(*matrices: torch.Tensor) -> bool:
     """Whether every row starts on a 16-byte boundary, as tensor descriptors need it."""
     return all(m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import rows, tiles
-from .launch import Launch, blocks, descriptor, group_rows, precision, prepared
+from .launch import Launch, blocks, descriptor, group_rows, precision, prepared, row_stride
 from .primitives import over, projected_tile, rows_of, sum_in_order, swizzle, target_tile, weighted
 
 GROUP_N = 8  # blocks of rows that walk the columns together, so that the weight's tiles stay in L2
@@ -343,7 +343,7 @@ class LossTiles:
             "S": s,
             "T": t,
             "stride_student": student.stride(0),
-            "stride_weight": weight.stride(-2),
+            "stride_weight": row_stride(weight),
             "stride_teacher": teacher.stride(0),
         }
         loss_tiles = blocks(max(group), tile.block_n) * self.blocks_t

@@ -15,7 +15,7 @@ import triton.language as tl
 from ... import library
 from ..chunks import NO_SECOND_ORDER
 from . import rows, tiles
-from .launch import Launch, blocks, group_rows, on, precision, prepared
+from .launch import Launch, blocks, group_rows, on, precision, prepared, row_stride
 from .loss_tiles import TERMS, LossTiles, Terms
 from .many_rows import empty_gradient
 from .primitives import dot, entry, load_tile, over, rows_of
@@ -363,7 +363,7 @@ def pooled_loss_backward(
         stride_grad_output=grad_output.stride(0) if grad_output.dim() else 0,
         stride_gradient=0 if gradient is None else gradient.stride(0),
         stride_student=student.stride(0),
-        stride_weight=weight.stride(-2),
+        stride_weight=row_stride(weight),
     )
     with on(student.device):
         launch(
