@@ -298,3 +298,18 @@ def test_another_number_of_rows_prepares_no_launch(loss, form):
         Case((rows, 20, 45), torch.float32, bias=True, loss=loss, device=DEVICE).run(form)
         misses.append(launch.prepared.cache_info().misses)
     assert misses == misses[:1] * 4
+
+
+class Subclass(torch.Tensor):
+    """As medical images come: a tensor with methods of its own."""
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "batch_norm"])
+def test_subclasses_of_tensors(normalization):
+    case = Case((37, 20, 45), torch.float32, device=DEVICE)
+    options = {"normalization": normalization, "backend": "triton"}
+    expected = ortho_proj_loss(case.student, case.teacher, case.weight, **options)
+    student, teacher = (x.as_subclass(Subclass) for x in (case.student.clone().requires_grad_(), case.teacher))
+    loss = ortho_proj_loss(student, teacher, case.weight, **options)
+    assert torch.equal(loss.as_subclass(torch.Tensor), expected)
+    loss.backward()

@@ -119,6 +119,8 @@ def _tuple_kind(value: tuple[Any, ...]) -> Any:
 
 
 def _other_kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):  # of a class that adds methods
+        return _tensor_kind(value)
     raise TypeError(f"a kernel's argument that changes between calls can't be {value!r:.100}")
 
 
