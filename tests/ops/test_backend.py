@@ -91,6 +91,7 @@ def test_an_extension_that_does_not_load_is_diagnosed(monkeypatch):
     [
         (None, "cayley", "triton", "cpu", torch.float32, "cayley has no 'triton' backend; it has 'extension', 'torch'"),
         (None, "ortho_proj_loss", "triton", "cuda", torch.float64, r"the Triton kernels take .*; got float64"),
+        (None, "ortho_proj_loss", "triton", "cuda", torch.float32, "need compute capability 8.0; this GPU has 7.5"),
         (None, "cayley", "extension", "cuda", torch.float32, "built without CUDA: no nvcc"),
         ("13.0", "cayley", "extension", "cuda", torch.float32, "for the GPU architectures 80-real and this GPU is 7.5"),
         ("13.0", "cayley", "extension", "xpu", torch.float32, "takes CPU and CUDA tensors; got a tensor on xpu"),
@@ -111,6 +112,38 @@ def test_reasons(monkeypatch, cuda, op, implementation, device, dtype, reason):
 def test_an_old_triton_is_not_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.2.0"))
     assert implementations.why_no_triton.__wrapped__() == "Triton 3.2.0 is older than 3.4"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "serves"),
+    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((9, 0), "6.4", True), ((6, 0), "6.4", True)],
+)
+def test_gpus_that_are_too_old_for_triton_have_the_loss_in_pytorch(monkeypatch, capability, hip, serves):
+    monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    implementations._warn_once.cache_clear()
+    both = (Implementation.TRITON, Implementation.CHUNKED)
+    asked = "ortho_proj_loss", "triton", "cuda", torch.float32, both
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        chosen = [implementations.decide("ortho_proj_loss", None, "cuda", torch.float32, both) for _ in range(2)]
+    implementations._warn_once.cache_clear()
+    assert chosen == [Implementation.TRITON if serves else Implementation.CHUNKED] * 2
+    if serves:
+        assert implementations.decide(*asked) is Implementation.TRITON and not seen
+        return
+    reason = f"because the Triton kernels need compute capability 8.0; this GPU has {'.'.join(map(str, capability))}"
+    assert len(seen) == 1 and reason in str(seen[0].message)
+    with pytest.raises(RuntimeError, match="requested for ortho_proj_loss, but .* need compute capability 8.0"):
+        implementations.decide(*asked)
+
+
+def test_the_least_capability_is_that_of_the_tiles():
+    tiles = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.tiles")
+    least = min(capability for table in tiles.TILES.values() for capability in table if isinstance(capability, int))
+    assert divmod(least, 10) == implementations.TRITON_CAPABILITY
 
 
 def test_info_tells_versions_and_reasons():

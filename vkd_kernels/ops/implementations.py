@@ -53,6 +53,7 @@ CANDIDATES = {  # of each op, in order of preference: (implementation, when it i
     ),
 }
 TRITON_FROM = (3, 4)  # what PyTorch 2.8, the oldest that the tests run on, brings
+TRITON_CAPABILITY = (8, 0)  # of NVIDIA's GPUs: the least for which the kernels' table has tiles
 
 
 @constant_result  # PyTorch 2.11 and older can't trace the call
@@ -151,6 +152,11 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
         return f"Triton kernels take CUDA tensors (CPU tensors with TRITON_INTERPRET=1); got a tensor on {device_type}"
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16; got float64"
+    if device_type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if torch.version.hip is None and (major, minor) < TRITON_CAPABILITY:
+            needed = ".".join(map(str, TRITON_CAPABILITY))
+            return f"the Triton kernels need compute capability {needed}; this GPU has {major}.{minor}"
     return None
 
 
