@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 import types
 import warnings
@@ -120,6 +121,7 @@ def test_an_old_triton_is_not_used(monkeypatch):
 )
 def test_gpus_that_are_too_old_for_triton_have_the_loss_in_pytorch(monkeypatch, capability, hip, serves):
     monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
+    monkeypatch.setattr(implementations, "why_no_launches", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -144,6 +146,34 @@ def test_the_least_capability_is_that_of_the_tiles():
     tiles = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.tiles")
     least = min(capability for table in tiles.TILES.values() for capability in table if isinstance(capability, int))
     assert divmod(least, 10) == implementations.TRITON_CAPABILITY
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, ["gcc", "driver.c"]),
+        AssertionError("libcuda.so cannot found"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_where_triton_cannot_launch_kernels_it_does_not_serve(monkeypatch, error):
+    """A GPU image without a C compiler, without Python's headers, or without the driver's library."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise error
+
+    fake = types.SimpleNamespace(runtime=types.SimpleNamespace(driver=Driver()), __version__="3.4.0")
+    monkeypatch.setitem(sys.modules, "triton", fake)
+    monkeypatch.setattr(implementations, "triton_interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    implementations.why_no_launches.cache_clear()
+    reason = implementations.why_not("ortho_proj_loss", Implementation.TRITON, "cuda", torch.float32)
+    implementations.why_no_launches.cache_clear()
+    assert reason.startswith("Triton can't launch kernels, which needs a C compiler") and str(error) in reason
 
 
 def test_info_tells_versions_and_reasons():

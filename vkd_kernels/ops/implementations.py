@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -114,6 +115,16 @@ def why_no_triton() -> str | None:
     return None
 
 
+@functools.cache
+def why_no_launches() -> str | None:
+    """The reason why Triton can't launch kernels on the GPU, or None; the first call compiles what launches them."""
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except (RuntimeError, OSError, AssertionError, subprocess.CalledProcessError) as error:
+        return f"Triton can't launch kernels, which needs a C compiler, Python's headers and libcuda.so: {error!s:.300}"
+    return None
+
+
 def triton_interprets() -> bool:
     """Whether TRITON_INTERPRET=1 makes Triton run kernels on the CPU."""
     return why_no_triton() is None and bool(importlib.import_module("triton").knobs.runtime.interpret)
@@ -157,6 +168,8 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
         if torch.version.hip is None and (major, minor) < TRITON_CAPABILITY:
             needed = ".".join(map(str, TRITON_CAPABILITY))
             return f"the Triton kernels need compute capability {needed}; this GPU has {major}.{minor}"
+        if not triton_interprets():
+            return why_no_launches()
     return None
 
 
