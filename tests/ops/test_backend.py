@@ -74,6 +74,15 @@ def test_a_stale_extension_is_diagnosed_and_not_loaded(monkeypatch):
     assert reason == f"the extension was built with PyTorch 2.0.1 and this is {torch.__version__}: reinstall it"
 
 
+@pytest.mark.parametrize("reason", ["VKD_KERNELS_BUILD=0 at installation", "no C++ compiler was found"])
+def test_an_extension_of_an_earlier_build_is_not_loaded(monkeypatch, reason):
+    """An editable tree keeps it after a build in pure Python."""
+    monkeypatch.setattr(implementations, "_build_record", lambda: {"build": "python", "reason": reason})
+    monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(implementations.importlib, "import_module", lambda name: pytest.fail(f"{name} was loaded"))
+    assert implementations.extension.__wrapped__() == (None, f"the extension is not built: {reason}")
+
+
 def test_an_extension_that_does_not_load_is_diagnosed(monkeypatch):
     def fails(name):
         raise OSError("undefined symbol: a")

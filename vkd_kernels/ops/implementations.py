@@ -91,7 +91,8 @@ def extension() -> tuple[ModuleType, None] | tuple[None, str]:
     record = _build_record()
     if "damaged" in record:  # which PyTorch the extension was built with is unknown, and another's crashes the process
         return None, record["damaged"]
-    if importlib.util.find_spec("vkd_kernels._C") is None:
+    # An editable tree keeps an earlier build's file after a build in pure Python.
+    if record.get("build") == "python" or importlib.util.find_spec("vkd_kernels._C") is None:
         return None, "the extension is not built: " + (record.get("reason") or "install the package to build it")
     built_with = record.get("torch", torch.__version__)
     if built_with != torch.__version__:
