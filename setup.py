@@ -72,11 +72,27 @@ def why_no_build_tools() -> str | None:
     tools = ("torch", "pybind11", "cmake", "ninja")
     missing = [tool for tool in tools if importlib.util.find_spec(tool) is None and not shutil.which(tool)]
     if not missing:
-        return None
+        return why_no_cmake()
     return (
         f"{', '.join(missing)} can't be found where the package is built: to have the extension, install them and the "
         "package with pip install --no-build-isolation"
     )
+
+
+def why_no_cmake() -> str | None:
+    """The reason why the installed CMake can't read CMakeLists.txt, or None."""
+    command = program("cmake")
+    try:
+        said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{command} can't be run: {error}"
+    needed = re.search(r"cmake_minimum_required\(VERSION (\d+)\.(\d+)", (ROOT / "CMakeLists.txt").read_text())
+    version = re.search(r"version (\d+)\.(\d+)", said)
+    if version is None or needed is None:
+        return f"{command} --version names no version"
+    if (int(version[1]), int(version[2])) < (int(needed[1]), int(needed[2])):
+        return f"{command} is version {version[1]}.{version[2]} and {needed[1]}.{needed[2]} is needed"
+    return None
 
 
 def find_nvcc() -> Path | None:

@@ -100,6 +100,31 @@ def test_auto_goes_on_in_python_where_the_compiler_fails(tmp_path, monkeypatch):
         planned(monkeypatch, VKD_KERNELS_BUILD="cpu")
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo cmake version 3.22.1", "cmake is version 3.22 and 3.24 is needed"),
+        ("echo nothing", "names no version"),
+        ("exit 1", "can't be run"),
+        ("echo cmake version 3.24.0", None),
+        ("echo cmake version 4.1.2", None),
+    ],
+)
+def test_a_cmake_that_cannot_read_the_build_is_a_reason(tmp_path, monkeypatch, script, reason):
+    """Ubuntu 22.04 has 3.22."""
+    fake_program(tmp_path / "cmake", script)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # the tools beside it come first
+    build, why, _ = planned(monkeypatch, VKD_KERNELS_BUILD="auto", CUDA_HOME="/missing")
+    if reason is None:
+        assert build == "cpu"
+        return
+    assert build == "python" and reason in why
+    for mode in ("cpu", "cuda"):
+        with pytest.raises(SystemExit, match=f"VKD_KERNELS_BUILD={mode}, but .*{reason}"):
+            planned(monkeypatch, VKD_KERNELS_BUILD=mode)
+
+
 def build_wheel(folder, source=ROOT, **environment):
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
     run(*command, **environment)
