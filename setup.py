@@ -182,7 +182,10 @@ class BuildPy(build_py):
     """Leaves the record of what was built, and why not more, beside the package's Python files."""
 
     def run(self) -> None:
-        if not self.editable_mode:  # an earlier build's modules would end in the wheel, renamed since or not
+        if self.editable_mode:  # an earlier build's extension would stay where this one has none, or fails to compile
+            extension = ROOT / "vkd_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+            extension.unlink(missing_ok=True)
+        else:  # an earlier build's modules would end in the wheel, renamed since or not
             shutil.rmtree(Path(self.build_lib) / "vkd_kernels", ignore_errors=True)
         super().run()
         record = {"build": PLAN.build, "reason": PLAN.reason}

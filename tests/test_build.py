@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -168,6 +169,20 @@ def test_without_pytorch_a_wheel_is_pure_python(tmp_path, sdist):
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
     reason = record_and_names(wheel)[0]["reason"]
     assert "torch" in reason if COMPILES else "compiler" in reason
+
+
+def test_an_editable_build_removes_the_extension_of_an_earlier_one(tmp_path, sdist):
+    """Where the new build has none, or its compiler fails, the record would be another's."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    earlier = source / "vkd_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    earlier.touch()
+    code = f"import setuptools.build_meta as backend; backend.build_editable({str(tmp_path)!r})"
+    run(sys.executable, "-c", code, cwd=source, VKD_KERNELS_BUILD="0")
+    record = json.loads((source / "vkd_kernels" / "_build.json").read_text())
+    assert record == {"build": "python", "reason": "VKD_KERNELS_BUILD=0 at installation"}
+    assert not earlier.exists()
 
 
 # Each record in a process of its own, forked once PyTorch is imported.
