@@ -11,7 +11,7 @@ import torch
 
 from tests.recipes.toy import TOY, distill, stopped_before, train
 from vkd_kernels.files import partial_files
-from vkd_kernels.recipes import jobs, loading, runs, task
+from vkd_kernels.recipes import compare, jobs, loading, runs, task
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.runs import RunError
 
@@ -143,6 +143,20 @@ def test_an_error_in_a_training_is_the_commands(tmp_path, capsys, processes):
     assert f"vkd: error: data.missing: there is no folder {tmp_path}/nowhere" in capsys.readouterr().err
     (tmp_path / "nowhere").mkdir()  # put right, it continues
     assert distill(tmp_path / "run", "--resume", "optim.steps=30") == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_is_said_by_that_rank_and_one_of_all_ranks_once(tmp_path, monkeypatch, capsys, rank):
+    def train(**_):
+        raise RunError("cannot read 7.jpg")
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distill(tmp_path / "run", "--arms", "vkd") == 2
+    assert capsys.readouterr().err == f"vkd: error: rank {rank}: cannot read 7.jpg\n"
+    assert distill(tmp_path / "other", "--arms", "vkd", "teacher.width=101") == 2
+    assert capsys.readouterr().err.count("teacher.width: at most 100") == (rank == 0)
 
 
 # ---- worker processes and draws --------------------------------------------------------------------------------------

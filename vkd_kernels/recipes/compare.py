@@ -176,7 +176,7 @@ def resolve(
 
 def command(a: argparse.Namespace) -> int:
     """What `vkd distill` does with its parsed options; the exit code."""
-    first = engine.rank() == 0
+    first, training = engine.rank() == 0, False
     folder = a.output or Path("runs") / a.task.replace(":", ".")
     try:
         if a.jobs < 0:
@@ -191,11 +191,14 @@ def command(a: argparse.Namespace) -> int:
         experiment.check()
         if first:
             print(f"{'resuming' if a.resume else 'running'} in {folder}", flush=True)
+        training = True
         text = run(experiment, folder, processes=a.jobs, quiet=a.quiet or not first)
         if first:
             print(f"{text}\n\nwritten to {folder}: table.txt, metrics.json, figure.png")
-    except RunError:
-        if first:
+    except RunError as error:
+        if training and engine.ranks() > 1:  # of this rank's images, or losses: the others may know nothing of it
+            print(f"vkd: error: rank {engine.rank()}: {error}", file=sys.stderr, flush=True)
+        elif first:
             raise
         return 2
     except jobs.Interrupted as interrupted:
