@@ -38,10 +38,15 @@ def _is_abandoned(name: str) -> bool:
     return False
 
 
+def partial_file(path: Path) -> Path:
+    """What this process calls the file until it is complete."""
+    return path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields where to write; what was written there gets its name when it is complete and on the disk."""
-    partial = path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = partial_file(path)
     try:
         yield partial
         with open(partial, "rb+") as file:

@@ -58,7 +58,33 @@ def test_torchrun_needs_no_process_group(tmp_path):
 
 def test_a_rank_that_never_comes_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("vkd_kernels.store.build.LONGEST_SILENCE", 0.5)
-    with pytest.raises(TimeoutError, match=r"no shard has come from the other ranks.*rank=0, world_size=1"):
+    with pytest.raises(TimeoutError, match=r"no sign of work has come from the other ranks.*rank=0, world_size=1"):
         build(tmp_path, rank=0, world_size=2)
     build(tmp_path, rank=0, world_size=1)
+    check(tmp_path)
+
+
+def share_slowly(rank, folder):
+    """One shard, of the first rank; batches come more often than the other one's patience ends, the shard does not."""
+    with mock.patch("vkd_kernels.store.build.LONGEST_SILENCE", 2.0):
+        build(folder, Teacher(seconds=0.4), batch_size=5, shard_samples=SAMPLES)
+
+
+def test_a_rank_without_work_waits_as_long_as_another_one_works(tmp_path):
+    processes.run_ranks(share_slowly, tmp_path, tmp_path / "features")
+    check(tmp_path / "features")
+    assert not [*tmp_path.glob("features/*.partial*")]
+
+
+def test_every_rank_has_a_share_of_the_default_shards_and_a_store_keeps_its_own(tmp_path):
+    options = {"shard_samples": None, "world_size": 3}
+    for rank in (2, 1):
+        with mock.patch("vkd_kernels.store.build.wait_for_others"), pytest.raises(ValueError, match="incomplete"):
+            build(tmp_path, rank=rank, **options)
+    teacher = Teacher()
+    assert len(build(tmp_path, teacher, rank=0, **options)) == SAMPLES
+    assert len([*tmp_path.glob("shard-*")]) == 3 and teacher.images == 17 + 3
+    next(tmp_path.glob("shard-*")).unlink()
+    build(tmp_path, shard_samples=None)
+    assert len([*tmp_path.glob("shard-*")]) == 3
     check(tmp_path)

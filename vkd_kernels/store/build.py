@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import abandoned_files
+from ..files import abandoned_files, partial_file
 from ..ops.float64 import as_float64
 from ..pairs import Pair
 from .functions import weights_fingerprint
@@ -21,6 +21,7 @@ from .manifest import (
     Manifest,
     missing_shards,
     shard_path,
+    signs_of_work,
     writing,
 )
 from .options import Options
@@ -30,7 +31,7 @@ from .teacher import Answer, FrozenTeacher
 
 SHARD_BYTES, MOST_SHARD_SAMPLES = 256 * 2**20, 8192
 PROBE_TOLERANCE = 0.05  # relative: another device or precision stays below it, another transform or pool does not
-LONGEST_SILENCE = 1800.0  # seconds without a new shard, after which a rank stops waiting for the others
+LONGEST_SILENCE = 1800.0  # seconds without a sign of work, after which a rank stops waiting for the others
 
 
 def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], options: Options) -> None:
@@ -45,8 +46,13 @@ def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], option
         mine = [shard for shard in missing if shard % ranks == rank]
         batches = samples.batches(manifest, mine)
         for shard in mine:
-            features = compute_shard(frozen, manifest, shard, batches, progress)
-            save_tensors(shard_path(folder, shard), features, store=manifest.identity())
+            path = shard_path(folder, shard)
+            sign_of_work = partial_file(path)
+            try:
+                features = compute_shard(frozen, manifest, shard, batches, progress, sign_of_work)
+                save_tensors(path, features, store=manifest.identity())
+            finally:
+                sign_of_work.unlink(missing_ok=True)
     wait_for_others(folder, manifest)
     if missing and rank == 0:
         progress.end()
@@ -60,13 +66,16 @@ def compute_shard(
     shard: int,
     batches: Iterator[tuple[list[int], Any]],
     progress: Progress,
+    sign_of_work: Path,
 ) -> dict[str, torch.Tensor]:
+    """The shard's features by key; the file is touched with every batch, so that waiting ranks see that it comes."""
     rows = manifest.rows_of(shard)
     features = {
         key: torch.empty((len(rows), *tap.shape), dtype=manifest.torch_dtype) for key, tap in manifest.taps.items()
     }
     done = 0
     while done < len(rows):
+        sign_of_work.touch()
         indices, batch = next(batches)
         answer = frozen(batch, len(indices)).features
         for key, tensor in features.items():
@@ -129,8 +138,11 @@ def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[
         transform=samples.transform,
     )
     if options.shard_samples is None:
-        fitting = max(1, min(MOST_SHARD_SAMPLES, SHARD_BYTES // max(1, manifest.sample_bytes)))
-        manifest = dataclasses.replace(manifest, shard_samples=fitting)
+        _, ranks = options.share()
+        fitting = SHARD_BYTES // max(1, manifest.sample_bytes)
+        for_every_rank = -(-samples.count // ranks)
+        default = max(1, min(MOST_SHARD_SAMPLES, fitting, for_every_rank))
+        manifest = dataclasses.replace(manifest, shard_samples=default)
     return manifest, probe
 
 
@@ -218,15 +230,15 @@ def check_room(folder: Path, manifest: Manifest, missing: Sequence[int]) -> None
 
 
 def wait_for_others(folder: Path, manifest: Manifest) -> None:
-    """Until the shards of all ranks are there."""
-    left, since = missing_shards(folder, manifest), time.monotonic()
-    while left:
-        time.sleep(0.2)
-        before, left = left, missing_shards(folder, manifest)
-        if len(left) < len(before):
+    """Until the shards of all ranks are there; an error if nobody works on those that are missing."""
+    seen, since = None, time.monotonic()
+    while left := missing_shards(folder, manifest):
+        seen, before = (left, signs_of_work(folder)), seen
+        if seen != before:  # times are compared with one another: the clocks of other machines may differ
             since = time.monotonic()
         if time.monotonic() - since > LONGEST_SILENCE:
             raise TimeoutError(
-                f"no shard has come from the other ranks for {LONGEST_SILENCE / 60:.0f} minutes; {len(left)} are "
-                f"missing in {folder}. If only this process builds, pass rank=0, world_size=1"
+                f"no sign of work has come from the other ranks for {LONGEST_SILENCE / 60:.0f} minutes; {len(left)} "
+                f"shards are missing in {folder}. If only this process builds, pass rank=0, world_size=1"
             )
+        time.sleep(0.2)

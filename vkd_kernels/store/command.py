@@ -64,9 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", help="(default: cuda, if there is a GPU; of torchrun's ranks each its own)")
-    parser.add_argument(
-        "--shard-samples", type=int, metavar="N", help="images per file (default: what fits in 256 MiB)"
-    )
+    about = "images per file (default: what fits in 256 MiB, at most a rank's share)"
+    parser.add_argument("--shard-samples", type=int, metavar="N", help=about)
     parser.add_argument("--dry-run", action="store_true", help="sizes and shapes; writes nothing")
 
 

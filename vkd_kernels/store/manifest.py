@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import _version
-from ..files import whole_file
+from ..files import partial_files, whole_file
 from ..pairs import Pair
 from .functions import function_text
 
@@ -145,6 +145,15 @@ def shard_path(folder: Path, shard: int) -> Path:
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     present = {path.name for path in folder.iterdir()}
     return [shard for shard in range(manifest.shards) if shard_path(folder, shard).name not in present]
+
+
+def signs_of_work(folder: Path) -> dict[str, int]:
+    """When each shard that is being built, here or by others, was touched last: builders do so for every batch."""
+    times = {}
+    for path in partial_files(folder):
+        with contextlib.suppress(FileNotFoundError):  # it was completed meanwhile
+            times[path.name] = path.stat().st_mtime_ns
+    return times
 
 
 def _path(output: int | str | list | None) -> int | str | tuple | None:

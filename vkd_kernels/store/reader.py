@@ -108,7 +108,7 @@ class FeatureStore:
             mask: from a batch to the mask ``(N, tokens)`` or ``(N, H, W)`` of what means are taken over.
             transform: what is done to the data, in words; by default what ``data.transform`` says of itself.
             batch_size, num_workers: of reading ``data``; a loader has its own.
-            shard_samples: by default what fits in 256 MiB, at most 8192.
+            shard_samples: by default what fits in 256 MiB, at most 8192, and no more than a rank's share.
             rank, world_size: whose share; by default as torch.distributed or torchrun say.
             progress: sizes before the start, then speed and the time left, on standard error.
 
@@ -117,6 +117,7 @@ class FeatureStore:
             ValueError: the store there is of other weights, taps, transform or number of samples, or its three samples
                 differ; functions of two taps can't be told apart by name; features are not finite.
             OSError: the disk has not enough room for the store, said before the start.
+            TimeoutError: shards of other ranks are missing, and nobody has worked on one for 30 minutes.
         """
         options = Options(
             dtype=dtype,
