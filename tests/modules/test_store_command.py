@@ -100,6 +100,48 @@ def test_a_transformers_model_in_a_folder(images, tmp_path):
     assert not torch.allclose(vk.FeatureStore(tmp_path / "b")[3][""], features, atol=1e-2)
 
 
+VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+TEXT = {**VISION, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def saved_with_text(name, folder, **vision):
+    """A model of text and images with random weights, in a folder: "CLIP", for instance."""
+    config = getattr(transformers, f"{name}Config")(
+        text_config=TEXT, vision_config={**VISION, "patch_size": 8, **vision}
+    )
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model.save_pretrained(folder)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "a file"])
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_of_text_and_images_it_takes_the_vision_model(images, tmp_path, name, weights):
+    model, processor = saved_with_text(name, tmp_path / "model", image_size=32)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    words = ["--teacher", f"transformers:{tmp_path / 'model'}", "--images", images, "--workers", "0", "--device", "cpu"]
+    words += ["--weights", "pretrained" if weights == "pretrained" else tmp_path / "weights.pth", "--dtype", "float32"]
+    assert run(tmp_path / "a", *words, "--tap", ",output=last_hidden_state,pool=tokens") == 0
+    pixels = processor([torchvision.datasets.ImageFolder(images)[3][0]], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.vision_model(pixels).last_hidden_state[0]
+    assert torch.allclose(vk.FeatureStore(tmp_path / "a")[3][""], expected, atol=1e-4)
+
+
+def test_models_that_need_more_than_images_are_named(images, tmp_path, capsys):
+    saved_with_text("Siglip2", tmp_path / "model", num_patches=16)
+    words = ["--images", images, "--weights", "random", "--tap", ",output=last_hidden_state,pool=tokens"]
+    assert run(tmp_path / "a", "--teacher", f"transformers:{tmp_path / 'model'}", *words) == 2
+    said = capsys.readouterr().err
+    assert "spatial_shapes beside the images: build the store by FeatureStore.build, whose teacher_input=" in said
+    transformers.BertConfig(**TEXT).save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "a", "--teacher", f"transformers:{tmp_path / 'model'}", *words) == 2
+    assert "BertModel takes input_ids, and has no vision_model that takes images" in capsys.readouterr().err
+
+
 def test_without_a_tap_it_lists_modules_and_a_dry_run_writes_nothing(images, tmp_path, capsys):
     words = [tmp_path / "a", *TEACHER, "--images", images, "--workers", "0"]
     assert run(*words) == 2

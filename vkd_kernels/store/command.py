@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -40,7 +41,8 @@ class UsageError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the store: new, or begun by the same command")
-    parser.add_argument("--teacher", required=True, metavar="LIBRARY:NAME", help="timm:NAME, or transformers:NAME")
+    about = "timm:NAME, or transformers:NAME, a folder or hub name; of CLIP, SigLIP and their like the vision model"
+    parser.add_argument("--teacher", required=True, metavar="LIBRARY:NAME", help=about)
     parser.add_argument(
         "--weights",
         required=True,
@@ -127,7 +129,7 @@ def open_teacher(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
     model, transform = open_it(name, weights, arguments.size)
     if weights not in (PRETRAINED, RANDOM):
         load_weights(model, Path(weights))
-    return model, transform
+    return (model if library == "timm" else vision_model(model)), transform
 
 
 def open_timm(name: str, weights: str, size: int | None) -> tuple[nn.Module, Any]:
@@ -158,6 +160,23 @@ def open_transformers(name: str, weights: str, size: int | None) -> tuple[nn.Mod
     else:
         model = AutoModel.from_config(AutoConfig.from_pretrained(name))
     return model, Processed(AutoImageProcessor.from_pretrained(name))
+
+
+def vision_model(model: Any) -> nn.Module:
+    """What takes images alone: the model of transformers itself, or the vision model within one of text and images."""
+    name = type(model).__name__
+    if model.main_input_name != "pixel_values":
+        takes, model = model.main_input_name, getattr(model, "vision_model", None)
+        if model is None:
+            raise UsageError(f"--teacher: {name} takes {takes}, and has no vision_model that takes images")
+    _, *others = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise UsageError(
+            f"--teacher: {type(model).__name__} needs {', '.join(needed)} beside the images: build the store by "
+            "FeatureStore.build, whose teacher_input= gives them"
+        )
+    return model
 
 
 class Processed:
