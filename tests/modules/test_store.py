@@ -305,7 +305,7 @@ def doubled(x):
 def test_a_stale_store_says_what_differs(tmp_path, changed, message):
     build(tmp_path)
     before = finished(tmp_path)
-    with pytest.raises(ValueError, match=rf"built from something else \({message}.*delete the folder to build it anew"):
+    with pytest.raises(ValueError, match=rf"built from something else \({message}.*choose another folder, or delete"):
         build(tmp_path, **{name: value() for name, value in changed.items()})
     assert finished(tmp_path) == before
 
@@ -331,6 +331,32 @@ def test_another_number_of_samples_per_shard_or_batch_continues(tmp_path):
     store = build(folder, shard_samples=20, batch_size=11)
     assert len(finished(folder)) == SHARDS
     assert torch.equal(store[:]["2"], live_tokens(Teacher(), Images().images).half())
+
+
+def test_taps_in_another_order_or_some_of_them_are_served_by_the_store(tmp_path):
+    twice = [{"teacher": "2", "teacher_pool": "mean_tokens"}, {"teacher": "2", "teacher_pool": "class_token"}]
+    before = build(tmp_path, taps=[*twice, ""])[:]
+    for taps in (["", *twice], twice[1:], [""], twice[::-1]):
+        teacher = Teacher()
+        store = build(tmp_path, teacher, taps=taps)
+        assert teacher.images == 3 and store[:].keys() == before.keys()
+    next(tmp_path.glob("shard-*")).unlink()
+    with pytest.raises(ValueError, match=r"missing need more taps: give '2' with teacher_pool='mean_tokens', too, to"):
+        build(tmp_path, taps=["", twice[1]])
+    after = build(tmp_path, taps=["", *twice])[:]
+    assert all(torch.equal(after[key], values) for key, values in before.items())
+    with pytest.raises(ValueError, match=r"taps: .*choose another folder, or delete this one if nothing needs it"):
+        build(tmp_path, taps=["", "5"])
+
+
+def test_another_function_among_some_of_the_taps_is_noticed(tmp_path):
+    factor = {"factor": 1}
+    scaled = {"teacher": "2", "teacher_pool": lambda x: factor["factor"] * x.mean(1)}
+    build(tmp_path, taps=["", scaled])
+    factor["factor"] = 2
+    build(tmp_path, taps=[""])
+    with pytest.raises(ValueError, match="features of the same samples differ: another pool"):
+        build(tmp_path, taps=[scaled])
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path):

@@ -41,6 +41,8 @@ def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], option
     with FrozenTeacher(teacher, pairs, options) as frozen:
         manifest = open_manifest(folder, frozen, samples, options)
         missing = missing_shards(folder, manifest)
+        if missing:
+            check_all_taps(folder, manifest, frozen)
         check_room(folder, manifest, missing)
         progress = Progress(folder, manifest, missing, ranks, enabled=options.progress and rank == 0)
         mine = [shard for shard in missing if shard % ranks == rank]
@@ -179,15 +181,28 @@ def check_fresh(folder: Path, manifest: Manifest, wanted: Manifest, probe: Answe
 
     differences = manifest.differences(wanted)
     if not differences:
-        now, then = probe_tensors(probe), load_file(folder / PROBE)
+        keys = {tap: key for key, tap in manifest.taps.items()}  # others, where another number of taps is on a module
+        features = {keys[tap]: probe.features[key] for key, tap in wanted.taps.items()}
+        now, then = probe_tensors(Answer(probe.inputs, features)), load_file(folder / PROBE)
+        then = {name: tensor for name, tensor in then.items() if name in now or name.startswith("input")}
         if differ(now, then, "input"):
             differences = ["the teacher's input for the same samples differs: other data, or another transform"]
         elif differ(now, then, "features"):
             differences = ["features of the same samples differ: another pool, mask or configuration of the teacher"]
     if differences:
         raise ValueError(
-            f"the store in {folder} was built from something else ({'; '.join(differences)}): delete the folder to "
-            "build it anew, or choose another one"
+            f"the store in {folder} was built from something else ({'; '.join(differences)}): choose another folder, "
+            "or delete this one if nothing needs it any more"
+        )
+
+
+def check_all_taps(folder: Path, manifest: Manifest, frozen: FrozenTeacher) -> None:
+    """An error if shards that are missing need more than is asked for now."""
+    lacking = [tap for tap in manifest.taps.values() if not any(tap.same_as(asked) for asked in frozen.taps)]
+    if lacking:
+        raise ValueError(
+            f"the store in {folder} is incomplete, and the shards that are missing need more taps: give "
+            f"{'; '.join(map(str, lacking))}, too, to continue"
         )
 
 

@@ -97,13 +97,13 @@ class Manifest:
         return range(start, min(start + self.shard_samples, self.samples))
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What another store was built from, field by field; shards may be of any size."""
+        """What another store was built from, field by field; shards may be of any size, and this one may hold more."""
         differences = []
         for field in ("samples", "dtype", "teacher", "weights", "transform"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 differences.append(f"{field}: {mine} there, {theirs} now")
-        if list(self.taps.values()) != list(other.taps.values()):
+        if any(tap not in self.taps.values() for tap in other.taps.values()):
             mine, theirs = ("; ".join(f"{tap} {tap.shape}" for tap in store.taps.values()) for store in (self, other))
             differences.append(f"taps: {mine} there, {theirs} now")
         return differences
