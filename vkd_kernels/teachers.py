@@ -96,16 +96,12 @@ class FrozenTeacher:
         of_student = {*map(id, student.modules())}
         self.shared = [module for module in self.modules() if id(module) in of_student]
         with KeptModes(self.shared):
-            try:
-                model.eval()
-            except NotImplementedError:  # torch.export's modules compute in the mode that they were exported in
-                for module in self.modules():
-                    module.training = False
+            set_eval_mode(model)
         self.stays = dispatched(model)
 
     def modules(self) -> list[nn.Module]:
         """Those that have a mode, as they are now: some may have been replaced since the distiller was made."""
-        return [module for module in self.model.modules() if hasattr(module, "training")]
+        return modules_with_a_mode(self.model)
 
     def answer(self, args: tuple, kwargs: dict) -> Any:
         """The output. Modules in training mode are set back to eval mode, those shared with the student for a while."""
@@ -158,6 +154,18 @@ class FrozenTeacher:
                 "moved instead in every step",
                 stacklevel=2,
             )
+
+
+def modules_with_a_mode(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "training")]
+
+
+def set_eval_mode(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError:  # torch.export's modules compute in the mode that they were exported in
+        for module in modules_with_a_mode(model):
+            module.training = False
 
 
 class KeptModes:

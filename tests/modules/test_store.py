@@ -108,6 +108,14 @@ def test_the_teacher_is_left_as_it_was(tmp_path):
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
+def test_an_exported_teacher(tmp_path):
+    teacher, data = nn.Sequential(*Teacher().eval()), Images()  # without its counter
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+    exported = torch.export.export(teacher, (data.images,), dynamic_shapes=shapes).module()
+    store = build(tmp_path, exported, taps=[""], dtype=torch.float32)
+    assert torch.allclose(store[:][""], teacher(data.images).detach(), atol=1e-6)
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 

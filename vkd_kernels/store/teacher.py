@@ -1,5 +1,6 @@
 """The teacher while a store is built: frozen, with hooks on the tapped modules, fed by batches of any form."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import nn
 from ..ops import checks
 from ..pairs import Pair
 from ..taps import Tap, as_arguments, hooks_of, moved, run_tapped, tensors_in
+from ..teachers import KeptModes, modules_with_a_mode, set_eval_mode
 from .functions import check_one_function
 from .manifest import StoredTap, tap_keys
 from .options import Options
@@ -35,23 +37,22 @@ class FrozenTeacher:
         self.keys = tap_keys(self.taps)
         self.hooks = [Tap(pair.side("teacher")) for pair in pairs]
         hooks_of("teacher", teacher, self.hooks)  # are the names right?
-        self.modes = [(module, module.training) for module in teacher.modules()]
         first = next((p for p in teacher.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
-        self.handles: list[Any] = []
+        self.undo = contextlib.ExitStack()
 
     def __enter__(self) -> "FrozenTeacher":
-        self.teacher.eval()
-        hooks = hooks_of("teacher", self.teacher, self.hooks)
-        self.handles = [module.register_forward_hook(hook) for module, hook in hooks]
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(KeptModes(modules_with_a_mode(self.teacher)))
+            set_eval_mode(self.teacher)
+            for module, hook in hooks_of("teacher", self.teacher, self.hooks):
+                undo.callback(module.register_forward_hook(hook).remove)
+            self.undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for module, training in self.modes:
-            module.training = training
+        self.undo.close()
 
     @torch.no_grad()
     def __call__(self, batch: Any, count: int) -> Answer:
