@@ -157,6 +157,14 @@ def test_a_function_that_was_edited_since_the_build_is_refused(tmp_path):
     pickle.loads(pickle.dumps(store)).key_of(edited[0])  # elsewhere nobody knows the function; the docs say so
 
 
+def test_an_edited_function_among_some_of_the_taps_is_noticed(tmp_path):
+    tokens = {"teacher": "", "teacher_pool": "tokens"}
+    build(tmp_path, [tokens, *pairs_of([eval("lambda x: x[:, 0]")])])
+    build(tmp_path, [tokens])
+    with pytest.raises(ValueError, match="features of the same samples differ: another pool"):
+        build(tmp_path, pairs_of([eval("lambda x: x[:, 1]")]))
+
+
 def local_recursion():
     def flat(x, depth=2):
         return flat(x, depth - 1) if depth else x[:, 0]

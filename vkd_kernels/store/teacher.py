@@ -65,7 +65,8 @@ class FrozenTeacher:
             returned = hook.chosen(calls[key])
             if returned is None:
                 raise RuntimeError(hook.missing(self.teacher, calls[key]))
-            rows[key] = hook.rows(returned, mask).values
+            device = getattr(returned.value, "device", None)  # its own, where the teacher is spread over several
+            rows[key] = hook.rows(returned, moved(mask, device, None)).values
         for key, features in rows.items():
             if features.dim() < 2 or len(features) != count:
                 raise ValueError(
@@ -91,7 +92,7 @@ class FrozenTeacher:
                 f"mask must give a tensor (N, tokens) or (N, H, W) for the {count} samples of a batch; got "
                 f"{checks.describe(mask)}"
             )
-        return moved(mask, self.device, None)
+        return mask
 
     @staticmethod
     def tensors(arguments: tuple[tuple, dict]) -> list[torch.Tensor]:
