@@ -211,6 +211,15 @@ def test_the_teacher_of_a_subclass_learns_from_the_subclass_own_data_with_the_bu
     assert isinstance(teacher.make_model(torch.nn.Linear(2, 2)), DistilledStudent)
 
 
+@pytest.mark.parametrize(("warmup", "rise"), [(0.1, 3), (20, 10), (0, 0), (1, 0)])
+def test_a_teacher_warms_up_in_the_same_share_of_its_own_steps(folder, warmup, rise):
+    config = of_folder(folder, teacher__steps=30, optim__steps=60, optim__warmup=warmup)
+    student = job(config, folder / "run")
+    teacher = task.as_teacher(classification.TeacherTraining, student)
+    rates = [teacher.optim.rate(step, teacher.steps) for step in range(30)]
+    assert rates.index(1.0) == max(rise - 1, 0)
+
+
 def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
     values = saved_teacher(folder / "teacher", classes=7)
     with pytest.raises(RunError, match=r"teacher\.weights: .*another architecture.*head\.fc"):

@@ -98,6 +98,23 @@ def test_bad_values_name_their_option_before_anything_is_trained(name, words, me
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("classification", ["optim.batch_size=33"], "optim.batch_size: 33 images for 2 equal ranks"),
+        ("classification", ["teacher.batch_size=33"], "teacher.batch_size: 33 images for 2 equal ranks"),
+        ("classification", ["data.labeled_share=0.05"], "data.labeled_share: 3 images for 2 equal ranks"),
+        ("detection", ["teacher.batch_size=5"], "teacher.batch_size: 5 images for 2 equal ranks"),
+    ],
+)
+def test_batches_that_the_ranks_cannot_share_name_their_option(name, words, message, tmp_path, monkeypatch, capsys):
+    load(name)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["distill", name, "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 # ---- the loops of the pages ------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ import vkd_kernels as vk
 from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .images import Images, Source
-from .task import RELEASED, Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
+from .task import RELEASED, Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_parts
 
 
 class Data(Source):
@@ -314,10 +314,13 @@ class Classification(Task):
         student = models.make_student(config.student, shape, empty=True)
         if config.labels == 1:
             sizes["optim.batch_size"] = config.optim.batch_size
+        else:
+            check_parts("data.labeled_share", round(config.labeled_share * config.optim.batch_size))
         if config.needs_teacher:
             here, logits = trained_here(config), bool(config.distill.logit_weight)
             if here:
                 sizes["teacher.batch_size"] = config.teacher.batch_size
+                check_parts("teacher.batch_size", config.teacher.batch_size)
             weights = "" if here else config.teacher.weights
             teacher = models.make_teacher(config.teacher, shape, weights, logits=here or logits, empty=True)
             if config.teacher.pretrained and not weights:

@@ -19,7 +19,7 @@ from . import config as configs
 from . import engine, jobs, report, runs, tasks
 from .config import OptionError, Section, Words, option
 from .runs import RunError
-from .task import Arm, Context, Normalization, Projection, Task
+from .task import Arm, Context, Normalization, Projection, Task, rank, ranks
 
 TEACHER, ABLATION = "teacher", "ablation"
 EXTENDED = ("arms", "seeds", "baseline", "overrides")  # what --resume may change, beside the section run
@@ -176,7 +176,7 @@ def resolve(
 
 def command(a: argparse.Namespace) -> int:
     """What `vkd distill` does with its parsed options; the exit code."""
-    first, training = engine.rank() == 0, False
+    first, training = rank() == 0, False
     folder = a.output or Path("runs") / a.task.replace(":", ".")
     try:
         if a.jobs < 0:
@@ -196,8 +196,8 @@ def command(a: argparse.Namespace) -> int:
         if first:
             print(f"{text}\n\nwritten to {folder}: table.txt, metrics.json, figure.png")
     except RunError as error:
-        if training and engine.ranks() > 1:  # of this rank's images, or losses: the others may know nothing of it
-            print(f"vkd: error: rank {engine.rank()}: {error}", file=sys.stderr, flush=True)
+        if training and ranks() > 1:  # of this rank's images, or losses: the others may know nothing of it
+            print(f"vkd: error: rank {rank()}: {error}", file=sys.stderr, flush=True)
         elif first:
             raise
         return 2
@@ -252,12 +252,12 @@ def stages(e: Experiment, root: Path) -> tuple[list[jobs.Job], list[jobs.Job]]:
 
 def run(e: Experiment, folder: Path, *, processes: int, quiet: bool) -> str:
     """Train what the folder lacks and report: in worker processes, on this process's accelerator, or as a rank."""
-    first = engine.rank() == 0
+    first = rank() == 0
     with runs.own_folder(folder) if first else contextlib.nullcontext():
         if first:
             runs.write_text(folder / "config.yaml", configs.to_yaml(e.head, e.config))
             runs.save_json(folder / "machine.json", report.machine())
-        if engine.ranks() > 1 or engine.device_of(e.config.run) != "cpu":
+        if ranks() > 1 or engine.device_of(e.config.run) != "cpu":
             processes = 0
         jobs.perform(stages(e, folder), processes=processes, quiet=quiet)
         return finish(folder, e) if first else ""

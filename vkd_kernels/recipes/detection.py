@@ -30,7 +30,7 @@ from .config import Channels, Floats, Ints, OptionError, Section, option, sectio
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
 from .runs import RunError
-from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher
+from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_parts
 
 TRIED = "tried on seeds 100-103"
 BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images differ in size and come one by one
@@ -321,8 +321,8 @@ class Detection(Task):
         super().check(config)
         importlib.import_module("pycocotools")  # average precision needs it
         d = config.data
-        if config.distill.weight:
-            trained_here(config)
+        if config.distill.weight and trained_here(config):
+            check_parts("teacher.batch_size", config.teacher.batch_size)
         if not d.root and d.channels != 1:
             raise OptionError("data.root: missing; without it the data are gray scenes (data.channels=1)")
         for path in [coco.annotation_file(Path(d.root), name) for name in (d.train, d.val)] if d.root else []:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import runs
 from .config import OptionError
 from .runs import RunError
-from .task import Optim, Run, Task, seed_all
+from .task import Optim, Run, Task, check_parts, ranks, seed_all
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
 
@@ -44,15 +44,6 @@ def device_of(run: Run) -> str:
     if run.accelerator == "cuda" and not there:
         raise OptionError("run.accelerator: cuda, but PyTorch sees no GPU; use run.accelerator=cpu or auto")
     return "cuda" if there and run.accelerator != "cpu" else "cpu"
-
-
-def rank() -> int:
-    """This process's number among those that torchrun started; 0 where it started none."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def make_fabric(run: Run, optim: Optim, *, unused_parameters: bool = False) -> Fabric:
@@ -101,8 +92,7 @@ class Loop:
     def __init__(self, task: Task, weights: str) -> None:
         self.task, self.options, self.context, self.fabric = task, task.config.run, task.context, task.fabric
         folder, optim = self.context.folder, task.optim
-        if optim.batch_size % self.fabric.world_size:
-            raise OptionError(f"optim.batch_size: {optim.batch_size} images for {self.fabric.world_size} equal ranks")
+        check_parts("optim.batch_size", optim.batch_size)
         self.checkpoint, self.weights, self.log_path = (folder / x for x in ("checkpoint.pt", weights, "metrics.jsonl"))
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             convert_sync_batchnorm(task.model)

@@ -6,6 +6,7 @@ Whatever is drawn depends on (seed, step, rank) alone, so that an interrupted tr
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,11 @@ class Optim(Section):
     betas: Shares = option((0.9, 0.999), "AdamW's betas", source="PyTorch", min_length=2, max_length=2)
     weight_decay: float = option(0.05, "not of 1-D parameters, tokens, the projection", source=RELEASED, ge=0)
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
-    warmup: float = option(0.0, "steps in which the learning rate rises; below 1: a share of all steps", ge=0)
+    warmup: float = option(
+        0.0,
+        "steps in which the learning rate rises; below 1: a share of all. Of a teacher's steps the same share",
+        ge=0,
+    )
     steps: int = option(0, "optimizer steps; 0: optim.epochs says how many", ge=0, le=10**9)
     epochs: float = option(0.0, "passes over the training data; 0: optim.steps counts", ge=0, le=10**6)
     batch_size: int = option(64, "images per optimizer step, of all ranks together", ge=1, le=10**6)
@@ -156,6 +161,7 @@ class Task:
         for key, value in flatten(config).items():
             if key.endswith(".weights") and value and not Path(value).is_file():
                 raise OptionError(f"{key}: there is no file {value}")
+        check_parts("optim.batch_size", config.optim.batch_size)
         try:
             if config.distill.weight:
                 config.distill.feature_loss(1, 1)
@@ -215,6 +221,24 @@ class Task:
         """Draw what the student does at the end; only the first rank calls it."""
 
 
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 where it started none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def check_parts(key: str, images: int) -> None:
+    """An error if the ranks can't have equal parts of so many images."""
+    if images % ranks():
+        raise OptionError(f"{key}: {images} images for {ranks()} equal ranks")
+
+
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -234,9 +258,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def as_teacher(role: type[Task], task: Task) -> Task:
     """The training of the task's teacher: `role` stands before the task's own class, whose data and networks stay. It
-    has `teacher.steps`, `.batch_size` and `.lr`, and is taught by nobody."""
-    config, t = task.config, task.config.teacher
+    has `teacher.steps`, `.batch_size` and `.lr`, warms up in the same share of its steps, and is taught by nobody."""
+    config, t, warmup = task.config, task.config.teacher, task.optim.warmup
+    check_parts("teacher.batch_size", t.batch_size)
+    if warmup >= 1:  # in steps
+        warmup = round(warmup / task.steps * t.steps)
     optim = {"lr": t.lr, "steps": t.steps, "batch_size": t.batch_size, "epochs": 0.0, "min_lr": 0.0, "ema": 0.0}
+    optim["warmup"] = warmup
     changes = {"optim": optim, "distill": {"weight": 0.0}, "run": {"eval_every": 0}}
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     kind = type(role.__name__, (role, type(task)), {})
