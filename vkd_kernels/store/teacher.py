@@ -65,8 +65,7 @@ class FrozenTeacher:
             returned = hook.chosen(calls[key])
             if returned is None:
                 raise RuntimeError(hook.missing(self.teacher, calls[key]))
-            device = getattr(returned.value, "device", None)  # its own, where the teacher is spread over several
-            rows[key] = hook.rows(returned, moved(mask, device, None)).values
+            rows[key] = hook.rows(returned, mask).values
         for key, features in rows.items():
             if features.dim() < 2 or len(features) != count:
                 raise ValueError(
