@@ -40,6 +40,9 @@ class ProjectorStudy(ReleasedProjector):
         ),
         "cosine": Arm("V_kD, cosine", {**VKD, "distill.loss": "cosine"}),
         "batch_norm-30": Arm("V_kD, batch norm, weight 30", {**VKD, **BATCH_NORM, "distill.weight": WEIGHT_30}),
+        "linear-batch_norm-30": Arm(
+            "linear projection, batch norm, weight 30", {**LINEAR, **BATCH_NORM, "distill.weight": WEIGHT_30}
+        ),
         "linear-tokens": Arm("linear projection, every position", {**LINEAR, **TOKENS}),
         "match-tokens": Arm('V_kD, scale="match", every position', {**MATCH, **TOKENS}),
     }
