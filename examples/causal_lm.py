@@ -48,6 +48,8 @@ class Distilled(PreTrainedModel):
         pairs = [{**pair, "weight": feature_weight / len(pairs)} for pair in pairs]
         self.distiller = FeatureDistiller(student, teacher, pairs, logit_weight=logit_weight, temperature=temperature)
         self.names = [pair["name"] for pair in pairs] + ["logits"]
+        for module in self.modules():
+            module._is_hf_initialized = True  # what is here keeps its weights
         self.post_init()
 
     def forward(self, counts=None, labels=None, **inputs):

@@ -22,6 +22,8 @@ class Distilled(PreTrainedModel):
         super().__init__(PreTrainedConfig())
         self.config, self.student = student.config, student
         self.distill = OrthoProjLoss(student.config.hidden_size, teacher_dim, scale="match", reduction="sum")
+        for module in self.modules():
+            module._is_hf_initialized = True  # what is here keeps its weights
         self.post_init()
 
     def forward(self, targets=None, counts=None, labels=None, **inputs):

@@ -16,7 +16,7 @@ from .denominators import check_total_rows, entry_of, over_total_rows, share_of_
 from .export import TeacherSpace
 from .logits import logit_loss, logit_terms, logits_of
 from .ops import checks, implementations
-from .ops.normalization.all_reduce import HasProcessGroup
+from .ops.normalization.all_reduce import HasProcessGroup, share_group
 from .ops.ortho_proj_loss import api
 from .ops.tracing import not_traced
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
@@ -142,6 +142,11 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         self.register_load_state_dict_pre_hook(convert_when_loading)
         if self._compiled():
             self.attach()
+
+    def _set_group(self, group: "dist.ProcessGroup | None") -> None:
+        super()._set_group(group)
+        for pair in self.pairs:
+            share_group(pair.normalization, group)
 
     @property
     def teacher(self) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import diagnostics
 from .ops import checks, implementations
-from .ops.normalization.all_reduce import HasProcessGroup
+from .ops.normalization.all_reduce import HasProcessGroup, share_group
 from .ops.ortho_proj_loss import api
 from .ops.ortho_proj_loss.ranks import RankAgreement
 from .ops.ortho_proj_loss.spec import Execution, LossSpec
@@ -132,6 +132,10 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
             dtype=dtype,
         )
         self.scale = starting_scale(scale, student_dim, teacher_dim, device, dtype)
+
+    def _set_group(self, group: "dist.ProcessGroup | None") -> None:
+        super()._set_group(group)
+        share_group(self.normalization, group)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

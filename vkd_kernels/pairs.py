@@ -49,7 +49,7 @@ class Pair:
             output; a path for one inside of another, ``("hidden_states", 3)``.
         student_call, teacher_call: which call of a module that runs several times in a pass; 0 the first, -1 the last.
         student_layout, teacher_layout: of maps: ``"NCHW"``, or ``"NHWC"`` as Swin's.
-        student_grid, teacher_grid: ``(H, W)`` of ``"tokens"`` that are a map, where that is not a square.
+        student_grid, teacher_grid: ``(H, W)`` of ``"tokens"`` that are a map: see docs/distiller.md for the default.
         resample: ``"student"`` or ``"teacher"``: whose map is resampled (bilinear, antialiased) to the other's size.
         optional: whether the pair counts as 0 in a step in which one of its modules did not run, as with LayerDrop.
         dims: ``(S, T)``, the channels of both sides; needed only without an ``example_input``.

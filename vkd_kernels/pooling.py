@@ -219,21 +219,28 @@ def _hint_of_grids(student: Rows, student_map: Rows | None, teacher: Rows, teach
 
 
 def as_map(rows: Rows, other: Rows) -> Rows | None:
-    """Tokens (N, H·W, C) as (N, H, W, C): on their own grid, else on the other side's, else on a square."""
+    """Tokens (N, H·W, C) as (N, H, W, C): on their own grid, else on the other side's or one of its proportions."""
     if rows.values.dim() == 4:
         return rows
     if rows.values.dim() != 3:
         return None
     tokens = rows.values.shape[1]
-    side = math.isqrt(tokens)
     others = other.grid if other.values.dim() == 3 else tuple(other.values.shape[1:3])
-    for grid in (rows.grid, others, (side, side)):
+    for grid in (rows.grid, others, _grid_like(others, tokens)):
         if grid is not None and len(grid) == 2 and math.prod(grid) == tokens:
             mask = rows.mask
             if mask is not None and mask.shape == rows.values.shape[:-1]:
                 mask = mask.unflatten(1, grid)
             return Rows(rows.values.unflatten(1, grid), mask)
     return None
+
+
+def _grid_like(others: tuple[int, ...] | None, tokens: int) -> tuple[int, int]:
+    """A grid of about so many tokens with the proportions of the other side's; of a square where it has none."""
+    if others is None or len(others) != 2 or others[0] == others[1]:
+        return math.isqrt(tokens), math.isqrt(tokens)
+    height = max(round(math.sqrt(tokens * others[0] / others[1])), 1)
+    return height, tokens // height
 
 
 def resampled(rows: Rows, like: torch.Tensor) -> Rows:  # (N, H, W, C), size of like (N, H', W', any)

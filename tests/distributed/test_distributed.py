@@ -83,6 +83,12 @@ def check_a_group_given_later():
         module.process_group = dist.group.WORLD
         unpickled = pickle.loads(pickle.dumps(module))
         assert unpickled.process_group is None
+    for of_all in (vk.Standardization(9, momentum=0.1), vk.Whitening(9, momentum=0.1)):
+        vk.OrthoProjLoss(6, 9, normalization=of_all, process_group=dist.group.WORLD)
+        pair = {"student": "", "teacher": "", "dims": (6, 9), "normalization": of_all}
+        other = dist.new_group()
+        vk.FeatureDistiller(nn.Identity(), nn.Identity(), [pair]).process_group = other
+        assert of_all.process_group is dist.group.WORLD  # its own, that of the first loss
     x, y, _ = (tensor.detach() for tensor in rows("even"))
     torch.manual_seed(0)
     given, later = vk.OrthoProjLoss(6, 9, process_group=dist.group.WORLD), vk.OrthoProjLoss(6, 9)

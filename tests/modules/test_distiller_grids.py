@@ -46,6 +46,16 @@ def test_tokens_of_other_grids_are_resampled(resample):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize(("h", "w"), [(2, 8), (8, 2), (3, 5)])
+def test_tokens_have_the_proportions_of_the_other_sides_map(h, w):
+    """Also where their number is a square: 4x16 tokens against a map of 2x8, as of images of 16:9."""
+    x, y = torch.randn(2, S, h, w), torch.randn(2, 4 * h * w, T)
+    fields = {"student_pool": "spatial", "teacher_pool": "tokens", "resample": "teacher"}
+    loss, reference = distill(x, y, **fields)
+    y = resized(as_map(y, 2 * h, 2 * w), h, w)
+    torch.testing.assert_close(loss, reference(x.permute(0, 2, 3, 1), y))
+
+
 def test_tokens_of_a_rectangle_need_their_grid_said():
     x, y = torch.randn(2, 8, S), torch.randn(2, T, 3, 3)
     fields = {"student_pool": "tokens", "teacher_pool": "spatial", "resample": "teacher"}
@@ -53,6 +63,8 @@ def test_tokens_of_a_rectangle_need_their_grid_said():
         distill(x, y, **fields)
     loss, reference = distill(x, y, **fields, student_grid=(2, 4))
     torch.testing.assert_close(loss, reference(as_map(x, 2, 4), resized(y.permute(0, 2, 3, 1), 2, 4)))
+    with pytest.raises(ValueError, match=r"\(2, 9, 3\).*\(2, 2, 4, 5\).*student_grid=\(H, W\) says which map"):
+        distill(torch.randn(2, 9, S), torch.randn(2, T, 2, 4), **fields)
     with pytest.raises(ValueError, match=r"student_grid=\(3, 3\) has 9 positions, but there are 8 tokens"):
         distill(x, y, **fields, student_grid=(3, 3))
 

@@ -176,6 +176,18 @@ def class_of_the_page():
     return names["Distilled"]
 
 
+def test_the_page_wrapper_keeps_the_weights_of_modules_that_transformers_did_not_make():
+    """As of PEFT's adapters, a head of one's own, and a linear projection: ``post_init`` would draw them anew."""
+    student, teacher = pair_of_models()
+    student.adapter = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4))
+    nn.init.zeros_(student.adapter[0].weight)
+    nn.init.constant_(student.adapter[1].running_mean, 3.0)
+    distiller = vk.FeatureDistiller(student, teacher, [{**TOKENS, "projection": "linear"}])
+    before = copy.deepcopy(distiller.state_dict())
+    class_of_the_page()(distiller)
+    assert_same(distiller.state_dict().values(), before.values(), rtol=0, atol=0)
+
+
 def test_trainer_accumulates_the_students_own_loss_beside_a_distillers(tmp_path):
     """docs/integrations.md's class: 4 micro-batches of 2 give the gradient of 8, in both losses."""
     transformers = needs("transformers")

@@ -99,6 +99,12 @@ class HasProcessGroup:
         self._group_handle = GroupHandle(group)
 
 
+def share_group(module: object, group: dist.ProcessGroup | None) -> None:
+    """Gives the group to what makes a loss's targets, if that has statistics and no group of its own."""
+    if group is not None and isinstance(module, HasProcessGroup) and module.process_group is None:
+        module.process_group = group
+
+
 class GroupHandle:
     """Keeps a group from being copied and pickled with its module."""
 
