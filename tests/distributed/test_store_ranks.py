@@ -46,6 +46,7 @@ def continue_(rank, folder):
 
 
 def share_without_a_group(rank, folder):
+    dist.barrier()  # the other rank may still be connecting
     dist.destroy_process_group()
     with mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE="2"):
         share(rank, folder)
@@ -58,10 +59,21 @@ def test_torchrun_needs_no_process_group(tmp_path):
 
 def test_a_rank_that_never_comes_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("vkd_kernels.store.build.LONGEST_SILENCE", 0.5)
-    with pytest.raises(TimeoutError, match=r"no sign of work has come from the other ranks.*rank=0, world_size=1"):
+    with pytest.raises(TimeoutError, match=r"no sign of work .* 3 shards of rank 1 are missing.*rank=0, world_size=1"):
         build(tmp_path, rank=0, world_size=2)
     build(tmp_path, rank=0, world_size=1)
     check(tmp_path)
+
+
+def test_a_build_that_only_one_rank_called_says_soon_what_it_waits_for(tmp_path, monkeypatch, capsys):
+    """As in Lightning's prepare_data, where the others wait in a barrier."""
+    monkeypatch.setattr("vkd_kernels.store.build.NOTABLE_SILENCE", 0.3, raising=False)
+    monkeypatch.setattr("vkd_kernels.store.build.LONGEST_SILENCE", 1.5)
+    with pytest.raises(TimeoutError):
+        build(tmp_path, rank=0, world_size=3)
+    said = capsys.readouterr().err
+    assert said.count("no sign of work") == 1
+    assert "shards of ranks 1, 2 are missing" in said and "pass rank=0, world_size=1" in said and str(tmp_path) in said
 
 
 def share_slowly(rank, folder):

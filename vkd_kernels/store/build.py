@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from .manifest import (
     writing,
 )
 from .options import Options
-from .progress import Progress, in_words
+from .progress import Progress, duration, in_words
 from .samples import Samples
 from .teacher import Answer, FrozenTeacher
 
 SHARD_BYTES, MOST_SHARD_SAMPLES = 256 * 2**20, 8192
 PROBE_TOLERANCE = 0.05  # relative: another device or precision stays below it, another transform or pool does not
+NOTABLE_SILENCE = 30.0  # seconds without a sign of work, after which a rank says what it waits for
 LONGEST_SILENCE = 1800.0  # seconds without a sign of work, after which a rank stops waiting for the others
 
 
@@ -55,7 +57,7 @@ def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], option
                 save_tensors(path, features, store=manifest.identity())
             finally:
                 sign_of_work.unlink(missing_ok=True)
-    wait_for_others(folder, manifest)
+    wait_for_others(folder, manifest, ranks)
     if missing and rank == 0:
         progress.end()
         for path in abandoned_files(folder):  # others may be building the same store
@@ -244,16 +246,26 @@ def check_room(folder: Path, manifest: Manifest, missing: Sequence[int]) -> None
         )
 
 
-def wait_for_others(folder: Path, manifest: Manifest) -> None:
-    """Until the shards of all ranks are there; an error if nobody works on those that are missing."""
-    seen, since = None, time.monotonic()
+def wait_for_others(folder: Path, manifest: Manifest, ranks: int) -> None:
+    """Until the shards of all ranks are there. If nobody works on those that are missing, says so, and raises later."""
+    seen, since, said = None, time.monotonic(), False
     while left := missing_shards(folder, manifest):
         seen, before = (left, signs_of_work(folder)), seen
         if seen != before:  # times are compared with one another: the clocks of other machines may differ
             since = time.monotonic()
-        if time.monotonic() - since > LONGEST_SILENCE:
-            raise TimeoutError(
-                f"no sign of work has come from the other ranks for {LONGEST_SILENCE / 60:.0f} minutes; {len(left)} "
-                f"shards are missing in {folder}. If only this process builds, pass rank=0, world_size=1"
-            )
+        silence = time.monotonic() - since
+        if silence > LONGEST_SILENCE:
+            raise TimeoutError(why_it_waits(folder, left, ranks, silence))
+        if silence > NOTABLE_SILENCE and not said:
+            said = True
+            print(f"still waiting: {why_it_waits(folder, left, ranks, silence)}", file=sys.stderr, flush=True)
         time.sleep(0.2)
+
+
+def why_it_waits(folder: Path, left: Sequence[int], ranks: int, silence: float) -> str:
+    owners = sorted({shard % ranks for shard in left})
+    who = f"rank {owners[0]}" if len(owners) == 1 else f"ranks {', '.join(map(str, owners))}"
+    return (
+        f"no sign of work has come from the other ranks for {duration(silence)}; {len(left)} shards of {who} are "
+        f"missing in {folder}. Every rank must call build; if only this process builds, pass rank=0, world_size=1"
+    )

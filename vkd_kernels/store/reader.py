@@ -110,7 +110,8 @@ class FeatureStore:
             transform: what is done to the data, in words; by default what ``data.transform`` says of itself.
             batch_size, num_workers: of reading ``data``; a loader has its own.
             shard_samples: by default what fits in 256 MiB, at most 8192, and no more than a rank's share.
-            rank, world_size: whose share; by default as torch.distributed or torchrun say.
+            rank, world_size: whose share; by default as torch.distributed or torchrun say, and every rank must call it.
+                ``rank=0, world_size=1`` where only one process does.
             progress: sizes before the start, then speed and the time left, on standard error.
 
         Raises:
