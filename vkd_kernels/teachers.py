@@ -183,8 +183,11 @@ class KeptModes:
 
 
 def dispatched(model: nn.Module) -> bool:
-    """Whether accelerate places it: its hooks move weights and inputs, and nobody else may."""
-    return bool(getattr(model, "hf_device_map", None)) or any(hasattr(m, "_hf_hook") for m in model.modules())
+    """Whether accelerate places it: its hooks move weights and inputs, and nobody else may.
+
+    An ``hf_device_map`` alone says nothing: a model that is loaded to a single device has one, and no hooks.
+    """
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,21 @@ def test_a_teacher_that_accelerate_places_stays_where_it_is(placed, move, tmp_pa
     torch.testing.assert_close(distiller(FEATURES)[1]["total"], expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # which stands for a GPU
+def test_a_teacher_that_accelerate_loads_to_one_device_is_moved_like_any_other(device):
+    """As ``device_map={"": 1}`` of transformers does: accelerate puts no hooks on such a model."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (the extra integrations)")
+    teacher = accelerate.dispatch_model(layers(16), {"": device})
+    assert teacher.hf_device_map
+    distiller = distill(teacher)
+    if device == "meta":
+        with pytest.raises(ValueError, match="teacher is on the meta device"):  # so that is where inputs would go
+            distiller(FEATURES)
+    target = "meta" if device == "cpu" else "cpu"
+    distiller.to_empty(device=target)
+    assert all(p.device.type == target for p in teacher.parameters())
+
+
 class Quantized(nn.Module):
     """As bitsandbytes' models: their weights are where they are."""
 
