@@ -376,8 +376,10 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         return self.source.compiled() or any(is_compiled(module) for module in self.student.modules())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FeatureDistiller":
+        # With the projections', because a module around the distiller may have moved the student before.
+        of_student = {tensor.device for tensor in (*self.parameters(), *self.buffers())}
         super()._apply(fn, recurse)
-        self.source.move(fn)
+        self.source.move(fn, of_student)
         return self
 
     def _replicate_for_data_parallel(self) -> "FeatureDistiller":

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -75,8 +75,11 @@ class TeacherSource(abc.ABC):
         """Whether hooks must stay on, because ``torch.compile`` does not look for new ones."""
         return False
 
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Follows the distiller's ``.to()``: fn maps a tensor as ``nn.Module._apply`` does."""
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
+        """Follows the distiller's ``.to()``: fn maps a tensor as ``nn.Module._apply`` does.
+
+        ``of_student`` is where student and projections were before.
+        """
         return
 
 
@@ -134,12 +137,17 @@ class FrozenTeacher:
     def tensors(self) -> Iterator[torch.Tensor]:
         return chain(self.model.parameters(), self.model.buffers())
 
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """To where fn takes tensors from the teacher's device, if the teacher is on one device, not there, and can."""
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
+        """To where fn takes tensors from the teacher's device, if the teacher is on one device, not there, and can.
+
+        A teacher on a GPU that the student was not on has been put there, and stays.
+        """
         devices = {tensor.device for tensor in self.tensors()}
         if len(devices) != 1 or self.stays:
             return
         (device,) = devices
+        if device.type not in ("cpu", "meta") and device not in of_student:
+            return
         target = fn(torch.empty(0, device=device)).device
         if target == device:
             return
@@ -281,9 +289,9 @@ class ModelTeachers(TeacherSource):
         args, kwargs = call.arguments if given is None else as_arguments(given)
         return run_tapped(lambda: teacher.answer(args, kwargs), self.taps_of(name))
 
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
         for teacher in self.teachers.values():
-            teacher.move(fn)
+            teacher.move(fn, of_student)
 
 
 @constant_result  # said while torch.compile traces, at no cost afterwards

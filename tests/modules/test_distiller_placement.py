@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vkd_kernels as vk
 from tests.helpers import processes
@@ -118,6 +119,35 @@ def test_a_teacher_on_two_devices_is_left_alone():
     for move in (lambda: distiller.float(), lambda: distiller.to("meta"), lambda: distiller.to_empty(device="cpu")):
         move()
         assert teacher[0].weight.is_meta and not teacher[2].weight.is_meta
+
+
+def on_another_gpu(width):
+    with FakeTensorMode(), torch.device("cuda:1"):
+        return layers(width)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_teacher_on_another_gpu_is_not_dragged_to_the_students_device(several):
+    """Trainer, accelerate and Lightning call .to(device) wherever the student is."""
+    teacher, other = on_another_gpu(16), layers(16)
+    distiller = distill({"gpu": teacher, "cpu": other}, {**PAIR, "teacher": "cpu:2"}) if several else distill(teacher)
+    for move in (lambda: distiller.to("cpu"), lambda: distiller.double(), lambda: distiller.to("meta")):
+        move()
+        assert {str(p.device) for p in teacher.parameters()} == {"cuda:1"}
+    assert all(p.is_meta for p in distiller.parameters())
+    assert all(p.is_meta == several for p in other.parameters())
+
+
+def test_a_teacher_on_the_students_gpu_follows_the_student(monkeypatch):
+    teacher = on_another_gpu(16)
+    source = distill(teacher).source
+    targets = []
+    monkeypatch.setattr(teacher, "to", targets.append)
+    with FakeTensorMode():
+        source.move(lambda x: x.to("cuda:0"), {torch.device("cuda:0")})
+        assert not targets
+        source.move(lambda x: x.to("cuda:0"), {torch.device("cuda:1")})
+    assert targets == [torch.device("cuda:0")]
 
 
 def test_inputs_go_to_the_teachers_device_and_features_come_back():

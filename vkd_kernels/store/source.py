@@ -1,7 +1,7 @@
 """A store in the teacher's place: the features of a batch come from the disk, by the samples' indices."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class StoredTeacher(TeacherSource):
     def read(self, indices: Any) -> dict[str, torch.Tensor]:
         return self.store[indices if isinstance(indices, torch.Tensor) else list(indices)]
 
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
         """Stored features stay on the CPU; those of a batch go where the student's are."""
 
 
@@ -158,6 +158,6 @@ class SeveralSources(TeacherSource):
     def compiled(self) -> bool:
         return any(source.compiled() for source in self.sources.values())
 
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
         for source in self.sources.values():
-            source.move(fn)
+            source.move(fn, of_student)
