@@ -101,6 +101,7 @@ class FrozenTeacher:
         with KeptModes(self.shared):
             set_eval_mode(model)
         self.stays = dispatched(model)
+        self.said_where = False  # that it is left on the CPU
 
     def modules(self) -> list[nn.Module]:
         """Those that have a mode, as they are now: some may have been replaced since the distiller was made."""
@@ -131,6 +132,11 @@ class FrozenTeacher:
                 f"{where} is on the meta device and has no values: load its weights by load_state_dict(..., "
                 "assign=True), or call to_empty(device=...) of the distiller and load them then"
             )
+        if device is not None and device.type == "cpu" and torch.is_grad_enabled() and not self.said_where:
+            elsewhere = [x.device.type for x in tensors_in((args, kwargs)) if not x.is_cpu]
+            if elsewhere and all(tensor.is_cpu for tensor in self.tensors()):
+                self.said_where = True
+                warn_of_a_teacher_left_behind(self.name, elsewhere[0])
         with torch.no_grad():
             return self.model(*moved(args, device, dtype), **moved(kwargs, device, dtype))
 
@@ -162,6 +168,7 @@ class FrozenTeacher:
                 "moved instead in every step",
                 stacklevel=2,
             )
+            self.said_where = True
 
 
 def modules_with_a_mode(model: nn.Module) -> list[nn.Module]:
@@ -297,6 +304,16 @@ class ModelTeachers(TeacherSource):
 @constant_result  # said while torch.compile traces, at no cost afterwards
 def warn_of_images(message: str) -> None:
     warnings.warn(message, stacklevel=2)
+
+
+@constant_result
+def warn_of_a_teacher_left_behind(name: str, device: str) -> None:
+    which, of_name = (f"teacher {name!r}", f"[{name!r}]") if name else ("teacher", "")
+    warnings.warn(
+        f"{which} computes on the CPU, while its inputs come from {device}: they are moved there and its features back "
+        f"in every step. distiller.teacher{of_name}.to(device) moves it; fully_shard and student.to(device) don't",
+        stacklevel=2,
+    )
 
 
 def teacher_and_module(pair: Pair, names: Sequence[str]) -> tuple[str, str]:

@@ -1,7 +1,9 @@
 """FeatureDistiller's teacher where it must not be moved, and what moves between devices; validation on one rank."""
 
+import contextlib
 import copy
 import datetime
+import warnings
 
 import pytest
 import torch
@@ -150,6 +152,40 @@ def test_a_teacher_on_the_students_gpu_follows_the_student(monkeypatch):
     assert targets == [torch.device("cuda:0")]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_teacher_left_on_the_cpu_is_warned_of_once(compiled):
+    """The meta device stands for the student's GPU; it is an error to copy anything from there, which comes after."""
+    distiller = distill({"slow": layers(16)}, {**PAIR, "teacher": "slow:2"}).attach()
+    for part in (distiller.student, distiller.pair_losses):
+        part.to("meta")
+    module = torch.compile(distiller, backend="eager", fullgraph=True) if compiled else distiller
+    x = FEATURES.to("meta")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+                module(x)
+    messages = [str(warning.message) for warning in said if "computes on the CPU" in str(warning.message)]
+    assert len(messages) == 1 and messages[0].startswith("teacher 'slow'")
+    assert "inputs come from meta" in messages[0] and "distiller.teacher['slow'].to(device)" in messages[0]
+
+
+@pytest.mark.parametrize("why", ["refused to move", "without gradients", "input on the CPU"])
+def test_a_teacher_meant_for_the_cpu_is_not_warned_of(why):
+    distiller = distill(Quantized(layers(16)), {**PAIR, "teacher": "model.2"})
+    if why == "refused to move":
+        with pytest.warns(UserWarning, match="the teacher stays on cpu"):
+            distiller.to("meta")
+    for part in (distiller.student, distiller.pair_losses):
+        part.to("meta")
+    given = {"teacher_input": FEATURES} if why == "input on the CPU" else {}
+    copied_out_of_meta = contextlib.nullcontext() if given else pytest.raises(NotImplementedError, match="Cannot copy")
+    with warnings.catch_warnings(), torch.set_grad_enabled(why != "without gradients"), copied_out_of_meta:
+        warnings.filterwarnings("error", message=".*computes on the CPU")
+        distiller(FEATURES.to("meta"), **given)
+
+
+@pytest.mark.filterwarnings("ignore:teacher computes on the CPU")
 def test_inputs_go_to_the_teachers_device_and_features_come_back():
     """With the meta device as the second one: it is an error to copy anything from there."""
     places = []
