@@ -21,7 +21,7 @@ class LossTerm:
 
     name: str
     teacher: str
-    weight: float
+    weight: float  # at first: the distiller's weights may change
 
 
 class RunningMean(KeepsDtypes):

@@ -39,6 +39,10 @@ class Step:
     metrics: bool = False
 
 
+# What has been built from them would not follow, and most of them would be plain attributes that nobody reads.
+FIXED = ("pairs", "logit_weight", "teacher_weights", "teacher", "reduction", "drop_best", "backend")
+
+
 class FeatureDistiller(HasProcessGroup, nn.Module):
     r"""Runs a student and its frozen teacher on the same input and compares the features of named modules.
 
@@ -58,7 +62,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         pairs: dicts of the fields of ``Pair``, or ``Pair`` objects.
         example_input, example_teacher_input: a tensor, a tuple of arguments or a dict of keyword arguments: one pass
             in eval mode finds the channels. Or give every pair ``dims``.
-        logit_weight, temperature: weight and τ of the logit loss; of several teachers ``{name: weight}``.
+        logit_weight, temperature: weight and τ of the logit loss; of several teachers ``{name: weight}``. The
+            attributes ``weights``, ``{loss: weight}``, and ``temperature`` may be changed from step to step.
         student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
         teacher_weights, balance, drop_best: for several teachers: ``{name: weight}``, and see ``LossBalance``.
         reduction, process_group, backend: see ``OrthoProjLoss``; the logit loss is global, too.
@@ -128,6 +133,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         parameter = next(student.parameters(), torch.empty(0))
         device = parameter.device if device is None else torch.device(device)
         self.terms = (*self._pair_terms(teacher_weights), *self.logit_terms)
+        self.weights = {term.name: term.weight for term in self.terms}
         self.balance = LossBalance(self.terms, balance, drop_best, device)
         if reduction == "sum" and (balance is not None or drop_best):
             raise ValueError("balance and drop_best compare the means of losses: they need reduction='mean'; got 'sum'")
@@ -152,6 +158,14 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
     def teacher(self) -> Any:
         """The teacher; with several ``{name: teacher}``."""
         return self.source.teacher
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and "terms" in self.__dict__:
+            raise AttributeError(
+                f"{name} of a distiller is fixed when it is made: make another one. The weights of the losses may "
+                f"change, as in weights[{self.terms[0].name!r}] = 0.5"
+            )
+        super().__setattr__(name, value)
 
     def _pair_terms(self, teacher_weights: Mapping[str, float] | None) -> list[LossTerm]:
         names = self.source.names()
@@ -301,7 +315,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         elif self.reduction == "mean" and step.student[1].get("num_items_in_batch") is not None:
             share = share_of_items(step.student[1], group)
             losses = {name: loss * share for name, loss in losses.items()}
-        total = sum(factors.get(term.name, 1.0) * term.weight * losses[term.name] for term in self.terms)
+        total = sum(factors.get(term.name, 1.0) * self.weights[term.name] * losses[term.name] for term in self.terms)
         if not step.metrics:
             return output, {**losses, "total": total}
         report = {"loss": total.detach()} | {f"loss/{name}": loss.detach() for name, loss in losses.items()}
@@ -337,7 +351,19 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             return None
         return compared(pair, tap.rows(returned, student_mask), target, one_mask=student_mask is teacher_mask)
 
+    def _check_weights(self) -> None:
+        names = [term.name for term in self.terms]
+        if not isinstance(self.weights, Mapping):
+            raise TypeError(f"weights must map losses' names to numbers; got {checks.describe(self.weights)}")
+        for name, weight in self.weights.items():
+            checks.check_choice("a key of weights", name, names)
+            checks.check_number(f"weights[{name!r}]", weight)
+        if len(self.weights) < len(names):
+            raise ValueError(f"weights must have every loss, {', '.join(map(repr, names))}; got {self.weights}")
+
     def _check_options(self, step: Step) -> None:
+        self._check_weights()
+        checks.check_number("temperature", self.temperature, above=0)
         names = [*dict.fromkeys([*(term.name for term in self.terms), "logits"])]
         if not isinstance(step.masks, Mapping):
             raise TypeError(f"masks must map pairs' names to masks; got {checks.describe(step.masks)}")
@@ -389,7 +415,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return "\n".join(f"{pair.name}: weight={pair.weight:g}" for pair in self.pairs)
+        return "\n".join(f"{name}: weight={weight:g}" for name, weight in self.weights.items())
 
 
 def _dims_of(pair: Pair, rows: ComparedRows | None) -> tuple[int, int]:

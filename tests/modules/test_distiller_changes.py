@@ -1,6 +1,7 @@
-"""Models that change after their FeatureDistiller was made (layers wrapped or replaced), or return their own types."""
+"""What changes after a FeatureDistiller was made (weights, layers wrapped or replaced), and models' own types."""
 
 import copy
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -70,6 +71,70 @@ def test_a_layer_of_the_teacher_replaced_afterwards_is_in_eval_mode(distiller):
     assert not any(module.training for module in distiller.teacher.modules())
     (first + second).backward()
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- scheduled weights
+
+
+def total_of(losses, weights):
+    return sum(weight * losses[name] for name, weight in weights.items())
+
+
+def test_changed_weights_take_effect(distiller):
+    assert distiller.weights == {"x": 1.0, "logits": 1.0}
+    for weights in ({"x": 3.0, "logits": 0.5}, {"x": 0, "logits": 2.0}):
+        distiller.weights.update(weights)
+        for run in (distiller, copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+            losses = run(FEATURES)[1]
+            torch.testing.assert_close(losses["total"], total_of(losses, weights))
+            assert f"x: weight={weights['x']:g}" in repr(run)
+    other = copy.deepcopy(distiller)
+    other.weights["x"] = 7.0
+    assert distiller.weights["x"] == 0
+
+
+def test_changed_weights_take_effect_in_a_compiled_distiller(distiller):
+    """In every step of a schedule, without a graph for each of its values."""
+    torch.compiler.reset()
+    graphs = []
+    with distiller:
+        compiled = torch.compile(distiller, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        for step in range(12):
+            distiller.weights["x"], distiller.temperature = 1 - step / 12, 4 - step / 12
+            torch.testing.assert_close(compiled(FEATURES)[1], distiller(FEATURES)[1])
+    assert len(graphs) <= 4
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ({"x": 1.0, "logits": 1.0, "y": 1.0}, ValueError, "a key of weights must be one of 'x', 'logits'; got 'y'"),
+        ({"x": 1.0}, ValueError, "weights must have every loss, 'x', 'logits'; got {'x': 1.0}"),
+        ({"x": 1.0, "logits": "1"}, TypeError, r"weights\['logits'\] must be a number; got str '1'"),
+        ({"x": float("nan"), "logits": 1.0}, ValueError, r"weights\['x'\] must be a finite number; got nan"),
+        (2.0, TypeError, "weights must map losses' names to numbers; got float 2.0"),
+    ],
+)
+def test_bad_weights(distiller, weights, error, message):
+    distiller.weights = weights
+    with pytest.raises(error, match=message):
+        distiller(FEATURES)
+
+
+def test_a_bad_temperature_is_refused_later_too(distiller):
+    distiller.temperature = 0
+    with pytest.raises(ValueError, match="temperature must be a finite number > 0; got 0"):
+        distiller(FEATURES)
+
+
+@pytest.mark.parametrize("name", ["pairs", "logit_weight", "teacher_weights", "teacher", "reduction", "drop_best"])
+def test_what_could_not_take_effect_is_refused(distiller, name):
+    """As an attribute of its own, or as a submodule, it would be ignored."""
+    value = layers(32) if name == "teacher" else [PAIR]
+    with pytest.raises(AttributeError, match=f"{name} of a distiller is fixed when it is made.*weights\\['x'\\] = "):
+        setattr(distiller, name, value)
+    assert "teacher" not in dict(distiller.named_children())
 
 
 # ------------------------------------------------------------------------------------------ what people's models return
