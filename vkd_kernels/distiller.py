@@ -110,6 +110,11 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module; got {checks.describe(student)}")
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in student.modules()):
+            raise ValueError(
+                "wrap the distiller in DistributedDataParallel, not the student: beside the wrapped student each rank "
+                "would train a projection of its own. Give the distiller the student itself, ddp.module"
+            )
         self.pairs = as_pairs(pairs)
         checks.check_number("temperature", temperature, above=0)
         checks.check_choice("reduction", reduction, api.REDUCTIONS)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -345,6 +346,18 @@ def test_scripted_and_exported_teachers(kind):
         reason = "A traced graph" if kind == "exported" else "TorchScript runs submodules without their hooks"
         with pytest.raises(RuntimeError, match=reason):
             make([inner], teacher=kinds[kind](), example_input=IMAGES)
+
+
+@pytest.mark.parametrize("wrap", [lambda ddp: ddp, nn.Sequential, torch.compile], ids=["bare", "inside", "compiled"])
+def test_a_student_that_ddp_has_wrapped_is_refused(wrap, tmp_path):
+    """Each rank would train a projection of its own, without a word."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        student = wrap(nn.parallel.DistributedDataParallel(layers(8)))
+        with pytest.raises(ValueError, match="wrap the distiller in DistributedDataParallel, not the student"):
+            vk.FeatureDistiller(student, layers(32), [], logit_weight=1.0)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
