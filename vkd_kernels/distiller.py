@@ -409,8 +409,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FeatureDistiller":
         # With the projections', because a module around the distiller may have moved the student before.
         of_student = {tensor.device for tensor in (*self.parameters(), *self.buffers())}
+        self.source.move(fn, of_student)  # before the student: parts that both share would be moved, the others not
         super()._apply(fn, recurse)
-        self.source.move(fn, of_student)
         return self
 
     def _replicate_for_data_parallel(self) -> "FeatureDistiller":

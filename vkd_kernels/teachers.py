@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .images import different_normalization
 from .ops import checks
@@ -90,18 +91,36 @@ class FrozenTeacher:
         if not isinstance(model, nn.Module):
             where = f"teacher[{name!r}]" if name else "teacher"
             raise TypeError(f"{where} must be a torch.nn.Module; got {checks.describe(model)}")
-        parameters = list(model.parameters())
-        if not {*map(id, student.parameters())}.isdisjoint(map(id, parameters)):
-            raise ValueError("teacher must share no parameter with student: freezing it would freeze both; copy it")
-        for parameter in parameters:  # not requires_grad_() of the module, which scripted and exported ones refuse
-            parameter.requires_grad_(False)
         self.name, self.model = name, model
-        of_student = {*map(id, student.modules())}
+        self.where = f"teacher {name!r}" if name else "teacher"
+        of_student = {*map(id, chain(student.parameters(), student.modules()))}
+        self.shared_parameters = {key: value for key, value in model.named_parameters() if id(value) in of_student}
+        self._check_shared_parameters()
+        for parameter in model.parameters():  # not requires_grad_() of the model, which scripted ones refuse
+            parameter.requires_grad_(False)
         self.shared = [module for module in self.modules() if id(module) in of_student]
         with KeptModes(self.shared):
             set_eval_mode(model)
         self.stays = dispatched(model)
         self.said_where = False  # that it is left on the CPU
+
+    def _check_shared_parameters(self) -> None:
+        for name, parameter in self.shared_parameters.items():
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{self.where} shares {name!r} with the student, and it requires a gradient: training the student "
+                    "would change the teacher. Freeze it in the student, or give the teacher a copy of it"
+                )
+
+    def _check_shared_statistics(self) -> None:
+        shared = {*map(id, self.shared)}
+        for name, module in self.model.named_modules():
+            updates = isinstance(module, _NormBase) and module.track_running_stats and module.training
+            if updates and id(module) in shared:
+                raise ValueError(
+                    f"{self.where} shares {name!r}, a {type(module).__name__} in training mode, with the student, "
+                    "whose forward pass updates its statistics: set it to eval mode, or give the teacher a copy of it"
+                )
 
     def modules(self) -> list[nn.Module]:
         """Those that have a mode, as they are now: some may have been replaced since the distiller was made."""
@@ -109,8 +128,10 @@ class FrozenTeacher:
 
     def answer(self, args: tuple, kwargs: dict) -> Any:
         """The output. Modules in training mode are set back to eval mode, those shared with the student for a while."""
+        self._check_shared_parameters()
         for module in self.modules():
             if module.training:
+                self._check_shared_statistics()
                 return self._answer_of_eval_mode(args, kwargs)
         return self._answer(args, kwargs)
 
@@ -127,9 +148,8 @@ class FrozenTeacher:
         devices = [] if self.stays else [tensor.device for tensor in self.tensors()]
         dtype, device = dtypes[0] if dtypes else None, devices[0] if devices else None
         if device is not None and device.type == "meta" and not all(x.is_meta for x in tensors_in((args, kwargs))):
-            where = f"teacher {self.name!r}" if self.name else "teacher"
             raise ValueError(
-                f"{where} is on the meta device and has no values: load its weights by load_state_dict(..., "
+                f"{self.where} is on the meta device and has no values: load its weights by load_state_dict(..., "
                 "assign=True), or call to_empty(device=...) of the distiller and load them then"
             )
         if device is not None and device.type == "cpu" and torch.is_grad_enabled() and not self.said_where:

@@ -35,6 +35,62 @@ def test_the_teacher_is_frozen_and_apart():
     assert all(name.startswith(("student.", "pair_losses.")) for name in distiller.state_dict())
 
 
+def frozen_trunk():
+    trunk = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5)).requires_grad_(False)
+    trunk[1].eval()
+    return trunk
+
+
+def on(trunk, width):
+    return nn.Sequential(trunk, nn.Conv2d(6, width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_trunk_may_be_shared(compiled):
+    """The teacher runs it in eval mode, the student in its own mode, and neither changes it."""
+    trunk = frozen_trunk()
+    state = copy.deepcopy(trunk.state_dict())
+    distiller = make([{"student": "", "teacher": "", "name": "x"}], on(trunk, 8), on(trunk, 12))
+    expected = distiller.teacher.eval()(IMAGES)
+    trunk[3].train()
+    run = torch.compile(distiller, backend="eager") if compiled else distiller
+    torch.manual_seed(1)
+    output, losses = run(IMAGES)
+    assert trunk[3].training
+    torch.testing.assert_close(losses["x"], loss_like(distiller, "x", 8, 12)(output, expected))
+    losses["x"].backward()
+    assert distiller.student[1].weight.grad.abs().sum() > 0 and distiller.teacher[1].weight.grad is None
+    assert all(torch.equal(value, state[name]) for name, value in trunk.state_dict().items())
+    assert copy.deepcopy(distiller)(IMAGES)[1]["x"].isfinite()
+
+
+def test_a_shared_part_that_training_would_change_is_refused():
+    trunk = frozen_trunk()
+    trunk[0].bias.requires_grad_()
+    with pytest.raises(ValueError, match=r"teacher shares '0\.0\.bias' with the student, and it requires a gradient"):
+        make([{"student": "", "teacher": "", "name": "x"}], on(trunk, 8), on(trunk, 12))
+    assert trunk[0].bias.requires_grad
+    trunk[0].bias.requires_grad_(False)
+    distiller = make([{"student": "", "teacher": "dino:", "name": "x"}], on(trunk, 8), {"dino": on(trunk, 12)})
+    trunk[1].train()
+    with pytest.raises(ValueError, match=r"teacher 'dino' shares '0\.1', a BatchNorm2d in training mode, with the"):
+        distiller(IMAGES)
+    trunk[1].eval()
+    distiller(IMAGES)
+    distiller.student.requires_grad_()  # unfrozen later
+    with pytest.raises(ValueError, match=r"teacher 'dino' shares '0\.0\.weight' with the student, and it requires"):
+        distiller(IMAGES)
+
+
+def test_the_teacher_moves_before_the_student_that_may_share_its_parts():
+    """Otherwise it would be on two devices by then, and stay there."""
+    distiller = make()
+    devices = []
+    distiller.source.move = lambda fn: devices.append(distiller.student.head.weight.device.type)
+    distiller.to("meta")
+    assert devices == ["cpu"]
+
+
 def test_the_teacher_keeps_its_dtype_and_follows_the_device():
     distiller = make(teacher=CNN().bfloat16())
     assert distiller(IMAGES)[1]["total"].dtype == torch.float32  # images are cast for it
