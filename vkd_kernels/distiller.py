@@ -64,7 +64,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             in eval mode finds the channels. Or give every pair ``dims``.
         logit_weight, temperature: weight and τ of the logit loss; of several teachers ``{name: weight}``. The
             attributes ``weights``, ``{loss: weight}``, and ``temperature`` may be changed from step to step.
-        student_logits, teacher_logits: which entry of an output that is no tensor; by default ``"logits"``.
+        student_logits, teacher_logits: which entry of an output that is no tensor (by default ``"logits"``), or a
+            function of the output.
         teacher_weights, balance, drop_best: for several teachers: ``{name: weight}``, and see ``LossBalance``.
         reduction, process_group, backend: see ``OrthoProjLoss``; the logit loss is global, too.
         device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
@@ -97,8 +98,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         logit_weight: float | Mapping[str, float] | None = None,
         temperature: float = 1.0,
         reduction: str = "mean",
-        student_logits: int | str | tuple | None = None,
-        teacher_logits: int | str | tuple | None = None,
+        student_logits: int | str | tuple | Callable | None = None,
+        teacher_logits: int | str | tuple | Callable | None = None,
         teacher_weights: Mapping[str, float] | None = None,
         balance: str | None = None,
         drop_best: float = 0.0,

@@ -1,6 +1,6 @@
 """The logit loss: τ² KL(teacher ‖ student) of class probabilities at a temperature τ."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from .ops.normalization.reference import without_masked_rows
 from .taps import as_tensor, entries_of, selected
 
 
-def logits_of(output: Any, key: int | str | tuple | None, side: str) -> torch.Tensor:  # (..., classes)
-    """The logits in what a model returned: itself, the entry ``key``, or by default ``"logits"``."""
+def logits_of(output: Any, key: int | str | tuple | Callable | None, side: str) -> torch.Tensor:  # (..., classes)
+    """The logits in what a model returned: itself, the entry or function ``key`` of it, or by default ``"logits"``."""
     where, option = f"the {side}'s output", f"{side}_logits"
+    if callable(key):
+        logits = key(output)
+        checks.check_tensor(f"what {option} returns", logits)
+        return logits
     if key is None and "logits" in entries_of(output):
         key = "logits"
     return as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
@@ -53,7 +57,8 @@ def logit_loss(
     if student.shape != teacher.shape or student.dim() < 2:
         raise ValueError(
             "student's and teacher's logits must have the same shape (..., classes); got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}. Where those that one has beyond the other's are "
+            "padding, leave them out by a function, such as teacher_logits=lambda output: output.logits[..., :n]"
         )
     acc_dtype = torch.promote_types(student.dtype, torch.float32)
     row_weight = checks.row_weights(f"masks[{name!r}]", mask, student.shape[:-1], student, acc_dtype)

@@ -266,6 +266,24 @@ def test_logits_alone_with_masked_rows_and_entries():
         make([], teacher=CNN(classes=4), logit_weight=1.0)(IMAGES)
 
 
+def test_logits_by_a_function_of_the_output():
+    """Vocabularies that differ in their padding alone are cut to what both have."""
+    distiller = make([], teacher=CNN(classes=5), logit_weight=1.0, teacher_logits=lambda output: output[:, :3])
+    expected = F.kl_div(
+        F.log_softmax(distiller.student(IMAGES), 1),
+        F.log_softmax(distiller.teacher(IMAGES)[:, :3], 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    torch.testing.assert_close(distiller(IMAGES)[1], {"logits": expected, "total": expected})
+    compiled = torch.compile(distiller, backend="eager")
+    torch.testing.assert_close(compiled(IMAGES)[1]["logits"], expected)
+    with pytest.raises(TypeError, match="what student_logits returns must be a tensor; got list"):
+        make([], logit_weight=1.0, student_logits=list)(IMAGES)
+    with pytest.raises(ValueError, match=r"got \(5, 3\) and \(5, 5\).*teacher_logits=lambda output: output.logits\["):
+        make([], teacher=CNN(classes=5), logit_weight=1.0)(IMAGES)
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
