@@ -4,6 +4,8 @@ Its own behavior: test_distiller*.py. docs/integrations.md is the table.
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +238,28 @@ def test_timms_optimizers_spare_the_projections():
         decayed = {name for name, p in distiller.named_parameters() if decays[id(p)] > 0}
         assert decayed >= {"student.head.weight", "student.embed.weight"}
         assert not any("pair_losses" in name or "cls_token" in name for name in decayed)
+
+
+def test_timms_layer_decay_of_a_student_in_a_distiller():
+    """The two lines of docs/integrations.md: a scale for every layer, and the projections at the full rate."""
+    student = timm_model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=2, num_classes=3)
+    optim, scheduler = pytest.importorskip("timm.optim"), pytest.importorskip("timm.scheduler")
+    distiller = make([{**TOKENS_TO_MAP, "name": "x", "scale": "learned"}], student)
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    names = {"distiller": distiller, "param_groups_layer_decay": optim.param_groups_layer_decay}
+    exec(re.search(r"^groups = .*?(?=^```)", page, re.DOTALL | re.MULTILINE)[0], names)
+    optimizer = torch.optim.AdamW(names["groups"], lr=1.0)
+    scheduler.StepLRScheduler(optimizer, decay_t=10).step(1)
+    settings = {
+        id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    by_name = {name: settings.pop(id(p)) for name, p in distiller.named_parameters()}
+    assert not settings
+    assert by_name["student.cls_token"] == (0.75**3, 0.0)
+    rates = [by_name[f"student.blocks.{block}.mlp.fc1.weight"] for block in range(2)]
+    assert rates == [(0.75**2, 0.05), (0.75, 0.05)] and by_name["student.head.weight"] == (1.0, 0.05)
+    of_pairs = {value for name, value in by_name.items() if name.startswith("pair_losses.")}
+    assert of_pairs == {(1.0, 0.0)} and sum(name.startswith("pair_losses.") for name in by_name) == 2
 
 
 def test_in_a_hugging_face_trainer(tmp_path):
