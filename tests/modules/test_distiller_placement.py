@@ -160,7 +160,8 @@ def test_a_teacher_left_on_the_cpu_is_warned_of_once(compiled):
         part.to("meta")
     module = torch.compile(distiller, backend="eager", fullgraph=True) if compiled else distiller
     x = FEATURES.to("meta")
-    with warnings.catch_warnings(record=True) as said:
+    # An error in a compiled graph's no_grad leaves gradients off.
+    with warnings.catch_warnings(record=True) as said, torch.enable_grad():
         warnings.simplefilter("always")
         for _ in range(2):
             with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):

@@ -86,7 +86,7 @@ def test_the_teacher_moves_before_the_student_that_may_share_its_parts():
     """Otherwise it would be on two devices by then, and stay there."""
     distiller = make()
     devices = []
-    distiller.source.move = lambda fn: devices.append(distiller.student.head.weight.device.type)
+    distiller.source.move = lambda *_: devices.append(distiller.student.head.weight.device.type)
     distiller.to("meta")
     assert devices == ["cpu"]
 
