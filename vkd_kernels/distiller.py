@@ -111,12 +111,16 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         super().__init__()
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module; got {checks.describe(student)}")
-        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in student.modules()):
+        self.pairs = as_pairs(pairs)
+        projects = any(pair.projection != "identity" or pair.scale == "learned" for pair in self.pairs)
+        if projects and any(isinstance(part, nn.parallel.DistributedDataParallel) for part in student.modules()):
             raise ValueError(
                 "wrap the distiller in DistributedDataParallel, not the student: beside the wrapped student each rank "
                 "would train a projection of its own. Give the distiller the student itself, ddp.module"
             )
-        self.pairs = as_pairs(pairs)
+        for option, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            if isinstance(logits, nn.Module):
+                raise TypeError(f"{option} must not be a module, which would be trained: give a function that calls it")
         checks.check_number("temperature", temperature, above=0)
         checks.check_choice("reduction", reduction, api.REDUCTIONS)
         implementations.requested("ortho_proj_loss", backend)
@@ -410,8 +414,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FeatureDistiller":
         # With the projections', because a module around the distiller may have moved the student before.
         of_student = {tensor.device for tensor in (*self.parameters(), *self.buffers())}
-        self.source.move(fn, of_student)  # before the student: parts that both share would be moved, the others not
         super()._apply(fn, recurse)
+        self.source.move(fn, of_student)
         return self
 
     def _replicate_for_data_parallel(self) -> "FeatureDistiller":

@@ -101,7 +101,7 @@ def _mask_beside(side: Side, values: torch.Tensor, mask: torch.Tensor | None) ->
 def _warn_of_channels_last(side: Side, output: torch.Tensor) -> None:  # (N, C, H, W) or (N, H, W, C)
     """A square map, but for its last dimension, that is read as channels first."""
     _, first, second, last = output.shape
-    if side.layout == "NCHW" and first == second < last and not torch.compiler.is_compiling():
+    if side.layout == "NCHW" and not torch.compiler.is_compiling() and first == second < last:
         warnings.warn(
             f"{side.where} has the shape (N, {first}, {second}, {last}) and is read as {first} channels of a "
             f"{second} x {last} map. If its channels come last, as in Swin, say "
@@ -163,6 +163,8 @@ def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> Com
     if one_mask and x_mask is not None and y_mask is not None:
         fits_teacher_only = y_mask.shape == x.shape[:-1] != x_mask.shape
         x_mask, y_mask = (None, y_mask) if fits_teacher_only else (x_mask, None)
+    if x_mask is not None:
+        checks.check_same_device(f"masks[{pair.name!r}]", x_mask, "the student's features", x)
     mask = _both_masks(pair, x_mask, y_mask)
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(

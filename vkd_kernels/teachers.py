@@ -94,7 +94,12 @@ class FrozenTeacher:
         self.name, self.model = name, model
         self.where = f"teacher {name!r}" if name else "teacher"
         of_student = {*map(id, chain(student.parameters(), student.modules()))}
-        self.shared_parameters = {key: value for key, value in model.named_parameters() if id(value) in of_student}
+        self.shared_parameters = [  # by their owners, as sharding and loading put other tensors in their places
+            (f"{name}.{key}".lstrip("."), module, key)
+            for name, module in model.named_modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in of_student
+        ]
         self._check_shared_parameters()
         for parameter in model.parameters():  # not requires_grad_() of the model, which scripted ones refuse
             parameter.requires_grad_(False)
@@ -105,8 +110,8 @@ class FrozenTeacher:
         self.said_where = False  # that it is left on the CPU
 
     def _check_shared_parameters(self) -> None:
-        for name, parameter in self.shared_parameters.items():
-            if parameter.requires_grad:
+        for name, module, key in self.shared_parameters:
+            if getattr(module, key).requires_grad:
                 raise ValueError(
                     f"{self.where} shares {name!r} with the student, and it requires a gradient: training the student "
                     "would change the teacher. Freeze it in the student, or give the teacher a copy of it"
@@ -163,12 +168,24 @@ class FrozenTeacher:
     def tensors(self) -> Iterator[torch.Tensor]:
         return chain(self.model.parameters(), self.model.buffers())
 
+    def own_tensors(self) -> list[torch.Tensor]:
+        """Those that the student does not have as well: a module around the distiller may have moved it already."""
+        shared = {*map(id, self.shared)}
+        keys = {(id(module), key) for _, module, key in self.shared_parameters}
+        return [
+            tensor
+            for module in self.model.modules()
+            if id(module) not in shared
+            for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            if (id(module), key) not in keys
+        ]
+
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
         """To where fn takes tensors from the teacher's device, if the teacher is on one device, not there, and can.
 
         A teacher on a GPU that the student was not on has been put there, and stays.
         """
-        devices = {tensor.device for tensor in self.tensors()}
+        devices = {tensor.device for tensor in self.own_tensors()}
         if len(devices) != 1 or self.stays:
             return
         (device,) = devices
@@ -178,7 +195,8 @@ class FrozenTeacher:
         if target == device:
             return
         if device.type == "meta":
-            self.model.to_empty(device=target)
+            if all(tensor.is_meta for tensor in self.tensors()):
+                self.model.to_empty(device=target)
             return
         try:
             self.model.to(target)

@@ -78,8 +78,8 @@ def test_a_build_that_only_one_rank_called_says_soon_what_it_waits_for(tmp_path,
 
 def share_slowly(rank, folder):
     """One shard, of the first rank; batches come more often than the other one's patience ends, the shard does not."""
-    with mock.patch("vkd_kernels.store.build.LONGEST_SILENCE", 2.0):
-        build(folder, Teacher(seconds=0.4), batch_size=5, shard_samples=SAMPLES)
+    with mock.patch("vkd_kernels.store.build.LONGEST_SILENCE", 4.0):
+        build(folder, Teacher(seconds=0.6), batch_size=5, shard_samples=SAMPLES)
 
 
 def test_a_rank_without_work_waits_as_long_as_another_one_works(tmp_path):

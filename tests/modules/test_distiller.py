@@ -278,6 +278,12 @@ def test_logits_by_a_function_of_the_output():
     torch.testing.assert_close(distiller(IMAGES)[1], {"logits": expected, "total": expected})
     compiled = torch.compile(distiller, backend="eager")
     torch.testing.assert_close(compiled(IMAGES)[1]["logits"], expected)
+    head = torch.nn.Linear(5, 3)
+    distiller = make([], teacher=CNN(classes=5), logit_weight=1.0, teacher_logits=lambda output: head(output))
+    distiller(IMAGES)[1]["total"].backward()
+    assert head.weight.grad is None  # a teacher is not trained
+    with pytest.raises(TypeError, match="teacher_logits must not be a module, which would be trained"):
+        make([], teacher=CNN(classes=5), logit_weight=1.0, teacher_logits=head)
     with pytest.raises(TypeError, match="what student_logits returns must be a tensor; got list"):
         make([], logit_weight=1.0, student_logits=list)(IMAGES)
     with pytest.raises(ValueError, match=r"got \(5, 3\) and \(5, 5\).*teacher_logits=lambda output: output.logits\["):

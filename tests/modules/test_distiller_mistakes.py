@@ -355,7 +355,8 @@ def test_a_student_that_ddp_has_wrapped_is_refused(wrap, tmp_path):
     try:
         student = wrap(nn.parallel.DistributedDataParallel(layers(8)))
         with pytest.raises(ValueError, match="wrap the distiller in DistributedDataParallel, not the student"):
-            vk.FeatureDistiller(student, layers(32), [], logit_weight=1.0)
+            vk.FeatureDistiller(student, layers(32), [{"student": "", "teacher": "", "dims": (8, 32)}])
+        vk.FeatureDistiller(student, layers(32), [], logit_weight=1.0)  # nothing here would be trained by each rank
     finally:
         dist.destroy_process_group()
 

@@ -82,13 +82,15 @@ def test_a_shared_part_that_training_would_change_is_refused():
         distiller(IMAGES)
 
 
-def test_the_teacher_moves_before_the_student_that_may_share_its_parts():
-    """Otherwise it would be on two devices by then, and stay there."""
-    distiller = make()
-    devices = []
-    distiller.source.move = lambda *_: devices.append(distiller.student.head.weight.device.type)
-    distiller.to("meta")
-    assert devices == ["cpu"]
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_teacher_moves_that_shares_parts_with_the_student(outer):
+    """Also where a module around the distiller, as Lightning's, has moved the student before: then it is on two."""
+    trunk = frozen_trunk()
+    student, teacher = on(trunk, 8), on(trunk, 12)
+    distiller = make([{"student": "", "teacher": "", "name": "x"}], student, teacher)
+    module = nn.ModuleDict({"student": student, "distiller": distiller}) if outer else distiller
+    module.to("meta")
+    assert all(tensor.is_meta for tensor in (*teacher.parameters(), *teacher.buffers()))
 
 
 def test_the_teacher_keeps_its_dtype_and_follows_the_device():

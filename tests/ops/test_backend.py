@@ -114,7 +114,9 @@ def test_reasons(monkeypatch, cuda, op, implementation, device, dtype, reason):
     monkeypatch.setattr(implementations, "_build_record", lambda: {"reason": "no nvcc"})
     monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (7, 5))
+    monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
     told = implementations.why_not(op, Implementation(implementation), device, dtype)
     assert told is None if reason is None else re.search(reason, told)
 
@@ -132,8 +134,10 @@ def test_gpus_that_are_too_old_for_triton_have_the_loss_in_pytorch(monkeypatch, 
     monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
     monkeypatch.setattr(implementations, "why_no_launches", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
     implementations._warn_once.cache_clear()
     both = (Implementation.TRITON, Implementation.CHUNKED)
     asked = "ortho_proj_loss", "triton", "cuda", torch.float32, both
@@ -163,6 +167,7 @@ def test_the_least_capability_is_that_of_the_tiles():
         RuntimeError("Failed to find C compiler"),
         subprocess.CalledProcessError(1, ["gcc", "driver.c"]),
         AssertionError("libcuda.so cannot found"),
+        ImportError("cuda_utils.so: failed to map segment from shared object"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -178,7 +183,9 @@ def test_where_triton_cannot_launch_kernels_it_does_not_serve(monkeypatch, error
     monkeypatch.setitem(sys.modules, "triton", fake)
     monkeypatch.setattr(implementations, "triton_interprets", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
     implementations.why_no_launches.cache_clear()
     reason = implementations.why_not("ortho_proj_loss", Implementation.TRITON, "cuda", torch.float32)
     implementations.why_no_launches.cache_clear()

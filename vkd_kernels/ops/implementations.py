@@ -121,9 +121,20 @@ def why_no_launches() -> str | None:
     """The reason why Triton can't launch kernels on the GPU, or None; the first call compiles what launches them."""
     try:
         importlib.import_module("triton").runtime.driver.active.get_current_target()
-    except (RuntimeError, OSError, AssertionError, subprocess.CalledProcessError) as error:
-        return f"Triton can't launch kernels, which needs a C compiler, Python's headers and libcuda.so: {error!s:.300}"
+    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.CalledProcessError) as error:
+        needs = "a C compiler, Python's headers and the driver's library"
+        return f"Triton can't launch kernels, which needs {needs}: {error!s:.300}"
     return None
+
+
+@functools.cache
+def why_not_on_gpu(index: int) -> str | None:
+    """The reason why the Triton kernels can't run on that GPU, or None."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and (major, minor) < TRITON_CAPABILITY:
+        needed = ".".join(map(str, TRITON_CAPABILITY))
+        return f"the Triton kernels need compute capability {needed}; this GPU has {major}.{minor}"
+    return None if triton_interprets() else why_no_launches()
 
 
 def triton_interprets() -> bool:
@@ -165,12 +176,7 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16; got float64"
     if device_type == "cuda" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        if torch.version.hip is None and (major, minor) < TRITON_CAPABILITY:
-            needed = ".".join(map(str, TRITON_CAPABILITY))
-            return f"the Triton kernels need compute capability {needed}; this GPU has {major}.{minor}"
-        if not triton_interprets():
-            return why_no_launches()
+        return why_not_on_gpu(torch.cuda.current_device())
     return None
 
 

@@ -254,11 +254,11 @@ def wait_for_others(folder: Path, manifest: Manifest, ranks: int) -> None:
         if seen != before:  # times are compared with one another: the clocks of other machines may differ
             since = time.monotonic()
         silence = time.monotonic() - since
-        if silence > LONGEST_SILENCE:
-            raise TimeoutError(why_it_waits(folder, left, ranks, silence))
         if silence > NOTABLE_SILENCE and not said:
             said = True
             print(f"still waiting: {why_it_waits(folder, left, ranks, silence)}", file=sys.stderr, flush=True)
+        if silence > LONGEST_SILENCE:
+            raise TimeoutError(why_it_waits(folder, left, ranks, silence))
         time.sleep(0.2)
 
 

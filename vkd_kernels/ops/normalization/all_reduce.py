@@ -68,7 +68,9 @@ def with_gradient(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
 
     A rank's features have no graph where its student is frozen in this step, or an optional pair was skipped.
     """
-    return x if group is None or x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+    if group is None or x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x  # torch.compile can't make leaves in a graph
+    return x.detach().requires_grad_()
 
 
 def global_loss(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
