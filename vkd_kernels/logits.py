@@ -62,12 +62,10 @@ def logit_loss(
         )
     acc_dtype = torch.promote_types(student.dtype, torch.float32)
     row_weight = checks.row_weights(f"masks[{name!r}]", mask, student.shape[:-1], student, acc_dtype)
+    teacher = teacher.detach().to(device=student.device, dtype=acc_dtype)  # at once: the device may have no float64
     log_q, log_p = (
         F.log_softmax(without_masked_rows(x.flatten(0, -2).to(acc_dtype), row_weight) / temperature, dim=-1)
-        for x in (
-            student,
-            teacher.detach().to(device=student.device, dtype=acc_dtype),
-        )  # the device may have no float64
+        for x in (student, teacher)
     )
     distances = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)  # (N,)
     own = log_q.new_full((), len(log_q)) if row_weight is None else row_weight.sum()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from .images import different_normalization
 from .ops import checks
@@ -120,7 +119,7 @@ class FrozenTeacher:
     def _check_shared_statistics(self) -> None:
         shared = {*map(id, self.shared)}
         for name, module in self.model.named_modules():
-            updates = isinstance(module, _NormBase) and module.track_running_stats and module.training
+            updates = getattr(module, "track_running_stats", False) and module.training  # batch and instance norms
             if updates and id(module) in shared:
                 raise ValueError(
                     f"{self.where} shares {name!r}, a {type(module).__name__} in training mode, with the student, "

@@ -67,7 +67,7 @@ def test_a_rank_that_never_comes_is_reported(tmp_path, monkeypatch):
 
 def test_a_build_that_only_one_rank_called_says_soon_what_it_waits_for(tmp_path, monkeypatch, capsys):
     """As in Lightning's prepare_data, where the others wait in a barrier."""
-    monkeypatch.setattr("vkd_kernels.store.build.NOTABLE_SILENCE", 0.3, raising=False)
+    monkeypatch.setattr("vkd_kernels.store.build.NOTABLE_SILENCE", 0.3)
     monkeypatch.setattr("vkd_kernels.store.build.LONGEST_SILENCE", 1.5)
     with pytest.raises(TimeoutError):
         build(tmp_path, rank=0, world_size=3)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import runs
 from .config import OptionError
 from .runs import RunError
-from .task import Optim, Run, Task, check_parts, ranks, seed_all
+from .task import Optim, Run, Task, ranks, seed_all
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,6 @@ class Loop:
     def __init__(self, task: Task, weights: str) -> None:
         self.task, self.options, self.context, self.fabric = task, task.config.run, task.context, task.fabric
         folder, optim = self.context.folder, task.optim
-        check_parts("optim.batch_size", optim.batch_size)
         self.checkpoint, self.weights, self.log_path = (folder / x for x in ("checkpoint.pt", weights, "metrics.jsonl"))
         if self.fabric.world_size > 1 and self.fabric.device.type == "cuda":
             convert_sync_batchnorm(task.model)

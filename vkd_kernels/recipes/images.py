@@ -108,8 +108,6 @@ class Images:
     def few(self, learner: str, start: int, batch_size: int, mine: slice) -> Iterator[list[Key]]:
         """Labeled images, then unlabeled ones; a student alone sees the labeled ones of the same batches."""
         labeled = round(batch_size * self.config.labeled_share)
-        if labeled % mine.step:
-            raise OptionError(f"data.labeled_share: {labeled} labeled images are not equal parts for {mine.step} ranks")
         hidden = torch.ones(self.images, dtype=torch.bool)
         hidden[self.labeled] = False
         others = hidden.nonzero().flatten()

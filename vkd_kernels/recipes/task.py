@@ -260,7 +260,6 @@ def as_teacher(role: type[Task], task: Task) -> Task:
     """The training of the task's teacher: `role` stands before the task's own class, whose data and networks stay. It
     has `teacher.steps`, `.batch_size` and `.lr`, warms up in the same share of its steps, and is taught by nobody."""
     config, t, warmup = task.config, task.config.teacher, task.optim.warmup
-    check_parts("teacher.batch_size", t.batch_size)
     if warmup >= 1:  # in steps
         warmup = round(warmup / task.steps * t.steps)
     optim = {"lr": t.lr, "steps": t.steps, "batch_size": t.batch_size, "epochs": 0.0, "min_lr": 0.0, "ema": 0.0}
