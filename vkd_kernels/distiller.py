@@ -325,7 +325,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         elif self.reduction == "mean" and step.student[1].get("num_items_in_batch") is not None:
             share = share_of_items(step.student[1], group)
             losses = {name: loss * share for name, loss in losses.items()}
-        total = sum(factors.get(term.name, 1.0) * self.weights[term.name] * losses[term.name] for term in self.terms)
+        balanced = {name: factors[name] * loss for name, loss in losses.items()} if factors else losses
+        total = sum(balanced[term.name] * self.weights[term.name] for term in self.terms)
         if not step.metrics:
             return output, {**losses, "total": total}
         report = {"loss": total.detach()} | {f"loss/{name}": loss.detach() for name, loss in losses.items()}

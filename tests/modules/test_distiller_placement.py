@@ -124,8 +124,12 @@ def test_a_teacher_on_two_devices_is_left_alone():
 
 
 def on_another_gpu(width):
-    with FakeTensorMode(), torch.device("cuda:1"):
-        return layers(width)
+    model = layers(width)
+    with FakeTensorMode():
+        for module in model:
+            for name, parameter in [*module.named_parameters()]:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cuda:1")))
+    return model
 
 
 @pytest.mark.parametrize("several", [False, True])
