@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vkd_kernels as vk
+from tests.helpers import processes
 from vkd_kernels.functional import cayley_inverse
 from vkd_kernels.ops import implementations
 
@@ -191,9 +192,30 @@ def test_backward_twice_gives_the_same_bits(backend):
     assert torch.equal(first, second)
 
 
-def test_second_order_gradient():
-    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda w: vk.cayley(w, backend="torch"), (weight,))
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
+def test_second_order_and_forward_mode(shape):
+    def function(w):
+        return vk.cayley(w, backend="torch")
+
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (weight,), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, (weight,), check_fwd_over_rev=True)
+
+
+VMAP_OF_LARGE_MATRICES = """
+import torch, vkd_kernels as vk
+torch.set_num_threads(2)
+weights = torch.randn(4, 384, 192) / 14
+for _ in range(6):
+    mapped = torch.func.vmap(vk.cayley)(weights)
+torch.testing.assert_close(mapped, torch.stack([vk.cayley(w, backend="torch") for w in weights]))
+"""
+
+
+def test_vmap_with_several_threads_ends():
+    """PyTorch's batched LU does not always; the processes of `make test` have one thread each."""
+    result = processes.run_python("-c", VMAP_OF_LARGE_MATRICES, seconds=300)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -209,10 +231,15 @@ def test_keeps_its_precision_under_autocast(backend):
     assert torch.equal(grad, under_autocast)
 
 
-def test_nan_reaches_the_result():
-    weight = torch.randn(20, 10)
-    weight[15, 3] = torch.nan
-    assert vk.cayley(weight).isnan().any()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [(15, 3), (2, 3), (2, 2)], ids=["V", "U", "diagonal of U"])
+def test_nan_reaches_the_result(place, backend):
+    weight = torch.randn(20, 10, requires_grad=True)
+    with torch.no_grad():
+        weight[place] = torch.nan
+    q = vk.cayley(weight, backend=backend)
+    assert q.isnan().any()
+    assert torch.autograd.grad(q.sum(), weight)[0].isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 4), (1, 1), (4, 7), (2, 3, 8, 5), (2, 5, 5)])

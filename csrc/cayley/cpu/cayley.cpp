@@ -111,7 +111,7 @@ void forward(const Tensor& weight, const Tensor& q, const Tensor& r) {
       pairs(s, [&](int64_t i, int64_t j) {
         const double skew = double(w(i, j)) - double(w(j, i)), sum = m(i, j);
         m(j, i) = sum - skew;
-        m(i, j) = i == j ? 1.0 + sum : sum + skew;
+        m(i, j) = (i == j ? 1.0 : 0.0) + sum + skew;  // on the diagonal the skew is 0, or NaN
       });
       // sym(M) >= I: never singular, so LAPACK's status needs no look.
       if (side_by_side)

@@ -1,17 +1,46 @@
 """The definition of the Cayley transform and its inverse, in plain PyTorch; extension.py computes the same."""
 
+from typing import Any
+
 import torch
 
 from ..float64 import as_float64
 from ..implementations import no_autocast
 
 
+class _InverseOfEach(torch.autograd.Function):
+    """Matrix by matrix: PyTorch's batched LU on the CPU (seen with 2.14 and MKL) can hang with several threads."""
+
+    @staticmethod
+    def forward(m: torch.Tensor) -> torch.Tensor:  # (..., S, S)
+        inverses = [torch.linalg.inv_ex(x).inverse for x in m.reshape(-1, *m.shape[-2:])]
+        return torch.stack(inverses).view(m.shape) if inverses else m.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (r,) = ctx.saved_tensors
+        return -r.mT @ grad @ r.mT
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
+        (r,) = ctx.saved_tensors
+        return -r @ tangent @ r
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], m: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return _InverseOfEach.apply(m.movedim(in_dims[0], 0)), 0
+
+
 def _inverse(m: torch.Tensor) -> torch.Tensor:  # (..., S, S), symmetric part >= I: never singular
-    # inv_ex neither checks nor synchronizes. A batch goes one by one on the CPU: PyTorch's batched LU (seen with 2.14
-    # and MKL) can hang when it has more than one thread.
-    if m.device.type != "cpu" or m.dim() == 2:
+    # inv_ex neither checks nor synchronizes. A compiled graph can't hold a function with a rule for vmap.
+    if m.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.linalg.inv_ex(m).inverse
-    return torch.stack([torch.linalg.inv_ex(x).inverse for x in m.flatten(0, -3)]).view(m.shape) if m.numel() else m
+    return _InverseOfEach.apply(m)
 
 
 def cayley(weight: torch.Tensor) -> torch.Tensor:  # (..., T, S), T >= S -> (..., T, S)
