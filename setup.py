@@ -11,6 +11,7 @@ kept in vkd_kernels/_build.json, where vkd_kernels.info() finds them.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -56,10 +57,14 @@ def why_it_cannot_compile(command: list[str], suffix: str, source: str) -> str |
         return (errors or said.splitlines() or [f"exit status {result.returncode}"])[0]
 
 
+def cpp_compiler() -> str | None:
+    """The command that CMake takes, too."""
+    return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+
+
 def why_no_cpp() -> str | None:
     """The reason why C++20 can't be compiled against this Python's headers, or None."""
-    asked = os.environ.get("CXX")
-    compiler = asked or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    compiler = cpp_compiler()
     if not compiler or not shutil.which(compiler.split()[0]):
         return "no C++ compiler was found (looked for CXX, c++, g++, clang++)"
     command = [*compiler.split(), "-std=c++20", f"-I{sysconfig.get_path('include')}"]
@@ -69,8 +74,8 @@ def why_no_cpp() -> str | None:
 
 def why_no_build_tools() -> str | None:
     """The reason why an extension of PyTorch can't be built in this environment, or None."""
-    tools = ("torch", "pybind11", "cmake", "ninja")
-    missing = [tool for tool in tools if importlib.util.find_spec(tool) is None and not shutil.which(tool)]
+    missing = [module for module in ("torch", "pybind11") if importlib.util.find_spec(module) is None]
+    missing += [tool for tool in ("cmake", "ninja") if program(tool) is None]
     if not missing:
         return why_no_cmake()
     return (
@@ -82,6 +87,7 @@ def why_no_build_tools() -> str | None:
 def why_no_cmake() -> str | None:
     """The reason why the installed CMake can't read CMakeLists.txt, or None."""
     command = program("cmake")
+    assert command is not None
     try:
         said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -118,7 +124,9 @@ def why_no_cuda(nvcc: Path | None) -> str | None:
         return f"{nvcc} --version names no release"
     if release[1] != torch.version.cuda.split(".")[0]:
         return f"nvcc is CUDA {release[1]}.{release[2]} and PyTorch was built with CUDA {torch.version.cuda}"
-    reason = why_it_cannot_compile([str(nvcc), "-std=c++17"], ".cu", "__global__ void kernel() {}\n")
+    host = os.environ.get("CUDAHOSTCXX")  # as CMake takes it
+    command = [str(nvcc), "-std=c++17", *(["-ccbin", host] if host else [])]
+    reason = why_it_cannot_compile(command, ".cu", "__global__ void kernel() {}\n")
     return reason and f"{nvcc} can't compile: {reason}"
 
 
@@ -142,15 +150,21 @@ def plan() -> Plan:
     return Plan("cpu", reason) if reason else Plan("cuda", None, nvcc)
 
 
+def build_folder(planned: Plan, torch_version: str) -> Path:
+    """One per PyTorch, plan and compilers: CMake keeps those of its first run, and objects must not be stale."""
+    compilers = (shutil.which((cpp_compiler() or "c++").split()[0]), os.environ.get("CUDAHOSTCXX"), planned.nvcc)
+    key = hashlib.sha256(repr(compilers).encode()).hexdigest()[:8]
+    python = f"py{sys.version_info[0]}{sys.version_info[1]}"
+    return ROOT / "build" / f"{planned.build}-torch{torch_version}-{python}-{key}"
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        # One build folder per PyTorch and plan: a changed environment never meets stale objects.
-        python = f"py{sys.version_info[0]}{sys.version_info[1]}"
-        build = ROOT / "build" / f"{PLAN.build}-torch{torch.__version__}-{python}"
+        build = build_folder(PLAN, torch.__version__)
         cmake, ninja = program("cmake"), program("ninja")
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -172,10 +186,10 @@ class CMakeBuild(build_ext):
         subprocess.check_call([cmake, "--build", build])
 
 
-def program(name: str) -> str:
-    """A tool's path: the one beside this Python (as pip installs it), or the one on PATH."""
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else shutil.which(name) or sys.exit(f"{name} was not found")
+def program(name: str) -> str | None:
+    """A tool's path: beside this Python (as pip installs it), on PATH, or among the user's own scripts."""
+    user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path(), user]))
 
 
 class BuildPy(build_py):

@@ -126,6 +126,51 @@ def test_a_cmake_that_cannot_read_the_build_is_a_reason(tmp_path, monkeypatch, s
             planned(monkeypatch, VKD_KERNELS_BUILD=mode)
 
 
+@needs_compiler
+def test_nvcc_is_tried_with_the_host_compiler_that_cmake_takes(tmp_path, monkeypatch):
+    """Where the default gcc is too new for nvcc."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    script = """[ "$1" = --version ] && echo "release 13.0" && exit 0
+case "$*" in *"-ccbin /older/g++"*) exit 0;; esac
+echo "error: unsupported GNU version" >&2; exit 1"""
+    nvcc = fake_program(tmp_path / "bin" / "nvcc", script)
+    assert planned(monkeypatch, CUDA_HOME=tmp_path)[0] == "cpu"
+    assert planned(monkeypatch, CUDAHOSTCXX="/older/g++") == ("cuda", None, nvcc)
+
+
+@needs_compiler
+@pytest.mark.parametrize("found", [True, False])
+def test_build_tools_are_found_among_the_users_scripts_or_are_missing(tmp_path, monkeypatch, found):
+    """`pip install --user cmake ninja` with a folder that is not on PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("c++", "as"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    for tool in ("cmake", "ninja") if found else ():
+        fake_program(tmp_path / "user" / tool, "echo cmake version 3.24.0")
+    get_path = sysconfig.get_path
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda name, *scheme: str(tmp_path / "user") if scheme else get_path(name)
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    build, why, _ = planned(monkeypatch, VKD_KERNELS_BUILD="auto", PATH=tools, CXX="c++", CUDA_HOME="/missing")
+    assert build == ("cpu" if found else "python")
+    assert found or why.startswith("cmake, ninja can't be found")
+
+
+def test_another_compiler_has_another_build_folder(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    module = runpy.run_path(str(ROOT / "setup.py"))
+    folders = set()
+    for nvcc in ("/a/nvcc", "/b/nvcc"):
+        for host in ("g++", "clang++"):
+            monkeypatch.setenv("CUDAHOSTCXX", host)
+            folders.add(module["build_folder"](module["Plan"]("cuda", None, nvcc), "2.14.0"))
+    monkeypatch.setenv("CXX", sys.executable)
+    folders.add(module["build_folder"](module["Plan"]("cuda", None, "/a/nvcc"), "2.14.0"))
+    assert len(folders) == 5
+
+
 def build_wheel(folder, source=ROOT, **environment):
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
     run(*command, **environment)
