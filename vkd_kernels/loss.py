@@ -186,9 +186,9 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
         """The options of the loss, as its implementations take them."""
         return LossSpec(
             normalization=self.normalization,
-            eps=self.eps,
+            eps=float(self.eps),
             loss=LossSpec.shares(self.loss),
-            beta=self.beta,
+            beta=float(self.beta),
             reduction=self.reduction,
         )
 

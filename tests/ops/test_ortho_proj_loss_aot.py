@@ -53,6 +53,7 @@ IN_SHORT = (  # each kernel in every dtype and with every option; sm_90 compiles
     "semi-orthogonal bf16",
     "semi-orthogonal fp32, raw",
     "statistics bf16",
+    "statistics fp16, six, weighted",
     "statistics fp32, weighted",
 )
 WIDEST = ("tokens bf16, 768", "tokens fp32, TF32", "pooled bf16, everything", "semi-orthogonal fp32, raw")
@@ -78,7 +79,15 @@ def names() -> list[str]:
 def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """{kernel: (function, arguments, options)} of the form's launches on that chip."""
     from benchmarks.host_time import forms, stub
-    from vkd_kernels.ops.ortho_proj_loss.triton import launch, loss_tiles, pooled, rows, semi_orthogonal, tiles
+    from vkd_kernels.ops.ortho_proj_loss.triton import (
+        launch,
+        loss_tiles,
+        pooled,
+        rows,
+        semi_orthogonal,
+        statistics,
+        tiles,
+    )
 
     launches: dict[str, Any] = {}
     launch.recorder = lambda kernel, arguments, options: launches.setdefault(
@@ -87,6 +96,7 @@ def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[st
     tiles.chip = lambda device: tiles.Chip("cuda" if chip.startswith("sm") else "hip", CHIPS[chip], 132)
     for module in (loss_tiles, pooled, rows, semi_orthogonal):
         module.precision = lambda dtype: "tf32" if form.endswith("TF32") else "ieee"
+    statistics.has_tf32 = lambda: chip != "gfx950"
     launch.prepared.cache_clear()
     stub.without_products()
     for name, (switch, value) in SWITCHED.items():

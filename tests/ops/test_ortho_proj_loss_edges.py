@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,3 +203,16 @@ def test_batch_norm_of_16_bit_students(dtype, of_student, of_weight, operands, m
     got = gradients(student, teacher, weight)
     assert error(got[0], exact[0]) <= of_student
     assert error(got[1], exact[1]) <= of_weight
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_numbers_of_numpy_are_numbers(backend):
+    """numpy.float64 is a float; Triton took it for none, and later a 1.0 for it."""
+    student, teacher, weight = tensors()
+    for beta, eps in ((np.float64(1.0), np.float64(1e-5)), (np.float64(2.0), np.float64(1e-5)), (1.0, 1e-5), (1, 1e-5)):
+        options = {"beta": beta, "eps": eps, "backend": backend}
+        value = ortho_proj_loss(student, teacher, weight, **options)
+        module = vk.OrthoProjLoss(3, 4, projection="linear", **options)
+        module.projection.weight.data = weight
+        torch.testing.assert_close(value, module(student, teacher))
+        assert torch.equal(value, ortho_proj_loss(student, teacher, weight, **options))

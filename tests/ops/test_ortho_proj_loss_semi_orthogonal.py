@@ -164,6 +164,18 @@ def test_nan_goes_through(where, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("normalization", ["none", "l2", "layer_norm"])
+@pytest.mark.parametrize("loss", ["cosine", "mse", {"mse": 1.0, "cosine": 1.0}], ids=str)
+def test_one_target_of_zeros_adds_nothing_to_the_gradients(loss, normalization, dtype, form):
+    """Its factor, 1e8 or more, is none of float16's numbers; and of a constant row rounding alone is left."""
+    arguments = Arguments((37, 20, 45), dtype, normalization=normalization, loss=loss)
+    arguments.teacher[5] = 1 if normalization == "layer_norm" else 0
+    arguments.student[5, 3] = 300
+    arguments.check(form, slack=3.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_all_rows_masked(form):
     arguments = Arguments((37, 20, 45), torch.float32, weights=True)
     arguments.row_weight.zero_()
@@ -248,6 +260,15 @@ def test_a_student_that_is_close_to_a_teacher_of_large_mean(dtype, offset, noise
         value = module(x, y)
     assert value >= 0
     assert error(value, truth) <= max(1.5 * error(by_reference, truth), 1e-6)
+
+
+@pytest.mark.parametrize("t", [64, 200])
+def test_a_mixture_whose_squares_cancel(t):
+    """The squared error is computed anew, in a unit that is not the cosine's."""
+    arguments = Arguments((40, 20, t), torch.float32, normalization="none", loss={"cosine": 0.9, "mse": 0.1})
+    arguments.teacher = arguments.student @ arguments.weight.T + 0.03 * torch.randn(40, t, device=DEVICE)
+    for form in FORMS:
+        assert error(arguments.run(form)[0], arguments.truth()[0]) <= 2e-5  # 1 - cos cancels, too
 
 
 def test_z_is_formed_only_where_the_squares_cancel(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vkd_kernels.ops import tf32
+from vkd_kernels.ops.ortho_proj_loss import chunks
 
 
 @pytest.fixture(params=["of the installed PyTorch", "before PyTorch 2.9"])
@@ -30,3 +31,38 @@ def test_statistics_are_ieee_and_the_setting_comes_back(setting, allowed):
         assert not tf32.tf32_allowed()
         raise KeyError
     assert tf32.tf32_allowed() == allowed
+
+
+@pytest.mark.parametrize(
+    ("hip", "architecture", "there"),
+    [(None, None, True), ("6.4", "gfx942:sramecc+:xnack-", True), ("7.0", "gfx950", False), ("6.4", "gfx90a", False)],
+)
+def test_triton_multiplies_in_tf32_where_it_can(monkeypatch, setting, hip, architecture, there):
+    launch = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.launch", reason="needs Triton")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(gcnArchName=architecture))
+    launch.has_tf32.cache_clear()
+    try:
+        setting(True)
+        assert launch.precision(torch.float32) == ("tf32" if there else "ieee")
+    finally:
+        launch.has_tf32.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("hip", "version", "accumulation", "dtype", "direct"),
+    [
+        (None, "2.8.0", False, torch.float16, True),
+        (None, "2.14.0", True, torch.float16, False),
+        (None, "2.14.0", True, torch.bfloat16, True),
+        ("6.4", "2.8.0", False, torch.bfloat16, False),
+        ("7.0", "2.10.0", False, torch.bfloat16, True),
+    ],
+)
+def test_16_bit_products_with_a_float32_result(monkeypatch, hip, version, accumulation, dtype, direct):
+    """PyTorch refuses them on ROCm before 2.10, and in float16 where float16 may accumulate."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    matmul = types.SimpleNamespace(allow_fp16_accumulation=accumulation)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    assert chunks._multiplies_into_float32(dtype) == direct

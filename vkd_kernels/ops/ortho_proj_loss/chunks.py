@@ -34,9 +34,16 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
         out = a.new_empty((a.shape[0], b.shape[1]), dtype=acc)
     if a.dtype == out.dtype and (a.is_cuda or a.dtype == acc):
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if a.is_cuda and _multiplies_into_float32(a.dtype):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(torch.mm(a.to(acc), b.to(acc)))  # a CPU has no 16-bit product with a float32 result
+    return out.copy_(torch.mm(a.to(acc), b.to(acc)))
+
+
+def _multiplies_into_float32(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has a 16-bit product with a float32 result on this GPU, under its present settings."""
+    if torch.version.hip is not None and torch.__version__ < (2, 10):  # refused by 2.8, and by some builds of 2.9
+        return False
+    return dtype != torch.float16 or not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -18,7 +18,13 @@ REDUCTIONS = ("mean", "sum")
 def loss_spec(*, normalization: Any, loss: Any, beta: Any, eps: Any, reduction: Any) -> LossSpec:
     """The options of a loss, checked."""
     check_options(normalization, loss, beta, eps, reduction)
-    return LossSpec(normalization=normalization, eps=eps, loss=LossSpec.shares(loss), beta=beta, reduction=reduction)
+    return LossSpec(
+        normalization=normalization,
+        eps=float(eps),  # a number of numpy's, which is a float too, is none to Triton
+        loss=LossSpec.shares(loss),
+        beta=float(beta),
+        reduction=reduction,
+    )
 
 
 def check_options(normalization: Any, loss: Any, beta: Any, eps: Any, reduction: Any) -> None:

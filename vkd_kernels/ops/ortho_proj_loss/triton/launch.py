@@ -182,9 +182,15 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
+@functools.cache
+def has_tf32() -> bool:
+    """Whether Triton can multiply in TF32 here: of AMD's GPUs on MI300 alone."""
+    return torch.version.hip is None or torch.cuda.get_device_properties().gcnArchName.startswith("gfx942")
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products are IEEE unless PyTorch's setting allows TF32."""
-    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() and has_tf32() else "ieee"
 
 
 def group_rows(rows: list[int]) -> tuple[int, ...] | None:

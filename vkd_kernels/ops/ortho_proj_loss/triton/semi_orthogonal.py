@@ -180,9 +180,10 @@ def loss_rows(
             q += tl.load(off_identity + at, mask=mask, other=0.0)
         xx += tl.sum(x * q, 1)
         xm += tl.sum(x * tl.load(products + at, mask=mask, other=0.0), 1)
+    tt = tl.load(squares + offs_n, mask=keep, other=0.0)
+    xm = tl.where(tt == 0, 0.0, xm)  # of a target of 0 there may be rounding left, which the cosine would blow up
     zz = c * c * xx
     zt = c * xm
-    tt = tl.load(squares + offs_n, mask=keep, other=0.0)
     on_z = tl.zeros((BLOCK_N,), tl.float32)
     on_t = tl.zeros((BLOCK_N,), tl.float32)
     share = first_row // BLOCK_N + block_n
@@ -200,6 +201,7 @@ def loss_rows(
         on_z += cosine * tl.where(norm < _NORM_FLOOR, 0.0, cos / raised / raised)
         on_t += cosine * inverse
         tl.store(cosines + share, tl.sum(tl.where(keep, w * (cosine * (1.0 - cos)), 0.0)))
+    on_t = tl.where(tt == 0, 0.0, on_t)  # such a target adds nothing, and this may be too large for float16
     if scale_sums is not None:
         tl.store(scale_sums + share, tl.sum(tl.where(keep, w * (on_z * c * xx - on_t * xm), 0.0)))
 
@@ -435,6 +437,8 @@ def fused_semi_orthogonal_loss(
                 only_if=cancelled,
             )
             anew.launch(0, n)
+            if terms.cosine:  # the unit is another with it
+                anew.partial.mul_(terms.mse)
             launch_sum(anew.partial, loss, **total, only_if=cancelled)
     return loss, grad_student, grad_weight, grad_scale
 

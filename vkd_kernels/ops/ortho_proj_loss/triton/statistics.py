@@ -14,7 +14,7 @@ import triton.language as tl
 from ... import library
 from ..chunks import NO_SECOND_ORDER
 from . import tiles
-from .launch import blocks, on, prepared, unit_stride
+from .launch import blocks, has_tf32, on, prepared, unit_stride
 from .primitives import dot, entry
 
 
@@ -376,7 +376,7 @@ def fused_scatters_backward(
             BLOCK_S=tile.block_s,
             BLOCK_K=tile.block_k,
             STAGES=tile.stages,
-            PRECISION="tf32" if dtype == torch.float16 else "ieee",
+            PRECISION="tf32" if dtype == torch.float16 and has_tf32() else "ieee",
             num_warps=tile.warps,
             num_stages=tile.stages,
         ).bind(
