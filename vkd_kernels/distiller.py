@@ -24,7 +24,7 @@ from .pairs import Pair, as_pairs
 from .pooling import ComparedRows, compared, masks_of_sides
 from .store import FeatureStore
 from .store.source import SeveralSources, StoredTeacher
-from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped
+from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped, versions_by_id
 from .teachers import KeptModes, ModelTeachers, TeacherAnswer, TeacherCall, TeacherSource
 
 
@@ -277,7 +277,12 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         known = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         step = Step(
             student=(args, kwargs),
-            teacher=TeacherCall(arguments=(args, known), teacher_input=teacher_input, indices=indices),
+            teacher=TeacherCall(
+                arguments=(args, known),
+                teacher_input=teacher_input,
+                indices=indices,
+                versions=versions_by_id((args, known, teacher_input)),
+            ),
             masks={} if masks is None else masks,
             total_rows=total_rows,
             metrics=metrics,

@@ -22,7 +22,13 @@ def logits_of(output: Any, key: int | str | tuple | Callable | None, side: str) 
         return logits
     if key is None and "logits" in entries_of(output):
         key = "logits"
-    return as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
+    logits = as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
+    if logits.dim() > 3:
+        raise ValueError(
+            f"{where} has logits of the shape {tuple(logits.shape)}, and classes must come last. Say where they are by "
+            f"a function, for (N, classes, H, W): {option}=lambda output: output['logits'].permute(0, 2, 3, 1)"
+        )
+    return logits
 
 
 def logit_terms(logit_weight: float | Mapping[str, float] | None, teachers: list[str]) -> tuple[LossTerm, ...]:

@@ -127,6 +127,12 @@ def _check_side(side: Side) -> None:
         raise TypeError(f"{name} must be the name of a module; got {checks.describe(side.module)}")
     if not callable(side.pool):
         checks.check_choice(f"{name}_pool", side.pool, POOLINGS)
+    if isinstance(side.pool, nn.Module) and _has_state(side.pool):
+        raise TypeError(
+            f"{name}_pool must be a function of the features, without weights, statistics or dropout; got "
+            f"{type(side.pool).__name__}, which would be neither trained, saved nor moved. Make it a part of the "
+            f"{name}, and tap it there"
+        )
     if not isinstance(side.skip, int) or side.skip < 0:
         raise ValueError(f"{name}_skip must be an int >= 0; got {checks.describe(side.skip)}")
     steps = side.output if isinstance(side.output, tuple) else (side.output,)
@@ -142,6 +148,12 @@ def _check_side(side: Side) -> None:
             raise TypeError(f"{name}_grid must be (H, W); got {checks.describe(side.grid)}")
         for size in side.grid:
             checks.check_dim(f"{name}_grid", size)
+
+
+def _has_state(module: nn.Module) -> bool:
+    """Weights, statistics, or a mode that matters."""
+    state = [*module.parameters(), *module.buffers()]
+    return bool(state) or any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules())
 
 
 def as_pairs(pairs: Sequence[Mapping[str, Any] | Pair]) -> tuple[Pair, ...]:

@@ -26,7 +26,7 @@ class Returned:
     @classmethod
     def of(cls, value: Any) -> "Returned":
         """Where changes in place can't be counted (in a compiled graph, in inference mode) a copy is kept instead."""
-        if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors_in(value)):
+        if not versions_count(value):
             return cls(copied(value), ())
         return cls(value, tuple(x._version for x in tensors_in(value)))
 
@@ -164,6 +164,16 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [x for item in value for x in tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def versions_count(value: Any) -> bool:
+    """Whether its tensors count their changes in place."""
+    return not (torch.compiler.is_compiling() or any(x.is_inference() for x in tensors_in(value)))
+
+
+def versions_by_id(value: Any) -> dict[int, int] | None:
+    """How often each of its tensors was changed in place; None where that isn't counted."""
+    return {id(x): x._version for x in tensors_in(value)} if versions_count(value) else None
 
 
 def copied(value: Any) -> Any:

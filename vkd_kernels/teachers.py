@@ -26,6 +26,17 @@ class TeacherCall:
     arguments: tuple[tuple, dict]  # the student's
     teacher_input: Any = None  # in their place
     indices: Any = None  # of the samples, for stored features
+    versions: Mapping[int, int] | None = None  # of what is given, before the student ran (taps.versions_by_id)
+
+    def check_unchanged(self, given: Any, where: str) -> None:
+        """An error where a model that ran before changed what this teacher is given."""
+        if self.versions is None or all(self.versions.get(id(x)) == x._version for x in tensors_in(given)):
+            return
+        raise RuntimeError(
+            f"{where} would not see the batch as it came: the student, or a teacher before it, changed it in place (a "
+            "first layer with inplace=True, x.sub_(mean), an entry of a batch that it assigned anew). Let that model "
+            "change a copy, or give the teacher a batch of its own by teacher_input"
+        )
 
 
 class TeacherAnswer(abc.ABC):
@@ -331,6 +342,7 @@ class ModelTeachers(TeacherSource):
         if name in self.unlike and given is None and torch.is_grad_enabled():
             warn_of_images(self.unlike.pop(name))
         args, kwargs = call.arguments if given is None else as_arguments(given)
+        call.check_unchanged((args, kwargs), teacher.where)
         return run_tapped(lambda: teacher.answer(args, kwargs), self.taps_of(name))
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:

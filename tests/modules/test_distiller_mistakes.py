@@ -380,3 +380,92 @@ def test_a_channels_last_map_that_is_read_as_channels_first_is_warned_of(side):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vk.FeatureDistiller(Blocks(), Blocks(), [{**pair, f"{side}_layout": "NHWC"}], example_input=images)
+
+
+class ChangesItsInput(nn.Module):
+    """As models do that normalize images themselves, or that begin with a layer in place."""
+
+    def __init__(self, how, width=8):
+        super().__init__()
+        self.how, self.last = how, nn.Linear(6, width)
+
+    def forward(self, batch):
+        if self.how == "assigned":
+            batch["x"] = batch["x"] * 0.5
+            return self.last(batch["x"])
+        return self.last(batch.mul_(0.5) if self.how == "in place" else batch * 0.5)
+
+
+class TakesBatch(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+@pytest.mark.parametrize("logits_alone", [True, False])
+def test_a_student_that_changes_what_the_teacher_is_given_is_an_error(how, logits_alone):
+    teacher = (TakesBatch if how == "assigned" else nn.Linear)(6, 8)
+    pairs = [] if logits_alone else [{"student": "last", "teacher": "", "dims": (8, 8)}]
+    distiller = vk.FeatureDistiller(ChangesItsInput(how), teacher, pairs, logit_weight=1.0)
+    x = FEATURES.clone()
+    with pytest.raises(RuntimeError, match="teacher would not see the batch as it came: the student, or a teacher"):
+        distiller({"x": x} if how == "assigned" else x)
+    x = FEATURES.clone()
+    own = {"x": x.clone()} if how == "assigned" else x.clone()
+    distiller({"x": x} if how == "assigned" else x, teacher_input=(own,))
+    with pytest.raises(RuntimeError, match="would not see the batch"):
+        given = {"x": x} if how == "assigned" else x
+        distiller(given, teacher_input=(given,))
+
+
+def test_a_teacher_that_changes_what_the_next_one_is_given_is_an_error():
+    teachers = {"a": ChangesItsInput("in place"), "b": nn.Linear(6, 8)}
+    weights = {"a": 1.0, "b": 1.0}
+    distiller = vk.FeatureDistiller(nn.Linear(6, 8), teachers, [], logit_weight=weights)
+    with pytest.raises(RuntimeError, match="teacher 'b' would not see the batch as it came"):
+        distiller(FEATURES.clone())
+    distiller = vk.FeatureDistiller(
+        nn.Linear(6, 8), teachers | {"a": ChangesItsInput("a copy")}, [], logit_weight=weights
+    )
+    distiller(FEATURES.clone())
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.Sequential(nn.Conv2d(6, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.BatchNorm2d(6, affine=False),
+        nn.Sequential(nn.Dropout2d(0.1), nn.Flatten()),
+    ],
+    ids=["weights", "statistics", "dropout"],
+)
+def test_a_pool_that_would_have_to_be_trained_is_refused(side, pool):
+    """It would stay as it was drawn: in no optimizer, no state dict and no .to()."""
+    with pytest.raises(TypeError, match=f"{side}_pool must be a function.*Make it a part of the {side}"):
+        vk.Pair("embed", "conv", **{f"{side}_pool": pool})
+    vk.Pair("embed", "conv", **{f"{side}_pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())})
+
+
+@pytest.mark.parametrize("key", [None, "out"])
+def test_logits_of_every_position_have_classes_last_or_a_function_says_where(key):
+    """Of (N, classes, H, W) the softmax was over the width."""
+
+    class Segments(nn.Conv2d):
+        def forward(self, images):
+            logits = super().forward(images)
+            return logits if key is None else {key: logits}
+
+    def logits(output):
+        return (output if key is None else output[key]).permute(0, 2, 3, 1)
+
+    models = Segments(3, 5, 1), Segments(3, 5, 1)
+    for sides in ([], ["student"], ["teacher"]):
+        options = {f"{side}_logits": logits if side in sides else key for side in ("student", "teacher")}
+        distiller = vk.FeatureDistiller(*models, [], logit_weight=1.0, **options)
+        with pytest.raises(ValueError, match=r"of the shape \(5, 5, 8, 8\), and classes must come last"):
+            distiller(IMAGES)
+    distiller = vk.FeatureDistiller(*models, [], logit_weight=1.0, student_logits=logits, teacher_logits=logits)
+    log_q, log_p = (F.log_softmax(logits(model(IMAGES)), -1) for model in models)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(distiller(IMAGES)[1]["logits"], expected)

@@ -144,9 +144,8 @@ class SeveralSources(TeacherSource):
         answers = {}
         for name, source in self.sources.items():
             stored = isinstance(source, StoredTeacher) and name not in inputs
-            answers[name] = source.answer(
-                TeacherCall(call.arguments, inputs.get(name), indices=call.indices if stored else None)
-            )
+            own = {"teacher_input": inputs.get(name), "indices": call.indices if stored else None}
+            answers[name] = source.answer(dataclasses.replace(call, **own))
         return SeveralAnswers(answers, self.pairs)
 
     def example(self, call: TeacherCall) -> TeacherCall:
