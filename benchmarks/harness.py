@@ -1,15 +1,15 @@
 """The one timing harness: cases, candidates, the accuracy gate, interleaved samples (records.py keeps the results).
 
 CPU: wall time of single calls. CUDA: events around one call on each of several sets of inputs, which together exceed
-the L2 cache, so that every call finds its inputs in memory. Candidates take turns, so that whatever else the machine
-does meets all of them. A candidate whose outputs disagree with float64 gets no time.
+the L2 cache, so that every call finds its inputs in memory; slow candidates go through fewer of them. Candidates take
+turns (sampling.py), so that whatever else the machine does meets all of them. A candidate whose outputs disagree with
+float64 gets no time.
 """
 
 import argparse
 import gc
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -23,11 +23,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise announ
 import torch
 
 from . import floors, records
+from .sampling import sample_undisturbed, summary
 
 PASSES = ("forward", "backward", "both")
 CACHE_FACTOR = 4  # the sets of inputs take at least this many times the L2
 MOST_SETS = 64
-MOST_OTHERS_SHARE = 0.05  # of the processors' time that other processes may take, for CPU times that mean something
+SAMPLE_S = 0.02  # a sample goes through as many sets as fit into this time, and through one at least
+PAUSE_CYCLES = 2_000_000  # about 1 ms of a GPU
 
 
 class WrongOutput(AssertionError):
@@ -113,13 +115,51 @@ def run_time_errors() -> tuple[type[Exception], ...]:
     return RuntimeError, TritonError
 
 
+def gpu_seconds(run: Callable[[], Any]) -> float:
+    """Seconds that the GPU takes for run(), between two events.
+
+    A pause is queued first, in which the host starts the work: on an idle GPU its time to start the first kernels would
+    count in passes that follow a synchronization, and not in the backward pass, which follows a forward pass.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE_CYCLES)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 class Runner:
-    """One candidate over all sets of inputs: `sample(pass)` is the seconds of one call."""
+    """One candidate over sets of inputs: `sample(pass)` is the seconds of one call."""
 
     def __init__(self, candidate: Candidate, sets: list, device: str):
         self.candidate, self.device = candidate, device
         self.calls = [candidate.build(inputs) for inputs in sets]
         self.replay = None
+
+    def add_sets(self, sets: list) -> None:
+        """As many more sets of inputs as fit into SAMPLE_S with the first, by the wall time of one call.
+
+        With CACHE_FACTOR L2 of 50 MB and 4 TB/s, what a call that is given fewer sets can save by finding its inputs in
+        the L2 is below 0.3 % of its time. A CUDA graph, which is faster than the call that it captures, gets all sets.
+        """
+        if sets and not self.candidate.graph:
+            self._wall_seconds()  # the first call loads or compiles what it needs
+            sets = sets[: max(0, int(SAMPLE_S / max(self._wall_seconds(), 1e-9)) - 1)]
+        self.calls += [self.candidate.build(inputs) for inputs in sets]
+
+    def _wall_seconds(self) -> float:
+        """Forward and backward on every set of inputs, from an idle GPU to an idle GPU."""
+        self._synchronize()
+        start = time.perf_counter()
+        self._both()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def capture(self) -> None:
         """Forward and backward on every set of inputs, as one CUDA graph."""
@@ -149,51 +189,10 @@ class Runner:
         else:
             run = lambda: [call.backward(output) for call, output in zip(self.calls, outputs, strict=True)]  # noqa: E731
         if self.device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3 / len(self.calls)
+            return gpu_seconds(run) / len(self.calls)
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) / len(self.calls)
-
-
-def interleave(samplers: dict[Any, Callable[[], float]], seconds: float, least: int = 3, most: int = 200) -> dict:
-    """{key: samples}: the samplers take turns, in another random order each time.
-
-    Each stops after `seconds` of its own, but not before `least` samples.
-
-    A turn is one sample, or as many as fit 20 ms after one that only warms the caches up again.
-    """
-    samples = {key: [] for key in samplers}
-    spent = dict.fromkeys(samplers, 0.0)
-    order = random.Random(0)
-    while True:
-        active = [k for k, s in samples.items() if len(s) < most and (len(s) < least or spent[k] < seconds)]
-        if not active:
-            return samples
-        for key in order.sample(active, len(active)):
-            began = time.perf_counter()
-            first = samplers[key]()
-            if first > 5e-3:
-                samples[key].append(first)
-            while time.perf_counter() - began < 0.02 and len(samples[key]) < most:
-                samples[key].append(samplers[key]())
-            spent[key] += time.perf_counter() - began
-
-
-def summary(samples: list[float]) -> dict:
-    """Median and spread in seconds, and the samples' number."""
-    ordered = sorted(samples)
-    tenth = (len(ordered) - 1) / 10
-    return {
-        "median_s": statistics.median(ordered),
-        "p10_s": ordered[round(tenth)],
-        "p90_s": ordered[round(9 * tenth)],
-        "samples": len(ordered),
-    }
 
 
 def _trace(function) -> list[dict]:
@@ -250,49 +249,6 @@ def peak_bytes(function, device: str) -> int:
     return peak
 
 
-class OtherProcesses:
-    """How much of the processors' time other processes take: `share()` since it was made, None where it can't be told.
-
-    On a few cores another process stretches a parallel region far beyond its own share of the time, so that a record
-    with more than a few per cent here says little about either side of a ratio.
-    """
-
-    def __init__(self):
-        self.start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float] | None:
-        """Seconds, over all processors, that the machine was busy and that it had; this process's own taken out."""
-        path = Path("/proc/stat")
-        if not path.exists():
-            return None
-        user, nice, system, idle, wait, irq, soft, steal = map(int, path.read_text().split(maxsplit=9)[1:9])
-        per_second = os.sysconf("SC_CLK_TCK")
-        busy = (user + nice + system + irq + soft + steal) / per_second
-        return busy - sum(os.times()[:4]), busy + (idle + wait) / per_second
-
-    def share(self) -> float | None:
-        if self.start is None:
-            return None
-        (busy, total), (busy_then, total_then) = self._now(), self.start
-        return round(max(0.0, (busy - busy_then) / max(total - total_then, 1e-9)), 3)
-
-
-def sample_undisturbed(samplers: dict, seconds: float, least: int, tries: int) -> tuple[float | None, dict]:
-    """(others' share, samples) of the first try in which others took little, or else of the one with the least.
-
-    Only the others' share decides, never what was measured.
-    """
-    attempts = []
-    for _ in range(tries):
-        others = OtherProcesses()
-        samples = interleave(samplers, seconds, least)
-        attempts.append((others.share(), samples))
-        if attempts[-1][0] is None or attempts[-1][0] <= MOST_OTHERS_SHARE:
-            return attempts[-1]
-    return min(attempts, key=lambda pair: pair[0])
-
-
 def _nbytes(tensors) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
@@ -312,6 +268,7 @@ def measure(
 ) -> dict:
     """The case's part of a record: a row for every candidate and pass, or the reason why there is none.
 
+    `sets_of_inputs` is the case's, and in a row that of a candidate too slow for all of them.
     `samples` of each row stay in the returned rows for pytest-benchmark; Record writes the summary only.
     """
     sets = [case.inputs(seed) for seed in range(number_of_sets(case.input_bytes, device))]
@@ -323,8 +280,9 @@ def measure(
             rows.append({"candidate": candidate.name, "skipped": candidate.unavailable})
             continue
         try:
-            runner = Runner(candidate, sets, device)
-            facts[candidate.name] = _check(case, candidate, runner, sets[0], truth)
+            runner = Runner(candidate, sets[:1], device)
+            facts[candidate.name] = _check(case, candidate, runner, truth)
+            runner.add_sets(sets[1:])
             if candidate.graph:
                 runner.capture()
             if memory:
@@ -346,6 +304,8 @@ def measure(
     others_share, sampled = sample_undisturbed(samplers, seconds, least, tries if device == "cpu" else 1)
     for (name, which), samples in sampled.items():
         row = {"candidate": name, "pass": which, **summary(samples)}
+        if len(runners[name].calls) < len(sets):
+            row["sets_of_inputs"] = len(runners[name].calls)
         if which == "both":
             row |= {"share_of_floor": floor / row["median_s"], **facts[name]}
         rows.append(row | {"raw": samples})
@@ -363,7 +323,7 @@ def measure(
     }
 
 
-def _check(case, candidate, runner, inputs, truth) -> dict:
+def _check(case, candidate, runner, truth) -> dict:
     """The gate, on the first set of inputs; returns {"errors": ...}."""
     if candidate.check is None:
         return {}

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import bench_cayley, floors, harness, records
+from benchmarks import bench_cayley, floors, harness, records, sampling
 
 # How many times slower than vkd_kernels each is expected to be, at least (of its own products: at most 1 / 1.6).
 TARGETS = {"torch householder": 250.0, "torch cayley": 80.0, "torch matrix_exp": 2000.0}
@@ -72,7 +72,7 @@ def main(arguments=None) -> int:
         if (share := case["others_cpu_share"]) is not None:
             print(
                 f"other processes took {share:.0%} of the processors' time"
-                + (": too much" if share > harness.MOST_OTHERS_SHARE else "")
+                + (": too much" if share > sampling.MOST_OTHERS_SHARE else "")
             )
     print(f"record: {path}")
     return 1 if problems else 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import harness, orthogonal_maps, records
+from benchmarks import orthogonal_maps, records, sampling
 from benchmarks.bench_cayley import OWN_PRODUCTS
 
 Records = dict[str, dict]  # {benchmark: record} of one device
@@ -274,7 +274,7 @@ def others_shares(record: dict) -> list[float]:
 
 
 def is_of_busy_machine(record: dict) -> bool:
-    return max(others_shares(record), default=0.0) > harness.MOST_OTHERS_SHARE
+    return max(others_shares(record), default=0.0) > sampling.MOST_OTHERS_SHARE
 
 
 def busy_lines(device: Records) -> list[str]:

@@ -28,6 +28,7 @@ SLOW_FILES = (
     "ops/test_ortho_proj_loss_group*.py",
     "ops/test_host_time.py",
     "test_benchmarks.py",
+    "test_benchmarks_sampling.py",
     "helpers/test_processes.py",
     "modules/test_faults.py",
     "modules/test_integrations*.py",

@@ -1,11 +1,8 @@
-"""The benchmarks' own arithmetic: costs, gate, sampling, records, report, and the steps of the GPU run."""
+"""The benchmarks' own arithmetic: costs, gate, memory, report (test_benchmarks_sampling.py has the sampling)."""
 
 import json
 import math
 import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ from benchmarks import (
     records,
     report,
 )
-from benchmarks.harness import Calls, Candidate, Case
+from benchmarks.harness import Candidate, Case
 from tests.helpers import processes
 from vkd_kernels.ops.ortho_proj_loss import dispatch
 
@@ -120,81 +117,6 @@ def test_a_wrong_candidate_gets_no_time():
     assert both["share_of_floor"] == pytest.approx(1e-5 / both["median_s"])
     assert both["errors"] == {"output": 0.0, "gradients": 0.0}
     assert not any("raw" in row for row in harness.without_samples(result)["rows"])
-
-
-class Clock:
-    """Stands for the module time in the harness: time passes when somebody sleeps, whatever else the machine does."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(harness, "time", Clock())
-    return harness.time
-
-
-def test_samples_are_of_the_pass_they_name(clock):
-    slow = Calls(lambda: clock.sleep(0.02), lambda _: clock.sleep(0.04))
-    runner = harness.Runner(Candidate("sleeper", lambda inputs: slow), [None, None], "cpu")
-    for which, expected in (("forward", 0.02), ("backward", 0.04), ("both", 0.06)):
-        samples = harness.interleave({which: lambda which=which: runner.sample(which)}, 0.0)[which]
-        assert samples == pytest.approx([expected] * 3)
-
-
-def test_candidates_take_turns(clock):
-    order = []
-
-    def sampler(name, seconds):
-        order.append(name)
-        clock.sleep(seconds)
-        return seconds
-
-    samples = harness.interleave({"a": lambda: sampler("a", 0.03), "b": lambda: sampler("b", 0.06)}, 0.1, least=2)
-    assert [sorted(order[:2]), sorted(order[2:4]), order[4:]] == [["a", "b"], ["a", "b"], ["a", "a"]]  # in any order
-    assert samples == {"a": [0.03] * 4, "b": [0.06] * 2}
-
-
-def test_summary():
-    assert harness.summary([3.0, 1.0, 2.0, 5.0, 4.0]) == {"median_s": 3.0, "p10_s": 1.0, "p90_s": 5.0, "samples": 5}
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs /proc/stat")
-def test_the_share_of_other_processes_is_not_ones_own():
-    others = harness.OtherProcesses()
-    began = time.process_time()
-    while time.process_time() - began < 0.5:
-        pass
-    alone = others.share()
-    assert 0 <= alone <= 1
-    spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        for _ in range(60):  # until it has started, and the machine has time for it
-            others = harness.OtherProcesses()
-            time.sleep(1)
-            # 60 %: it may have to share a core; this process sleeps.
-            if others.share() * os.cpu_count() >= 0.6:
-                break
-        else:
-            pytest.fail(f"another process spins, and its share is {others.share()}")
-    finally:
-        spin.kill()
-        spin.wait()
-
-
-@pytest.mark.parametrize("shares, chosen", [([0.3, 0.04, 0.0], 1), ([0.3, 0.2, 0.25], 1), ([None], 0)])
-def test_a_disturbed_case_is_measured_again(shares, chosen, monkeypatch):
-    remaining, rounds = iter(shares), iter([{"a": [1.0]}, {"a": [2.0]}, {"a": [3.0]}])
-    monkeypatch.setattr(harness.OtherProcesses, "share", lambda self: next(remaining))
-    monkeypatch.setattr(harness, "interleave", lambda *arguments: next(rounds))
-    share, samples = harness.sample_undisturbed({}, 0.0, 1, tries=3)
-    assert share == shares[chosen] and samples == {"a": [chosen + 1.0]}
 
 
 def test_peak_memory_counts_temporaries_and_results():
