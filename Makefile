@@ -97,7 +97,8 @@ wheels: setup
 	VKD_KERNELS_BUILD=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
-# On a machine with an NVIDIA GPU: builds, measures, tests and sanitizes with the Python and PyTorch that are there.
+# On a machine with an NVIDIA GPU: builds, measures, tests and sanitizes with the Python and PyTorch that are there. It
+# takes up to 980 s: where a command may take less, run the three calls of `python -m benchmarks.gpu --help` one by one.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 

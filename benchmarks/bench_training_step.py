@@ -16,6 +16,7 @@ bfloat16 autocast there; the learning rate is 0, so that every step meets the sa
 with the teacher's map resampled to as many positions.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -142,6 +143,10 @@ def check(name, truth, output, gradients):
     return {"loss": abs(output.item() - truth[name]) / abs(truth[name])}
 
 
+def case_name(size: Size, kind: str) -> str:
+    return f"{kind} {size.student} from {size.teacher}, {size.batch} images"
+
+
 def step_case(size: Size, kind: str, device: str) -> harness.Case:
     missing = None if importlib.util.find_spec("timm") else "timm is not installed"
     dtype = "bfloat16" if device == "cuda" else "float32"
@@ -154,7 +159,7 @@ def step_case(size: Size, kind: str, device: str) -> harness.Case:
         flops = size.batch * (3 * forward_flops(student, size.image) + forward_flops(teacher, size.image))
         flops += floors.loss_cost(rows, s, t, 2).flops
     return harness.Case(
-        name=f"{kind} {size.student} from {size.teacher}, {size.batch} images",
+        name=case_name(size, kind),
         parameters={"kind": kind, "n": rows, "s": s, "t": t, "image": size.image, "batch": size.batch},
         dtype=dtype,
         cost=floors.Cost(flops, 0),  # of the models' products, the student's three times: the bytes are not counted
@@ -177,8 +182,10 @@ def dtypes(device):
 
 
 def cases(device, rehearse=False) -> list[harness.Case]:
+    """`rehearse`: the GPU's pooled case by name, small, on a CPU."""
     if rehearse:
-        return [step_case(CPU_SIZE._replace(batch=2), "pooled", "cpu")]
+        tiny = step_case(CPU_SIZE._replace(batch=2), "pooled", "cpu")
+        return [dataclasses.replace(tiny, name=case_name(GPU_SIZE, "pooled"))]
     size = GPU_SIZE if device == "cuda" else CPU_SIZE
     return [step_case(size, kind, device) for kind in ("pooled", "token")]
 

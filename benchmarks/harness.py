@@ -382,6 +382,7 @@ def main(benchmark: str, cases: Callable[..., list[Case]], dtypes, arguments=Non
     """A benchmark as a program, where pytest-benchmark is not to be had; 1 if a candidate was wrong or failed."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark}")
     parser.add_argument("-k", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", metavar="NAME", help="only the case of this very name")
     parser.add_argument("--seconds", type=float, default=0.5, help="sampling time per candidate and pass")
     parser.add_argument(
         "--records", type=Path, default=records.RUNS, help="folder of the records (default: %(default)s)"
@@ -394,10 +395,13 @@ def main(benchmark: str, cases: Callable[..., list[Case]], dtypes, arguments=Non
     options = parser.parse_args(arguments)
     device = "cpu" if options.rehearse else records.device_type()
     listed = cases("cuda", rehearse=True) if options.rehearse else cases(device)
+    names = [case.name for case in listed]
+    if options.case is not None and options.case not in names:
+        parser.error(f"--case: there is no {options.case!r} on this device, but {', '.join(names)}")
     record = records.Record(benchmark, options.records, floors.ceilings(device, dtypes(device)), options.extend)
     problems = []
     for case in listed:
-        if options.k in case.name:
+        if options.k in case.name and options.case in (None, case.name):
             result = measure(case, device, record.ceilings, options.seconds, tries=options.tries)
             record.add(without_samples(result))
             problems += failures(result)

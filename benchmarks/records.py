@@ -1,8 +1,13 @@
 """Records: what was measured, where and with which code, as JSON; report.py reads them.
 
 <folder>/<device>/<benchmark>.json      {"benchmark", "environment", "ceilings", "cases": [...]}
+
+Records of one commit and machine that were written into several folders are merged, case by case, by
+
+    python -m benchmarks.records FOLDER ... --into FOLDER
 """
 
+import argparse
 import json
 import os
 import platform
@@ -14,6 +19,7 @@ from pathlib import Path
 import torch
 
 import vkd_kernels as vk
+from benchmarks import floors
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed
@@ -95,6 +101,16 @@ def clocks() -> str | None:
     return _output("nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader")
 
 
+def refuse_difference(path: Path, was: dict, now: dict) -> None:
+    """The record at `path` is only extended on the same machine, with the same versions and commit."""
+    differs = [key for key in was if key not in ("time", "load_average", "clocks") and was[key] != now.get(key)]
+    if differs:
+        raise SystemExit(
+            f"{path} is another machine's or version's: {', '.join(differs)}. Nothing was overwritten: give another "
+            "folder, or move that record away"
+        )
+
+
 class Record:
     """One benchmark's record, written anew after every case: a run that is cut short keeps what it has.
 
@@ -108,19 +124,19 @@ class Record:
         refuse_changed_tree(folder, now)
         if extend and self.path.exists():
             self.content = json.loads(self.path.read_text())
-            was = self.content["environment"]
-            differs = [key for key in was if key not in ("time", "load_average", "clocks") and was[key] != now.get(key)]
-            if differs:
-                raise SystemExit(f"{self.path} is another machine's or version's: {', '.join(differs)}")
+            refuse_difference(self.path, self.content["environment"], now)
         else:
             self.content = {"benchmark": benchmark, "environment": now, "ceilings": ceilings, "cases": []}
         self.ceilings = self.content["ceilings"]
 
     def add(self, case: dict) -> None:
         """A case, in place of an earlier one of its name."""
-        by_name = {c["case"]: c for c in self.content["cases"]} | {case["case"]: case}
-        self.content["cases"] = list(by_name.values())
+        self.content["cases"] = with_cases(self.content["cases"], [case])
         write(self.path, self.content)
+
+
+def with_cases(cases: list[dict], later: list[dict]) -> list[dict]:
+    return list(({case["case"]: case for case in cases} | {case["case"]: case for case in later}).values())
 
 
 def write(path: Path, content: dict) -> None:
@@ -139,5 +155,62 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
     records = {}
     for path in sorted(Path(folder).glob("*/*.json")):
         content = json.loads(path.read_text())
-        records.setdefault(path.parent.name, {})[content["benchmark"]] = content
+        records.setdefault(path.parent.name, {})[content.get("benchmark", path.stem)] = content
     return records
+
+
+def with_ceilings(case: dict, ceilings: dict) -> dict:
+    """The case with its floor, and the shares of it, by other ceilings."""
+    floor = floors.Cost(case["flops"], case["bytes"]).floor_seconds(ceilings, case["dtype"])
+    rows = [dict(row) for row in case["rows"]]
+    for row in rows:
+        if "share_of_floor" in row:
+            row["share_of_floor"] = floor / row["median_s"]
+    return case | {"floor_s": floor, "rows": rows}
+
+
+def merged(content: dict, later: dict) -> dict:
+    """Both records of one benchmark: cases, and the steps of smoke.json, by their names; of others the later one.
+
+    The ceilings are those of the first, as where a run extends a record.
+    """
+    if "cases" in content:
+        cases = later["cases"]
+        if "ceilings" in content:
+            cases = [with_ceilings(case, content["ceilings"]) for case in cases]
+        return content | {"cases": with_cases(content["cases"], cases)}
+    if isinstance(content.get("steps"), dict):
+        return content | {"steps": content["steps"] | later["steps"]}
+    return later
+
+
+def merge(sources: list[Path], target: Path) -> list[Path]:
+    """Every record below the sources, merged into those below the target; refused before anything is written."""
+    results: dict[Path, dict] = {}
+    for source in sources:
+        for device, of_device in read(source).items():
+            for name, content in of_device.items():
+                refuse_changed_tree(target, content["environment"])
+                path = Path(target) / device / f"{name}.json"
+                before = results.get(path) or read_one(path)
+                if before:
+                    refuse_difference(path, before["environment"], content["environment"])
+                results[path] = merged(before, content) if before else content
+    for path, content in results.items():
+        write(path, content)
+    return list(results)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.records", description="Merges records, case by case.")
+    parser.add_argument("sources", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="whose records are extended")
+    options = parser.parse_args(arguments)
+    written = merge(options.sources, options.into)
+    if not written:
+        parser.error("no records in the folders: expected <device>/<benchmark>.json")
+    print(*written, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

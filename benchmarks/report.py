@@ -318,10 +318,12 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
         lines += [line for plot in plots.get(name, ()) for line in (f"![{Path(plot).stem}]({plot})", "")]
         for benchmark, record in device.items():
             lines += [f"### {name}: {benchmark}", "", *environment_lines(record)]
-            if "steps" in record:
+            if "cases" in record:
+                lines += table(CASE_HEADER, [row for case in record["cases"] for row in case_rows(case)])
+            elif isinstance(record.get("steps"), list):
                 lines += steps_table(record)
             else:
-                lines += table(CASE_HEADER, [row for case in record["cases"] for row in case_rows(case)])
+                lines += [f"No table is made of this record: [{benchmark}.json]({name}/{benchmark}.json).", ""]
             if benchmark == STEP:
                 lines += added_lines(device)
     if set(devices) <= {"cpu"}:

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: costs, gate, memory, report (test_benchmarks_sampling.py has the sampling)."""
 
+import dataclasses
 import json
 import math
 import os
@@ -117,6 +118,23 @@ def test_a_wrong_candidate_gets_no_time():
     assert both["share_of_floor"] == pytest.approx(1e-5 / both["median_s"])
     assert both["errors"] == {"output": 0.0, "gradients": 0.0}
     assert not any("raw" in row for row in harness.without_samples(result)["rows"])
+
+
+def test_a_case_is_chosen_by_its_very_name(tmp_path, monkeypatch, capsys):
+    """Not by a part of it, which others have too."""
+    monkeypatch.setattr(floors, "ceilings", lambda device, dtypes: RATES)
+    named = [dataclasses.replace(case(("right", 3)), name=name) for name in ("5 x 3", "maps 5 x 3", "5 x 3 x 2")]
+
+    def main(*words):
+        arguments = ["--seconds", "0", "--records", str(tmp_path), *words]
+        return harness.main("cayley", lambda device: named, lambda device: (), arguments)
+
+    assert main("--case", "5 x 3") == 0
+    (measured,) = records.read(tmp_path)[records.device_folder()]["cayley"]["cases"]
+    assert measured["case"] == "5 x 3"
+    with pytest.raises(SystemExit):
+        main("--case", "5 x")
+    assert "there is no '5 x' on this device, but 5 x 3, maps 5 x 3, 5 x 3 x 2" in capsys.readouterr().err
 
 
 def test_peak_memory_counts_temporaries_and_results():

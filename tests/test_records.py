@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import lowest_versions, records
+from benchmarks import lowest_versions, records, report
 from tests.test_benchmarks import RATES
 
 
@@ -61,6 +61,64 @@ def test_a_record_in_pieces(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="another machine's or version's: commit"):
         records.Record("cayley", tmp_path, RATES, extend=True)
     assert records.Record("cayley", tmp_path, RATES).content["cases"] == []
+
+
+def write(folder, name, **content):
+    """A record as a call on a GPU writes it, into <folder>/gpu."""
+    environment = {"commit": "a" * 40, "dirty": False, "torch": "2.14", "extension": "built", "time": str(folder)}
+    facts = environment | {"device": "some GPU", "cores": 16, "threads": 8} | content.pop("environment", {})
+    records.write(folder / "gpu" / f"{name}.json", {"benchmark": name, "environment": facts, **content})
+
+
+def case(name, seconds):
+    row = {"candidate": "vkd_kernels", "pass": "both", "median_s": seconds, "p10_s": seconds, "p90_s": seconds}
+    rows = [row | {"share_of_floor": 0.1 / seconds}]
+    return {"case": name, "dtype": "float32", "flops": 0, "bytes": 10**9, "floor_s": 0.1, "plot": {}, "rows": rows}
+
+
+def two_calls(folder):
+    """What two calls leave: every kind of record, and the cases of one benchmark in both."""
+    first, second = folder / "call1-records", folder / "call2-records"
+    step = {"name": "build", "outcome": "passed", "seconds": 1.0, "limit_s": 9, "summary": "done"}
+    for number, call in enumerate((first, second), start=1):
+        write(call, f"call{number}", steps=[step], rehearsal=False)
+    write(first, "ortho_proj_loss", ceilings=RATES, cases=[case("a", 0.2), case("b", 0.4)])
+    slower = RATES | {"copy_bytes_per_s": 5e9}
+    write(second, "ortho_proj_loss", ceilings=slower, cases=[case("b", 0.5), case("c", 0.8)])
+    write(first, "smoke", steps={"right": {"wrong": []}})
+    write(second, "smoke", steps={"tile_choices": {}})
+    write(first, "training", steps=300, kinds={})
+    return [first, second]
+
+
+def test_records_of_two_calls_are_merged_by_case(tmp_path):
+    records.main([*map(str, two_calls(tmp_path)), "--into", str(tmp_path / "results")])
+    device = records.read(tmp_path / "results")["gpu"]
+    assert {*device} == {"call1", "call2", "ortho_proj_loss", "smoke", "training"}
+    assert {*device["smoke"]["steps"]} == {"right", "tile_choices"}
+    loss = device["ortho_proj_loss"]
+    rows = {measured["case"]: measured["rows"][0] for measured in loss["cases"]}
+    assert {name: row["median_s"] for name, row in rows.items()} == {"a": 0.2, "b": 0.5, "c": 0.8}
+    assert loss["ceilings"] == RATES
+    assert all(row["share_of_floor"] == pytest.approx(0.1 / row["median_s"]) for row in rows.values())
+
+
+def test_records_of_another_commit_are_not_merged(tmp_path):
+    sources, target = two_calls(tmp_path), tmp_path / "results"
+    write(target, "smoke", steps={}, environment={"commit": "b" * 40})
+    with pytest.raises(SystemExit, match="smoke.json is another machine's or version's: commit. Nothing was overwr"):
+        records.merge(sources, target)
+    assert [path.name for path in target.rglob("*.json")] == ["smoke.json"]
+
+
+def test_the_report_renders_what_it_knows_of_two_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "plot", lambda *arguments: [])
+    records.merge(two_calls(tmp_path), tmp_path / "results")
+    text = report.write(tmp_path / "results").read_text()
+    assert "### gpu: call1" in text and "| build | passed | 1 of 9 s | done |" in text
+    assert "| c | vkd_kernels |" in text
+    for name in ("smoke", "training"):
+        assert f"No table is made of this record: [{name}.json](gpu/{name}.json)." in text
 
 
 @pytest.mark.parametrize(

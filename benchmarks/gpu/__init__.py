@@ -1,1 +1,1 @@
-"""Everything that a machine with an NVIDIA GPU has to show, in two short calls: `python -m benchmarks.gpu`."""
+"""Everything that a machine with an NVIDIA GPU has to show, in three short calls: `python -m benchmarks.gpu`."""

@@ -1,5 +1,6 @@
 """Runs the steps of a call: limits, output, and everything packed after every step."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,12 +19,16 @@ TAIL_LINES = 40
 
 
 def run_call(call: int, folder: Path, rehearse: bool) -> bool:
-    """Whether every step passed (or could not run here)."""
-    work = folder / f"call{call}-records"
+    """Whether every step passed (or could not run here). Everything is written into folder/<commit>."""
+    facts = records.environment()
+    commit = facts.get("commit")
+    folder = folder / (commit[:12] if commit else "unknown-commit")
+    work, name = folder / "records", f"call{call}"
+    refuse_other_records(work, facts)
     work.mkdir(parents=True, exist_ok=True)
-    log = folder / f"call{call}.log"
+    log = folder / f"{name}.log"
     log.write_text("")
-    report = {"call": call, "rehearsal": rehearse, "environment": records.environment(), "steps": []}
+    report = {"benchmark": name, "rehearsal": rehearse, "environment": facts, "steps": []}
     began = time.monotonic()
     for group in plan.groups(call, work, rehearse):
         left_s = plan.LIMIT_S[call] - (time.monotonic() - began)
@@ -37,9 +42,17 @@ def run_call(call: int, folder: Path, rehearse: bool) -> bool:
                 f"{outcome['outcome']:10} {outcome['seconds']:6.1f} s   {outcome['name']}: {outcome['summary']}",
                 flush=True,
             )
-        records.write(folder / f"call{call}.json", report)
-        pack(work, folder / f"call{call}-records.tgz")
+        for place in (folder, work / records.device_folder()):
+            records.write(place / f"{name}.json", report)
+        pack(work, folder / f"{name}-records.tgz")
     return all(outcome["outcome"] in ("passed", "skipped") for outcome in report["steps"])
+
+
+def refuse_other_records(work: Path, facts: dict) -> None:
+    """Before a step's time is lost: its records extend those that are there. The extension may not be built yet."""
+    for path in (work / records.device_folder()).glob("*.json"):
+        was = json.loads(path.read_text())["environment"]
+        records.refuse_difference(path, was | {"extension": None}, facts | {"extension": None})
 
 
 def run_group(group: list[Step], left_s: float, rehearse: bool) -> list[dict]:
@@ -62,9 +75,10 @@ def run_step(step: Step, left_s: float, rehearse: bool) -> dict:
     outcome = {"name": step.name, "limit_s": step.limit_s, "command": public(" ".join(step.command))}
     if step.missing:
         return outcome | {"outcome": "skipped", "seconds": 0.0, "summary": step.missing, "tail": [], "output": ""}
-    limit_s = min(step.limit_s * (4 if rehearse else 1), left_s if not rehearse else 1e9)
-    if limit_s < 5:
-        return outcome | {"outcome": "late", "seconds": 0.0, "summary": "no time was left", "tail": [], "output": ""}
+    limit_s = 4 * step.limit_s if rehearse else min(step.limit_s, left_s)
+    if limit_s < step.limit_s / 2:  # it would be cut short, and its time be lost
+        summary = f"only {max(0.0, left_s):.0f} s were left"
+        return outcome | {"outcome": "late", "seconds": 0.0, "summary": summary, "tail": [], "output": ""}
     began = time.monotonic()
     process = subprocess.Popen(
         step.command,
@@ -110,10 +124,10 @@ def environment(step: Step, rehearse: bool) -> dict[str, str]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """The folder as one file: few files come back from such a machine."""
+    """The folder as one file, whose folder has the archive's name: those of several calls can be unpacked together."""
     part = archive.with_suffix(".part")
     with tarfile.open(part, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
+        tar.add(folder, arcname=archive.stem)
     part.replace(archive)
 
 

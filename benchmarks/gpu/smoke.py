@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.smoke [STEP ...] --records FOLDER
 
-Writes FOLDER/smoke.json after every step; a step that fails loses nothing.
+Writes FOLDER/<device>/smoke.json after every step; a step that fails loses nothing.
 """
 
 import argparse
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.steps) - set(STEPS)
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
-    path = options.records / "smoke.json"
+    path = options.records / records.device_folder() / "smoke.json"
     record = records.read_one(path) or {"benchmark": "smoke", "environment": records.environment(), "steps": {}}
     bad = False
     for name in options.steps or STEPS:

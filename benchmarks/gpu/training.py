@@ -5,7 +5,7 @@
 Side by side: along one student's training, every implementation computes loss and gradients of the same batch, and its
 errors against the reference in float64 are held to 1.5 times those of the reference in the training's own precision.
 On its own: each implementation trains a student of its own from the same start on the same batches; the losses at the
-end must agree within one per cent. Writes FOLDER/training.json.
+end must agree within one per cent. Writes FOLDER/<device>/training.json.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         compared = side_by_side(make(), spec, semi_orthogonal, steps)
         trained = on_its_own(make(), spec, semi_orthogonal, steps)
         record["kinds"][name] = {"side_by_side": compared, "on_its_own": trained}
-        records.write(options.records / "training.json", record)
+        records.write(options.records / records.device_folder() / "training.json", record)
         wrong += [f"{name}: {line}" for line in compared["wrong"] + trained["wrong"]]
         print(name, trained["final_losses"], flush=True)
     for line in wrong:
