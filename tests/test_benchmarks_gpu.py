@@ -1,6 +1,7 @@
 """The calls for a machine with a GPU, rehearsed: a first real call must not fail on its plumbing."""
 
 import json
+import os
 import sys
 import tarfile
 import time
@@ -149,6 +150,58 @@ def test_a_wrong_kernel_fails_the_smoke_test(tmp_path, monkeypatch):
     assert smoke.main(["right", "--rehearse", "--records", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*/smoke.json")
     assert json.loads(path.read_text())["steps"]["right"]["wrong"]
+
+
+EVERY_PROGRAM = """
+from benchmarks.gpu import warm
+for name in warm.programs():
+    kernels = {kernel.__name__ for kernel, _, _ in warm.launched(name, "sm_90")}
+    print(name, "|", *kernels)
+"""
+
+
+@pytest.mark.slow
+def test_what_the_calls_launch_is_compiled_before(tmp_path):
+    """Their losses, run without a GPU, reach the launches of the kernels that are compiled then."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = processes.run_python("-c", EVERY_PROGRAM, cwd=records.ROOT, env=environment, seconds=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = {name: set(words.split()) for name, words in (line.split(" | ") for line in result.stdout.splitlines())}
+    expected = {
+        "right (512, 192, 3024) torch.bfloat16 mse": {"loss_tile", "gradient_tiles"},
+        "right (4096, 192, 3024) torch.bfloat16 cosine": {"loss_tile", "cosine_rows", "scale_gradients"},
+        "detection 34000": {"scatter_tiles", "scatter_gradients", "loss_tile", "scale_gradients"},
+        "detection 600": {"scatter_tiles", "scatter_gradients", "loss_tile", "gradient_tiles"},
+        "row-stationary": {"row_stationary"},
+        "once small 0": {"loss_tile", "gradient_tiles"},
+    }
+    assert all(launched <= kernels[name] for name, launched in expected.items()), kernels
+    assert all(kernels.values()) and len(kernels) > 40
+
+
+def test_a_smoke_test_that_is_cut_short_keeps_its_results(tmp_path, monkeypatch):
+    def endless(rehearse):
+        yield {"first": 1.0}
+        yield {"first": 1.0, "second": 2.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(smoke.STEPS, "right", endless)
+    with pytest.raises(KeyboardInterrupt):
+        smoke.main(["right", "--records", str(tmp_path)])
+    (path,) = tmp_path.glob("*/smoke.json")
+    kept = json.loads(path.read_text())["steps"]["right"]
+    assert kept.pop("seconds") >= 0 and kept == {"first": 1.0, "second": 2.0}
+
+
+def test_results_of_a_smoke_test_are_written_one_by_one(monkeypatch):
+    monkeypatch.setattr(smoke, "median_us", lambda function, repeats: 1.0)
+    monkeypatch.setattr(smoke, "TOKEN_COLUMNS", (192, 384))
+    counts = [sum(map(len, times.values())) for times in smoke.tile_choices(rehearse=True)]
+    assert counts == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(smoke, "relative_error", lambda value, truth: 0.0)
+    monkeypatch.setattr(smoke, "loss_and_gradients", lambda *arguments: [])
+    assert [len(result["errors"]) for result in smoke.right(rehearse=True)] == [1, 2, 3]
 
 
 @pytest.mark.slow

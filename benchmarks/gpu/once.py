@@ -4,8 +4,10 @@ A number is S of the token-level loss (N = 100352, T = 3024). `small` launches e
 against every tile; `tiny` is the same on whatever device there is, smaller still.
 """
 
+import functools
 import itertools
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -36,6 +38,14 @@ def call_module(shape: tuple[int, int, int], loss: str, device: str) -> None:
     module(student, torch.randn(n, t, device=device).bfloat16()).backward()
 
 
+def losses(shapes: list[tuple[int, int, int]], device: str) -> list[Callable[[], None]]:
+    listed = []
+    for shape, normalization, loss in itertools.product(shapes, ("layer_norm", "batch_norm"), ("smooth_l1", "mse")):
+        options = {"normalization": normalization, "loss": loss, "device": device}
+        listed.append(functools.partial(call_loss, shape, everything=True, **options))
+    return listed + [functools.partial(call_module, shape, "mse", device) for shape in shapes if shape[1] <= shape[2]]
+
+
 def main(word: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if word.isdigit():
@@ -44,12 +54,8 @@ def main(word: str) -> None:
                 (100352, int(word), 3024), everything=False, normalization="layer_norm", loss="smooth_l1", device=device
             )
     else:
-        shapes = TINY if word == "tiny" else SMALL
-        for shape, normalization, loss in itertools.product(shapes, ("layer_norm", "batch_norm"), ("smooth_l1", "mse")):
-            call_loss(shape, everything=True, normalization=normalization, loss=loss, device=device)
-        for shape in shapes:
-            if shape[1] <= shape[2]:
-                call_module(shape, "mse", device)
+        for loss in losses(TINY if word == "tiny" else SMALL, device):
+            loss()
         for shape in CAYLEY_SMALL[: 1 if word == "tiny" else None]:
             vk.cayley(torch.randn(shape, device=device, requires_grad=True)).sum().backward()
     if device == "cuda":

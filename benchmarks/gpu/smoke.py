@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.smoke [STEP ...] --records FOLDER
 
-Writes FOLDER/<device>/smoke.json after every step; a step that fails loses nothing.
+Writes FOLDER/<device>/smoke.json after every result; a step that fails or is cut short keeps those before.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from vkd_kernels.ops.ortho_proj_loss.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORST_ERROR = 5e-3  # relative, of bfloat16 features: the table of accuracies that the tests hold is below it
-TOKEN_ROWS, TEACHER_DIM = 100352, 3024
+TOKEN_ROWS, TOKEN_COLUMNS, TEACHER_DIM = 100352, (192, 384, 768), 3024
 RIGHT = [
     ((512, 192, 3024), torch.bfloat16),
     ((4096, 192, 3024), torch.bfloat16),
@@ -120,7 +120,10 @@ def kernels_us(function: Callable[[], object]) -> dict[str, tuple[int, float]]:
 # ------------------------------------------------------------------------------------------------------------ the steps
 
 
-def right(rehearse: bool) -> dict:
+# Each yields its result, also while it is not complete.
+
+
+def right(rehearse: bool) -> Iterator[dict]:
     """Relative errors of loss, grad_student and grad_weight against the reference in float64."""
     errors, wrong = {}, []
     for shape, dtype in [((33, 5, 17), torch.bfloat16)] if rehearse else RIGHT:
@@ -134,14 +137,14 @@ def right(rehearse: bool) -> dict:
             errors[name] = [size if math.isfinite(size) else str(size) for size in sizes]  # JSON has no NaN
             if not all(size <= WORST_ERROR * (2 if rehearse else 1) for size in sizes):
                 wrong.append(name)
-    return {"errors": errors, "wrong": wrong}
+            yield {"errors": errors, "wrong": wrong}
 
 
-def ceilings(rehearse: bool) -> dict:
-    return {} if rehearse else floors.ceilings(DEVICE, (torch.bfloat16, torch.float32))
+def ceilings(rehearse: bool) -> Iterator[dict]:
+    yield {} if rehearse else floors.ceilings(DEVICE, (torch.bfloat16, torch.float32))
 
 
-def reduction(rehearse: bool) -> dict:
+def reduction(rehearse: bool) -> Iterator[dict]:
     """The sum of the partial losses has the same bits in thousands of replays, alone and beside another stream."""
     different = {}
     for name, shape, replays in (("pooled", (512, 192, 3024), 4000), ("token", (20000, 192, 1024), 400)):
@@ -159,13 +162,13 @@ def reduction(rehearse: bool) -> dict:
             graph.replay()
             wrong += sum((value != start).any() for value, start in zip(graph.result, first, strict=True))
         different[name] = int(wrong)
-    return {"different": different, "wrong": [name for name, count in different.items() if count]}
+        yield {"different": different, "wrong": [name for name, count in different.items() if count]}
 
 
-def time_per_kernel(rehearse: bool) -> dict:
+def time_per_kernel(rehearse: bool) -> Iterator[dict]:
     """Forward + backward at token level: stream, graph, and each kernel's share."""
     times = {}
-    for s in (192, 384, 768):
+    for s in TOKEN_COLUMNS:
         inputs = features((9, 4, 11) if rehearse else (TOKEN_ROWS, s, TEACHER_DIM))
         graph = Replay(lambda inputs=inputs: loss_and_gradients(inputs))
         times[s] = {
@@ -174,7 +177,7 @@ def time_per_kernel(rehearse: bool) -> dict:
             "kernels": kernels_us(lambda inputs=inputs: loss_and_gradients(inputs)),
         }
         del graph
-    return times
+        yield times
 
 
 @contextlib.contextmanager
@@ -216,10 +219,10 @@ def variants(s: int) -> dict[str, dict[str, object]]:
     return listed
 
 
-def tile_choices(rehearse: bool) -> dict:
+def tile_choices(rehearse: bool) -> Iterator[dict]:
     """Forward + backward at token level with other tiles, the row-stationary kernel, and other workspaces."""
     times: dict[str, dict[str, float | str]] = {}
-    for s in (192, 384, 768):
+    for s in TOKEN_COLUMNS:
         inputs = features((9, 4, 11) if rehearse else (TOKEN_ROWS, s, TEACHER_DIM))
         times[str(s)] = {}
         chosen = list(variants(s).items())
@@ -229,13 +232,32 @@ def tile_choices(rehearse: bool) -> dict:
                     times[str(s)][name] = median_us(lambda inputs=inputs: loss_and_gradients(inputs), repeats=10)
                 except harness.run_time_errors() as error:  # of a tile that does not fit: the others go on
                     times[str(s)][name] = f"{type(error).__name__}: {str(error)[:200]}"
+            yield times
         for mebibytes in (64,) if rehearse else (64, 128, 256):
             run = functools.partial(loss_with_workspace, inputs, mebibytes << 20)
             times[str(s)][f"workspace of {mebibytes} MiB"] = median_us(run, repeats=10)
-    return times
+            yield times
 
 
 STEPS = {step.__name__: step for step in (right, ceilings, reduction, time_per_kernel, tile_choices)}
+
+
+def run_step(name: str, rehearse: bool, path: Path, record: dict) -> dict:
+    """The step's last result. Each is written at once: a step that is ended from outside keeps what it has."""
+    began, result = time.monotonic(), {}
+
+    def keep(result: dict) -> None:
+        record["steps"][name] = {"seconds": round(time.monotonic() - began, 1), **result}
+        records.write(path, record)
+
+    try:
+        for latest in STEPS[name](rehearse):
+            result = latest
+            keep(result)
+    except Exception:  # a step on its own: the others go on, and the exit status tells
+        result = {**result, "failed": traceback.format_exc()[-2000:]}
+        keep(result)
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -251,13 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = records.read_one(path) or {"benchmark": "smoke", "environment": records.environment(), "steps": {}}
     bad = False
     for name in options.steps or STEPS:
-        began = time.monotonic()
-        try:
-            result = STEPS[name](options.rehearse)
-        except Exception:  # a step on its own: the others go on, and the exit status tells
-            result = {"failed": traceback.format_exc()[-2000:]}
-        record["steps"][name] = {"seconds": round(time.monotonic() - began, 1), **result}
-        records.write(path, record)
+        result = run_step(name, options.rehearse, path, record)
         bad = bad or "failed" in result or bool(result.get("wrong"))
         print(name, str(record["steps"][name])[:1800], flush=True)
     return 1 if bad else 0

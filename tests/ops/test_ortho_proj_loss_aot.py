@@ -78,7 +78,17 @@ def names() -> list[str]:
 
 def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """{kernel: (function, arguments, options)} of the form's launches on that chip."""
-    from benchmarks.host_time import forms, stub
+    from benchmarks.host_time import forms
+
+    launches: dict[str, Any] = {}
+    prepare(form, chip, lambda kernel, *details: launches.setdefault(kernel.__name__, (kernel, *details)))
+    forms.forms()[re.sub(", (TF32|row-stationary|wide)$", "", form)]()
+    return launches
+
+
+def prepare(form: str, chip: str, recorder: Any) -> None:
+    """From now on in this process, recorder(kernel, arguments, options) is called in place of every launch."""
+    from benchmarks.host_time import stub
     from vkd_kernels.ops.ortho_proj_loss.triton import (
         launch,
         loss_tiles,
@@ -89,10 +99,7 @@ def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[st
         tiles,
     )
 
-    launches: dict[str, Any] = {}
-    launch.recorder = lambda kernel, arguments, options: launches.setdefault(
-        kernel.__name__, (kernel, arguments, options)
-    )
+    launch.recorder = recorder
     tiles.chip = lambda device: tiles.Chip("cuda" if chip.startswith("sm") else "hip", CHIPS[chip], 132)
     for module in (loss_tiles, pooled, rows, semi_orthogonal):
         module.precision = lambda dtype: "tf32" if form.endswith("TF32") else "ieee"
@@ -101,8 +108,6 @@ def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[st
     stub.without_products()
     for name, (switch, value) in SWITCHED.items():
         setattr(tiles, switch, value if form == name else None)
-    forms.forms()[re.sub(", (TF32|row-stationary|wide)$", "", form)]()
-    return launches
 
 
 def source(
