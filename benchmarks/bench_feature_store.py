@@ -137,6 +137,7 @@ def store_case(size: Size) -> harness.Case:
         ],
         limits=LIMITS,
         passes=("both",),
+        has_shares=False,  # only the live teacher runs
         truth=lambda setting: None if missing else setting.loss("truth").item(),
     )
 

@@ -173,6 +173,7 @@ def step_case(size: Size, kind: str, device: str) -> harness.Case:
         ],
         limits=LIMITS[dtype],
         passes=("both",),
+        has_shares=False,  # the student alone has no teacher
         truth=lambda setting: None if missing else setting.truth(),
     )
 

@@ -66,6 +66,7 @@ class Case:
     limits: dict[str, float]  # by name of error
     passes: tuple[str, ...] = PASSES
     truth: Callable[[Any], Any] = lambda inputs: None  # float64, computed once and given to every check
+    has_shares: bool = True  # of the floor; not where some candidates do less than the cost counts
     plot: dict = field(default_factory=dict)  # {"series": name, "x": label}, for report.py
 
 
@@ -307,7 +308,7 @@ def measure(
         if len(runners[name].calls) < len(sets):
             row["sets_of_inputs"] = len(runners[name].calls)
         if which == "both":
-            row |= {"share_of_floor": floor / row["median_s"], **facts[name]}
+            row |= ({"share_of_floor": floor / row["median_s"]} if case.has_shares else {}) | facts[name]
         rows.append(row | {"raw": samples})
     return {
         "case": case.name,

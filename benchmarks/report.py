@@ -15,6 +15,7 @@ from benchmarks.bench_cayley import OWN_PRODUCTS
 Records = dict[str, dict]  # {benchmark: record} of one device
 MAPS, LOSS, CAYLEY, STEP = "orthogonal_maps", "ortho_proj_loss", "cayley", "training_step"
 SEMI_ORTHOGONAL = "semi_orthogonal"
+WITHOUT_SHARES = (STEP, "feature_store")  # their floor counts the teacher, which not every candidate runs
 NOT_MEASURED = "not measured yet: it needs an NVIDIA GPU (`make gpu`)"
 
 # -------------------------------------------------------------------------------------------------------- looking up
@@ -213,7 +214,7 @@ def _milliseconds(row: dict | None) -> str:
     return f"{row['median_s'] * 1e3:.3f} ({row['p10_s'] * 1e3:.3f} to {row['p90_s'] * 1e3:.3f})"
 
 
-def case_rows(case: dict) -> list[list[str]]:
+def case_rows(case: dict, with_shares: bool = True) -> list[list[str]]:
     result = []
     for name in dict.fromkeys(row["candidate"] for row in case["rows"]):
         rows = {row.get("pass"): row for row in case["rows"] if row["candidate"] == name}
@@ -231,7 +232,7 @@ def case_rows(case: dict) -> list[list[str]]:
                     if reason
                     else (_milliseconds(rows.get(w)) for w in ("forward", "backward", "both"))
                 ),
-                f"{both['share_of_floor']:.0%}" if "share_of_floor" in both else "",
+                f"{both['share_of_floor']:.0%}" if with_shares and "share_of_floor" in both else "",
                 "" if peak is None else f"{peak / 2**20:.1f}",
                 "" if launched is None else f"{launched:g}",
                 "" if host is None else f"{host * 1e6:.0f}",
@@ -308,7 +309,8 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
         "Written by `python -m benchmarks.report` from the JSON files beside it. Times are medians with the 10th and "
         "90th percentile; candidates of a case took turns in one run. The floor is the larger of flops over the "
         "measured matmul rate and bytes over the measured copy bandwidth; its share is of forward and backward "
-        "together. Extra memory is PyTorch's allocator's, beyond inputs and gradients. Host is the time to start both "
+        "together, and left out where some candidates do less than it counts. Extra memory is PyTorch's allocator's, "
+        "beyond inputs and gradients. Host is the time to start both "
         "passes on a GPU.",
         "",
     ]
@@ -319,7 +321,8 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
         for benchmark, record in device.items():
             lines += [f"### {name}: {benchmark}", "", *environment_lines(record)]
             if "cases" in record:
-                lines += table(CASE_HEADER, [row for case in record["cases"] for row in case_rows(case)])
+                with_shares = benchmark not in WITHOUT_SHARES
+                lines += table(CASE_HEADER, [row for case in record["cases"] for row in case_rows(case, with_shares)])
             elif isinstance(record.get("steps"), list):
                 lines += steps_table(record)
             else:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -189,6 +190,28 @@ def test_training_step_without_timm(monkeypatch):
     monkeypatch.setattr(bench_training_step.importlib.util, "find_spec", lambda name: None)
     result = harness.measure(bench_training_step.step_case(TINY_STEP, "token", "cpu"), "cpu", RATES, 0.01)
     assert [row["skipped"] for row in result["rows"]] == ["timm is not installed"] * 4
+
+
+def test_no_share_of_a_floor_that_counts_more_than_a_candidate_does():
+    """The student alone has no teacher, whose forward pass is part of the floor."""
+    one = dataclasses.replace(case(("right", 3)), has_shares=False)
+    (row,) = [row for row in harness.measure(one, "cpu", RATES, 0.0)["rows"] if row["pass"] == "both"]
+    assert "share_of_floor" not in row and row["errors"]
+    assert not bench_training_step.step_case(TINY_STEP, "pooled", "cpu").has_shares
+    assert not bench_feature_store.store_case(bench_feature_store.CPU_SIZE).has_shares
+    share = report.CASE_HEADER.index("of the floor")
+    measured = {"case": "a", "rows": [row | {"share_of_floor": 7.98}]}
+    assert [report.case_rows(measured, shown)[0][share] for shown in (True, False)] == ["798%", ""]
+    facts = {"environment": records.environment()}
+    for benchmark in report.WITHOUT_SHARES:
+        device = a_record(benchmark, {"a": measured["rows"]})
+        text = report.markdown({"cpu": {benchmark: device[benchmark] | facts}}, {})
+        assert "| a | right |" in text and "798%" not in text
+
+
+def test_no_committed_page_has_a_share_above_one():
+    page = (records.RESULTS / "README.md").read_text()
+    assert all(int(share) <= 100 for share in re.findall(r"\| (\d+)% \|", page))
 
 
 def test_a_step_with_a_store_has_the_loss_of_the_live_teacher(tmp_path):
