@@ -209,6 +209,16 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
     assert task.Optim(schedule="constant", steps=9, warmup=2).rate(8, 9) == 1.0
 
 
+def test_the_moving_average_warms_up_or_is_a_copy_until_its_start():
+    def decays(**values):
+        average = engine.moving_average(nn.Linear(1, 1), task.Optim(steps=1, ema=0.9999, **values))
+        return [average.get_decay(step) for step in (0, 1, 999, 1000, 125_000)]
+
+    assert decays(ema_start=1000) == [0, 0, 0, 0.9999, 0.9999]
+    assert decays(ema_start=1) == [0, *[0.9999] * 4]
+    assert decays() == pytest.approx([0, 0, 0.99, 0.99, 0.9996], abs=1e-4)
+
+
 def test_weight_decay_spares_the_projection_biases_and_what_modules_say():
     class Student(nn.Linear):
         def __init__(self):

@@ -92,6 +92,24 @@ def test_spectral_norm_holds_every_layer_of_the_discriminator_at_1():
         assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.05)
 
 
+def test_spectral_norm_of_the_stored_average_is_1_and_evaluations_change_nothing(tmp_path):
+    """Of its own weights, whose singular vectors are not the averages of those of the steps."""
+    stored = []
+    for every in (1, 0):
+        config = configured(*TINY, "distill.weight=0", "optim.lr=0.01", f"run.eval_every={every}")
+        job(config, tmp_path / f"{every}").train_teacher()
+        training = job(config, tmp_path / f"{every}")
+        engine.train(training)
+        stored.append(runs.load_weights(tmp_path / f"{every}" / "student.safetensors"))
+    assert stored[0].keys() == stored[1].keys() and all(torch.equal(stored[1][k], v) for k, v in stored[0].items())
+    average = training.make_student().eval()
+    average.load_state_dict(stored[0])
+    layers = [m for m in average.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    norms = torch.stack([torch.linalg.matrix_norm(layer.weight.flatten(1), 2) for layer in layers])
+    assert len(norms) > 4
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-4, rtol=0)
+
+
 def tiny_gan(*words):
     config, shape = configured(*TINY, *words), Shape(10, 8, 1)
     networks = gan.Generator(32, 8, shape), gan.Discriminator(8, shape)
@@ -214,6 +232,7 @@ def test_recipes_have_the_published_values(name, classes, fraction):
     values = configs.flatten(recipe(name))
     expected = {"data.classes": classes, "data.fraction": fraction, "optim.lr": 2e-4}
     expected |= {"augment.policy": ("translation", "cutout")}
+    expected |= {"optim.ema": 0.9999, "optim.ema_start": 1000}
     expected |= {"optim.discriminator_steps": 4, "optim.batch_size": 50, "distill.method": "cholesky"}
     expected |= {"teacher.name": "vit_base_patch32_clip_224.openai", "distill.weight": 20.0, "student.width": 256}
     assert {key: values[key] for key in expected} == expected

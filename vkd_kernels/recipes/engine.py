@@ -84,6 +84,12 @@ def train(task: Task, *, weights: str = "student.safetensors") -> dict[str, Any]
     return Loop(task, weights).fit()
 
 
+def moving_average(student: nn.Module, optim: Optim) -> ModelEmaV3:
+    """timm's. It copies at the steps 0 to update_after_step + 1, and those of ours are 0 to ema_start - 1."""
+    start = optim.ema_start
+    return ModelEmaV3(student, decay=optim.ema, use_warmup=not start, update_after_step=start - 2 if start else 0)
+
+
 class Loop:
     """The state of one training. Tasks' `step` sees `model` (wrapped) and `apply`."""
 
@@ -98,7 +104,7 @@ class Loop:
         self.model: Any = self.fabric.setup_module(task.model)
         self.raw_optimizers = task.optimizers()
         self.optimizers = {name: self.fabric.setup_optimizers(o) for name, o in self.raw_optimizers.items()}
-        self.ema = ModelEmaV3(task.student, decay=optim.ema, use_warmup=True) if optim.ema else None
+        self.ema = moving_average(task.student, optim) if optim.ema else None
         self.student: nn.Module = self.ema.module if self.ema else task.student  # what is evaluated and stored
         self.parts: dict[str, Any] = {"model": task.model, **self.raw_optimizers}
         self.parts |= {"ema": self.student} if self.ema else {}
@@ -150,6 +156,9 @@ class Loop:
 
     def validate(self, last: bool) -> None:
         self.student.eval()
+        if self.ema:
+            self.check_weights()
+            self.task.settle(self.student)
         with torch.no_grad(), self.fabric.autocast():
             metrics = self.task.evaluate(self.student)
             if last and self.fabric.is_global_zero:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .models import Shape
 
@@ -49,6 +50,20 @@ def normed(layer: Any) -> Any:
 
 def convolution(before: int, after: int, kernel: int) -> nn.Module:
     return normed(nn.Conv2d(before, after, kernel, padding=kernel // 2))
+
+
+@torch.no_grad()
+def renew_spectral_norms(network: nn.Module) -> None:
+    """The singular vectors by which spectral norm divides, of the weights as they are. A moving average's buffers hold
+    averages of other weights' vectors, by which its layers would have norms above 1."""
+    for layer in network.modules():
+        weight: Any = layer.parametrizations.weight if is_parametrized(layer, "weight") else ()  # type: ignore[union-attr]
+        for part in weight:
+            vectors = dict(part.named_buffers())
+            if vectors.keys() == {"_u", "_v"}:  # spectral norm's
+                left, _, right = torch.linalg.svd(weight.original.movedim(part.dim, 0).flatten(1), full_matrices=False)
+                vectors["_u"].copy_(left[:, 0])
+                vectors["_v"].copy_(right[0])
 
 
 class ConditionalBatchNorm(nn.Module):

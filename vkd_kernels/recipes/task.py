@@ -46,7 +46,14 @@ class Optim(Section):
     epochs: float = option(0.0, "passes over the training data; 0: optim.steps counts", ge=0, le=10**6)
     batch_size: int = option(64, "images per optimizer step, of all ranks together", ge=1, le=10**6)
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", ge=0)
-    ema: float = option(0.0, "decay of the moving average of the student; 0: none", ge=0, lt=1)
+    ema: float = option(0.0, "decay of the moving average of the student, at most; 0: no average", ge=0, lt=1)
+    ema_start: int = option(
+        0,
+        "steps in which the moving average is a copy of the student, before its decay is optim.ema; 0: the decay "
+        "rises with the steps, at step n to 1 - n^(-2/3): 0.99 at 1000, 0.9996 at 125,000",
+        source="timm",
+        ge=0,
+    )
     precision: Literal["32-true", "bf16-mixed"] = option("32-true", "of activations; not of the orthogonal matrix")
 
     @model_validator(mode="after")
@@ -206,6 +213,10 @@ class Task:
         self.fabric.backward(losses["total"])
         loop.apply("optimizer")
         return losses
+
+    def settle(self, average: nn.Module) -> None:
+        """Put right what a moving average of the student gets wrong, before it is evaluated and stored: buffers that
+        belong to weights, say. It may depend on the parameters alone, or --resume gives other bits."""
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:
         """Metrics on held-out data, {"accuracy": 97.1}; every rank calls it and returns the same."""
