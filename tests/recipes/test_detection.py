@@ -5,12 +5,14 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+from tests.helpers import processes
 from tests.recipes import setups
 from vkd_kernels import cli
 from vkd_kernels.recipes import coco, detection, detectors, scenes
@@ -291,6 +293,23 @@ def test_average_precision_of_perfect_and_of_no_detections_and_without_any_objec
         training.evaluate(Perfect(nothing))
 
 
+def evaluate_three_images_on_two_ranks(rank, folder):
+    """Two images and one; of an image all objects are missed. The ranks agree with one process."""
+    training = job(configured(*setups.TINY["detection"], "scenes.val=3"), folder / f"{rank}")
+    items = [training.data[1][i] for i in range(3)]
+    answers = [{"boxes": i["boxes"], "scores": torch.ones(len(i["labels"])), "labels": i["labels"]} for i in items]
+    answers[2] = {name: value[:0] for name, value in answers[2].items()}
+    whole = training.evaluate(Perfect(answers))
+    training.fabric = SimpleNamespace(world_size=2, to_device=lambda batch: batch)
+    training.mine = slice(rank, None, 2)
+    assert training.evaluate(Perfect(answers[rank::2])) == whole and 0 < whole["AP"] < 100
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_average_precision_of_ranks_that_have_different_numbers_of_images(tmp_path):
+    processes.run_ranks(evaluate_three_images_on_two_ranks, tmp_path, tmp_path)
+
+
 def test_detections_are_the_best_of_their_place_and_inside_the_image():
     model = fcos(2).eval()
     images, inside = torch.zeros(1, 1, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
@@ -346,6 +365,7 @@ def detr_batch(n=2, side=64):
 def test_detr_losses_features_and_a_batch_without_any_object(detr):
     config = configured(student__name=str(detr[0] / "detr"))
     model = Detection.detector(config.student, 3, 3)
+    assert model.net.config.class_cost == 2
     batch = detr_batch()
     prediction = model.predict(*arguments(batch))
     assert {*prediction.features} == {"map0", "map1", "map2", "map3", "queries", "decoder"} == {*model.dims}

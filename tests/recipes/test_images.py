@@ -1,9 +1,12 @@
 """Real images: batches, fixed views, few labels, evaluation, what cannot be read, data sets of torchvision."""
 
+import contextlib
 import struct
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from tests.recipes import setups
@@ -23,6 +26,24 @@ def test_image_batches_depend_on_seed_and_step_alone(folder):
     for rank in (0, 1):
         part = take(image_data(folder), "distilled", 0, 3, rank, 2)
         assert same(part, [(x[rank::2], t[rank::2]) for x, t, _ in whole])
+
+
+def test_downloads_of_several_processes_come_one_after_another(tmp_path, monkeypatch):
+    """The first one fetches; whoever comes later finds the files, and waits until they are whole."""
+    held = []
+
+    class Fetched(list):
+        classes = ("a", "b")
+
+        def __init__(self, root, *, train, download):
+            other = FileLock(Path(root) / ".download.lock", timeout=0)
+            with contextlib.suppress(Timeout), other:
+                held.append(False)
+            held.append(True)
+
+    monkeypatch.setattr(images.torchvision.datasets, "Fetched", Fetched, raising=False)
+    source = images.Source(name="Fetched", root=str(tmp_path / "new"), download=True)
+    assert images.open_images(source, 0)[2] == 2 and held == [True, True]
 
 
 def test_fixed_views_are_the_images_of_the_batches(folder):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import vkd_kernels as vk
-from tests.recipes.setups import TINY, configured, job, load
+from tests.recipes.setups import TINY, configured, job, load, of_folder, recipe
 from tests.recipes.toy import stopped_before
 from vkd_kernels import cli
 from vkd_kernels.recipes import engine, jobs, runs
+from vkd_kernels.recipes.config import OptionError
 
 DOCS = Path(__file__).parents[2] / "docs"
 ARMS = {
@@ -76,6 +77,11 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("classification", ["--recipe", "vkd-deit-ti-imagenet"], "data.root= data.name=folder: "),
         ("classification", ["student.weights=nowhere.pth"], "student.weights: there is no file nowhere.pth"),
         ("classification", ["distill.loss=cosine", "distill.scale=match"], "distill: scale has no effect on the loss"),
+        ("classification", ["data.labeled_share=0.005"], "data.labeled_share: 0.005 of 64 is no image; raise it"),
+        ("classification", ["digits.labels=0.999"], "digits.labels: 0.999 leaves no image without its label; lower it"),
+        ("detection", ["data.labeled=10"], "optim.batch_size: 16, but there are only 10 training images; lower it"),
+        ("detection", ["optim.batch_size=400"], "optim.batch_size: 400, but there are only 300 training images"),
+        ("detection", ["teacher.batch_size=2000"], "teacher.batch_size: 2000, but there are only 1500 training images"),
         ("detection", ["data.labeled=2000"], "data.labeled: 2000 of scenes.train=1500"),
         ("detection", ["student.channels=40"], "student.channels: must be a multiple of 32"),
         ("detection", ["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
@@ -113,6 +119,35 @@ def test_batches_that_the_ranks_cannot_share_name_their_option(name, words, mess
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["distill", name, "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["optim.batch_size", "teacher.batch_size"])
+@pytest.mark.parametrize(("size", "ranks"), [("9", "1"), ("6", "2")])
+def test_mixing_needs_pairs_on_every_rank(key, size, ranks, folder, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    values = {"optim__batch_size": "8", "teacher__batch_size": "8", "augment__mixup": 0.8, "distill__logit_weight": 0}
+    values |= {"student__patch": 8, "teacher__pools": "1,2,3"}
+    check = load("classification").check
+    check(of_folder(folder, **values))
+    with pytest.raises(OptionError, match=f"{key}: augment.mixup and augment.cutmix mix pairs, but {size} images"):
+        check(of_folder(folder, **values | {key.replace(".", "__"): size}))
+
+
+def torchrun_commands():
+    for page in sorted(DOCS.glob("*.md")):
+        joined = page.read_text().replace("\\\n", " ")
+        for ranks, name, words in re.findall(
+            r"^torchrun --nproc-per-node=(\d+) -m vkd_kernels.cli distill (\w+) (.*)", joined, re.M
+        ):
+            yield pytest.param(int(ranks), name, words.split(), id=f"{page.stem}: {name}")
+
+
+@pytest.mark.parametrize(("ranks", "name", "words"), list(torchrun_commands()))
+def test_the_ranks_of_a_documented_command_share_its_batches(ranks, name, words):
+    typed = dict(word.split("=", 1) for word in words if "=" in word)
+    values = recipe(name, words[words.index("--recipe") + 1], **{k.replace(".", "__"): v for k, v in typed.items()})
+    assert values.optim.batch_size % ranks == 0
 
 
 # ---- the loops of the pages ------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import vkd_kernels as vk
 from . import engine, models
 from .config import Channels, Floats, Ints, OptionError, Section, option, section
 from .images import Images, Source
-from .task import RELEASED, Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_parts
+from .task import RELEASED, Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_enough, check_parts, ranks
 
 
 class Data(Source):
@@ -315,7 +315,8 @@ class Classification(Task):
         if config.labels == 1:
             sizes["optim.batch_size"] = config.optim.batch_size
         else:
-            check_parts("data.labeled_share", round(config.labeled_share * config.optim.batch_size))
+            check_share(config)
+            data.check_unlabeled()
         if config.needs_teacher:
             here, logits = trained_here(config), bool(config.distill.logit_weight)
             if here:
@@ -328,8 +329,12 @@ class Classification(Task):
             if config.distill.weight and config.distill.features == "tokens":
                 check_positions(student, teacher, shape)
         for name, size in sizes.items():
-            if size > data.images:
-                raise OptionError(f"{name}: {size}, but there are only {data.images} training images")
+            check_enough(name, size, data.images)
+            if (config.augment.mixup or config.augment.cutmix) and (size // ranks()) % 2:
+                raise OptionError(
+                    f"{name}: augment.mixup and augment.cutmix mix pairs, but {size} images for {ranks()} rank(s) are "
+                    "an odd number for each; choose another size"
+                )
 
 
 class TeacherTraining(Classification):
@@ -340,6 +345,16 @@ class TeacherTraining(Classification):
 
     def make_student(self) -> nn.Module:
         return models.make_teacher(self.config.teacher, models.Shape.of(self.data))
+
+
+def check_share(config: Any) -> None:
+    """Every rank needs labeled images in its share of a batch."""
+    size = config.optim.batch_size
+    labeled = round(config.labeled_share * size)
+    if not labeled:
+        share = config.data.labeled_share
+        raise OptionError(f"data.labeled_share: {share} of {size} is no image; raise it, or optim.batch_size")
+    check_parts("data.labeled_share", labeled)
 
 
 def check_positions(student: models.Model, teacher: models.Model, shape: models.Shape) -> None:

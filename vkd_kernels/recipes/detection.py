@@ -30,7 +30,7 @@ from .config import Channels, Floats, Ints, OptionError, Section, option, sectio
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
 from .runs import RunError
-from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_parts
+from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_enough, check_parts
 
 TRIED = "tried on seeds 100-103"
 BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images differ in size and come one by one
@@ -305,12 +305,17 @@ class Detection(Task):
         """COCO's average precision in percent, over the images of all ranks."""
         from torchmetrics.detection import MeanAveragePrecision
 
-        val, metric = self.data[1], self.fabric.to_device(MeanAveragePrecision())
+        val = self.data[1]
         views = Views(val, coco.evaluation_transform(self.config.augment))
         mine = map(Key, range(len(val))[self.mine])
+        answers = list[tuple[Any, Any]]()
         for batch in self.read(views, mine, 1 if self.config.data.root else BUNDLED_AT_ONCE):
             detected = student.detections(student.predict(batch["images"], batch["inside"]), batch["inside"])
-            metric.update(detected, batch["targets"])
+            answers += zip(on_cpu(detected), on_cpu(batch["targets"]), strict=True)
+        # Gathered here: torchmetrics gathers tensor by tensor, and needs ranks with as many images each.
+        metric = MeanAveragePrecision(sync_on_compute=False)
+        for detections, targets in gathered(answers, self.fabric.world_size):
+            metric.update([detections], [targets])
         values = {name: 100 * float(value) for name, value in metric.compute().items() if name[:3] == "map"}
         if values["map"] < 0:
             raise RunError(f"{val.where}: without any object there is no average precision")
@@ -321,7 +326,8 @@ class Detection(Task):
         super().check(config)
         importlib.import_module("pycocotools")  # average precision needs it
         d = config.data
-        if config.distill.weight and trained_here(config):
+        here = config.distill.weight and trained_here(config)
+        if here:
             check_parts("teacher.batch_size", config.teacher.batch_size)
         if not d.root and d.channels != 1:
             raise OptionError("data.root: missing; without it the data are gray scenes (data.channels=1)")
@@ -329,12 +335,29 @@ class Detection(Task):
             if not path.exists():
                 raise OptionError(f"data.root: there is no {path}")
         if d.root:
-            classes = d.classes or len(coco.CocoImages(Path(d.root), d.train, d.channels).names)
+            train = coco.CocoImages(Path(d.root), d.train, d.channels)
+            classes, count = d.classes or len(train.names), len(train)
         else:
-            classes = images.open_images(config.scenes, 0, "scenes")[2]
+            classes, count = images.open_images(config.scenes, 0, "scenes")[2], config.scenes.train
+        check_enough("optim.batch_size", config.optim.batch_size, min(d.labeled or count, count))
+        if here:
+            check_enough("teacher.batch_size", config.teacher.batch_size, count)
         cls.detector(config.student, classes, d.channels, empty=True)
         if config.distill.weight:
             cls.detector(config.teacher, classes, d.channels, empty=True)
+
+
+def on_cpu(images: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: value.cpu() for name, value in image.items()} for image in images]
+
+
+def gathered(answers: list[Any], ranks: int) -> list[Any]:
+    """Those of all ranks, one rank's after another's."""
+    if ranks == 1:
+        return answers
+    parts: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(parts, answers)
+    return [answer for part in parts for answer in part]
 
 
 class TeacherTraining(Detection):

@@ -6,6 +6,7 @@ with fixed views (seed, image, view); batches come out the same whatever the num
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock
 from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -107,6 +109,7 @@ class Images:
 
     def few(self, learner: str, start: int, batch_size: int, mine: slice) -> Iterator[list[Key]]:
         """Labeled images, then unlabeled ones; a student alone sees the labeled ones of the same batches."""
+        self.check_unlabeled()  # of this seed
         labeled = round(batch_size * self.config.labeled_share)
         hidden = torch.ones(self.images, dtype=torch.bool)
         hidden[self.labeled] = False
@@ -117,6 +120,12 @@ class Images:
             unseen = others[torch.randint(len(others), (batch_size - labeled,), generator=draw)]
             chosen = seen if learner == "alone" else torch.cat([seen, unseen])
             yield [self.key(step, index) for index in chosen.tolist()[mine]]
+
+    def check_unlabeled(self) -> None:
+        """An error where the share of labels is so near 1 that no image is left without one."""
+        if len(self.labeled) == self.images:
+            key = "digits.labels" if self.data.name == "digits" else "data.labels"
+            raise OptionError(f"{key}: {self.labels} leaves no image without its label; lower it, or give {key}=1")
 
     def key(self, epoch: int, index: int) -> Key:
         """A new view for every epoch (or step), or one of the fixed ones."""
@@ -195,6 +204,12 @@ def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Gen
     return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in rows])
 
 
+def one_download(root: Path) -> Any:
+    """Ranks and worker processes download one after another: the first one, that is, and the others find the files."""
+    root.mkdir(parents=True, exist_ok=True)
+    return FileLock(root / ".download.lock")
+
+
 def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any, int]:
     """Training images, held-out images, number of classes of a section `where`; the digits are split by the seed."""
     if data.name == "digits":
@@ -209,7 +224,8 @@ def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any,
         else:
             flag = "train" in inspect.signature(kind).parameters
             splits = [{"train": True}, {"train": False}] if flag else [{"split": "train"}, {"split": "test"}]
-            train, test = (kind(data.root, download=data.download, **split) for split in splits)
+            with one_download(Path(data.root)) if data.download else contextlib.nullcontext():
+                train, test = (kind(data.root, download=data.download, **split) for split in splits)
     except Exception as error:  # missing or damaged files, no network: as many types as ways to fail
         hint = "" if data.download else f"; {where}.download=true fetches it"
         if data.name == "folder":

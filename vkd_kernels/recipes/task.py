@@ -250,6 +250,12 @@ def check_parts(key: str, images: int) -> None:
         raise OptionError(f"{key}: {images} images for {ranks()} equal ranks")
 
 
+def check_enough(key: str, batch_size: int, images: int) -> None:
+    """An error if an epoch has no whole batch."""
+    if batch_size > images:
+        raise OptionError(f"{key}: {batch_size}, but there are only {images} training images; lower it, or use more")
+
+
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
