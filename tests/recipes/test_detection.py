@@ -402,6 +402,11 @@ def test_one_step_of_the_recipe_at_full_size():
     c = student.net.config
     assert (c.num_queries, c.d_model, c.encoder_layers, c.decoder_layers, c.dropout) == (100, 256, 6, 6, 0.1)
     assert c.encoder_attention_heads == c.decoder_attention_heads == 8 and c.with_box_refine
+    assert (c.class_cost, c.bbox_cost, c.giou_cost) == (2, 5, 2)
+    ones = {f"loss_{name}{layer}": torch.ones(()) for name in ("ce", "bbox", "giou") for layer in ("", "_0")}
+    assert student.losses(ones) == {"classes": 2 * 2, "boxes": 2 * (5 + 2)}
+    rates = [detector.net.config.backbone_config.drop_path_rate for detector in (student, teacher)]
+    assert rates == [0.0, 0.3]
     model = DistilledDetector(student, config.distill, teacher.dims)
     batch = detr_batch(1, 480)
     with torch.no_grad():

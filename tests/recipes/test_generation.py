@@ -35,16 +35,16 @@ def taught(tmp_path_factory):
 
 def test_translation_by_nothing_changes_nothing_and_by_a_pixel_moves_by_one():
     x = torch.randn(2, 3, 5, 6)
-    assert torch.equal(gan.translate(x, torch.zeros(2, 2, dtype=torch.long)), x)
-    moved = gan.translate(x, torch.tensor([[1, 0], [0, -2]]))
-    assert torch.equal(moved[0, :, 1:], x[0, :, :-1]) and (moved[0, :, 0] == -1).all()
-    assert torch.equal(moved[1, :, :, :-2], x[1, :, :, 2:]) and (moved[1, :, :, -2:] == -1).all()
+    assert torch.equal(gan.translate(x, torch.zeros(2, 2, dtype=torch.long), 0.5), x)
+    moved = gan.translate(x, torch.tensor([[1, 0], [0, -2]]), 0.5)
+    assert torch.equal(moved[0, :, 1:], x[0, :, :-1]) and (moved[0, :, 0] == 0.5).all()
+    assert torch.equal(moved[1, :, :, :-2], x[1, :, :, 2:]) and (moved[1, :, :, -2:] == 0.5).all()
 
 
 def test_cutout_blanks_its_square_alone():
     x = torch.randn(1, 1, 6, 6)
-    cut = gan.cut_out(x, torch.tensor([[-1, 3]]), 3)
-    assert (cut[0, 0, :2, 3:] == -1).all()
+    cut = gan.cut_out(x, torch.tensor([[-1, 3]]), 3, 0.5)
+    assert (cut[0, 0, :2, 3:] == 0.5).all()
     cut[0, 0, :2, 3:] = x[0, 0, :2, 3:]
     assert torch.equal(cut, x)
 
@@ -53,14 +53,31 @@ def test_augmentation_keeps_its_limits_reaches_them_and_has_a_gradient():
     torch.manual_seed(0)
     x = torch.zeros(2000, 1, 32, 32)
     x[:, :, 16, 16] = 1.0
-    moved = gan.diff_augment(x, ("translation",)) > 0
+    moved = gan.diff_augment(x, ("translation",), -1) > 0
     rows, columns = moved.nonzero()[:, 2:].unbind(1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (12, 20, 12, 20)
-    blank = (gan.diff_augment(x + 1, ("cutout",)) == -1).flatten(1).sum(1)
+    blank = (gan.diff_augment(x + 1, ("cutout",), -1) == -1).flatten(1).sum(1)
     assert blank.max() == 16**2 and blank.min() == 8**2
     x = torch.randn(200, 1, 8, 8, requires_grad=True)
-    gan.diff_augment(x, ("translation", "cutout")).sum().backward()
+    gan.diff_augment(x, ("translation", "cutout"), 0).sum().backward()
     assert x.grad is not None and set(x.grad.unique().tolist()) <= {0.0, 1.0, 2.0}
+
+
+def test_real_images_are_mirrored_as_often_as_asked_and_the_rows_stay_the_same(tmp_path):
+    plain, some, every = (next(job(configured(augment__flip=p), tmp_path).batches(3)) for p in (0, 0.5, 1))
+    (x, labels), (half, labels_of_half), (mirrored, _) = plain[0], some[0], every[0]
+    assert torch.equal(mirrored, x.flip(3)) and torch.equal(labels, labels_of_half)
+    as_they_were, turned = ((half == y).flatten(1).all(1) for y in (x, mirrored))
+    assert (as_they_were | turned).all() and 5 < turned.sum() < 27
+
+
+def test_the_background_reaches_real_and_generated_images():
+    model, (real, labels) = tiny_gan("augment.policy=cutout", "augment.background=0.25")
+    seen = []
+    model.discriminator.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model(real, labels, count=6)
+    model(count=6)
+    assert all(((images == 0.25).flatten(1).sum(1) >= 4).all() for images in seen) and len(seen) == 2
 
 
 # ---- networks and losses ---------------------------------------------------------------------------------------------
@@ -231,10 +248,11 @@ def test_a_folder_of_images(folder):
 def test_recipes_have_the_published_values(name, classes, fraction):
     values = configs.flatten(recipe(name))
     expected = {"data.classes": classes, "data.fraction": fraction, "optim.lr": 2e-4}
-    expected |= {"augment.policy": ("translation", "cutout")}
+    expected |= {"augment.policy": ("translation", "cutout"), "augment.background": 0.0, "augment.flip": 0.5}
     expected |= {"optim.ema": 0.9999, "optim.ema_start": 1000}
     expected |= {"optim.discriminator_steps": 4, "optim.batch_size": 50, "distill.method": "cholesky"}
-    expected |= {"teacher.name": "vit_base_patch32_clip_224.openai", "distill.weight": 20.0, "student.width": 256}
+    expected |= {"teacher.name": "vit_base_patch32_clip_quickgelu_224.openai"}
+    expected |= {"distill.weight": 20.0, "student.width": 256}
     assert {key: values[key] for key in expected} == expected
 
 

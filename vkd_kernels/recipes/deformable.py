@@ -23,12 +23,13 @@ from .runs import RunError
 
 Net: Any = transformers.DeformableDetrForObjectDetection
 SwinBackbone: Any = transformers.SwinBackbone
-SWIN = {  # channels after the first stage, blocks and heads of the four stages
-    "swin-nano": (48, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin-tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin-small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin-base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+SWIN = {  # channels after the first stage, blocks and heads of the four stages, ViDT's rate of stochastic depth
+    "swin-nano": (48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
+    "swin-tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
+    "swin-small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
+    "swin-base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 0.3),
 }
+CLASS_WEIGHT = 2  # of the class loss, and of its cost in matching: ViDT's and Deformable DETR's; the library has 1
 STAGES = ["stage2", "stage3", "stage4"]
 LOGIT = math.log(0.01 / 0.99)  # of any class at the start: nearly everything is background
 
@@ -62,9 +63,9 @@ class Deformable(Detector):
         return Prediction(outputs, features, self.losses(outputs.loss_dict), objects)
 
     def losses(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The library's losses of all decoder layers, with its weights."""
+        """The library's losses of all decoder layers; its weights of the boxes are ViDT's, too."""
         c = self.net.config
-        weights = {"loss_ce": 1, "loss_bbox": c.bbox_loss_coefficient, "loss_giou": c.giou_loss_coefficient}
+        weights = {"loss_ce": CLASS_WEIGHT, "loss_bbox": c.bbox_loss_coefficient, "loss_giou": c.giou_loss_coefficient}
         sums = {name: w * torch.stack([v for k, v in parts.items() if name in k]).sum() for name, w in weights.items()}
         return {"classes": sums["loss_ce"], "boxes": sums["loss_bbox"] + sums["loss_giou"]}
 
@@ -95,7 +96,8 @@ def make_deformable(config: Any, classes: int, *, empty: bool = False) -> Deform
     """A new one on a Swin, or a trained one by folder or hub name, whose heads are new where its classes differ."""
     try:
         if config.name != "deformable-detr":
-            about: Any = transformers.AutoConfig.from_pretrained(config.name, num_labels=classes, auxiliary_loss=True)
+            options: Any = {"num_labels": classes, "auxiliary_loss": True, "class_cost": CLASS_WEIGHT}
+            about: Any = transformers.AutoConfig.from_pretrained(config.name, **options)
             if about.model_type != "deformable_detr":  # the library would begin with new weights
                 raise ValueError(f"it is a {about.model_type}")
             options = {"config": about, "ignore_mismatched_sizes": True, "dtype": torch.float32}
@@ -115,9 +117,11 @@ def new_net(config: Any, classes: int) -> Any:
     """The paper's 100 queries and box refinement; six layers each, 256 channels and 8 heads are the library's own."""
     if config.backbone not in SWIN:
         raise OptionError(f"backbone: unknown {config.backbone!r}; there are {', '.join(SWIN)}")
-    width, depths, heads = SWIN[config.backbone]
+    width, depths, heads, drop = SWIN[config.backbone]
     of_swin: Any = {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": 7, "out_features": STAGES}
+    of_swin["drop_path_rate"] = drop
     options: Any = {"num_queries": 100, "with_box_refine": True, "auxiliary_loss": True, "num_labels": classes}
+    options["class_cost"] = CLASS_WEIGHT
     net = Net(transformers.DeformableDetrConfig(backbone_config=transformers.SwinConfig(**of_swin), **options))
     with torch.no_grad():  # as Deformable DETR begins, which the library, made for trained weights, leaves out
         for index, (head, sides) in enumerate(zip(net.class_embed, net.bbox_embed, strict=True)):

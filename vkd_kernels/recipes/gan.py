@@ -20,7 +20,6 @@ from .models import Shape
 INITIAL_STD = 0.02  # BigGAN's N02
 GRID = 4  # side of BigGAN's first map
 SHIFT, CUT = 0.125, 0.5  # of DiffAugment, as shares of the side
-BACKGROUND = -1.0  # of pixels from -1 to 1: what DiffAugment moves in from outside, and what a cut leaves: black
 
 
 class Verdict(NamedTuple):
@@ -146,34 +145,43 @@ class Discriminator(nn.Module):
 # ---- DiffAugment -----------------------------------------------------------------------------------------------------
 
 
-def diff_augment(images: Tensor, policy: tuple[str, ...]) -> Tensor:  # (N, C, H, W) from -1 to 1
+def diff_augment(
+    images: Tensor,  # (N, C, H, W) from -1 to 1
+    policy: tuple[str, ...],
+    background: float,
+) -> Tensor:
     """DiffAugment (Zhao et al. 2020): the same kind of changes for real and generated images, differentiable.
 
     Translation shifts an image by whole pixels, up to an eighth of its side each way. Cutout blanks a square of half
-    the side, which may lie partly outside.
+    the side, which may lie partly outside. `background` is what moves in from outside, and what a cut leaves.
     """
     count, side, device = len(images), images.shape[-1], images.device
     if "translation" in policy:
         reach = round(SHIFT * side)
-        images = translate(images, torch.randint(-reach, reach + 1, (count, 2), device=device))
+        images = translate(images, torch.randint(-reach, reach + 1, (count, 2), device=device), background)
     if "cutout" in policy:
         length = round(CUT * side)
         corner = torch.randint(side + 1 - length % 2, (count, 2), device=device) - length // 2
-        images = cut_out(images, corner, length)
+        images = cut_out(images, corner, length, background)
     return images
 
 
-def translate(images: Tensor, shift: Tensor) -> Tensor:  # (N, C, H, W), (N, 2) whole rows and columns
+def translate(images: Tensor, shift: Tensor, background: float) -> Tensor:  # (N, C, H, W), (N, 2) rows and columns
     """out[y, x] = in[y - shift_y, x - shift_x], background where that is outside."""
     n, _, h, w = images.shape
-    padded, number = F.pad(images, (1, 1, 1, 1), value=BACKGROUND), torch.arange(n, device=images.device)
+    padded, number = F.pad(images, (1, 1, 1, 1), value=background), torch.arange(n, device=images.device)
     rows, columns = (torch.arange(side, device=images.device) - shift[:, i : i + 1] for i, side in enumerate((h, w)))
     rows, columns = rows.clamp(-1, h)[:, :, None] + 1, columns.clamp(-1, w)[:, None] + 1
     return padded[number[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
-def cut_out(images: Tensor, corner: Tensor, length: int) -> Tensor:  # (N, C, H, W), (N, 2) first row and column
+def cut_out(
+    images: Tensor,  # (N, C, H, W)
+    corner: Tensor,  # (N, 2) first row and column
+    length: int,
+    background: float,
+) -> Tensor:
     sides = enumerate(images.shape[2:])
     rows, columns = (torch.arange(side, device=images.device) - corner[:, i : i + 1] for i, side in sides)
     covered = [(place >= 0) & (place < length) for place in (rows, columns)]
-    return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], BACKGROUND)
+    return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], background)

@@ -43,7 +43,7 @@ from .pictures import AT_ONCE, Pictures, classifier_features, make_encoder, trai
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator
 
 TRIAL = "tried on the digits"
-BATCH, _, SAMPLES, PICTURE = range(4)  # what a draw is for, beside the seed and the step
+BATCH, _, SAMPLES, PICTURE, FLIP = range(5)  # what a draw is for, beside the seed and the step
 WHITENING = "whitening.safetensors"
 SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a picture
 
@@ -55,9 +55,11 @@ class Data(images.Source):
 
 
 class Augment(Section):
-    """DiffAugment, of real and generated images alike."""
+    """DiffAugment, of real and generated images alike; and mirroring, of real ones alone."""
 
     policy: Words = option(("translation",), "kinds of it: translation, cutout", source=TRIAL)
+    background: float = option(-1.0, "what these put in, from -1, black, to 1; 0: gray, as DiffAugment", ge=-1, le=1)
+    flip: float = option(0.0, "probability that a real image is mirrored", ge=0, le=1)
 
 
 class Teacher(Section):
@@ -149,14 +151,14 @@ class DistilledGAN(nn.Module):
         device = next(self.generator.parameters()).device
         latents = torch.randn(count, self.config.student.latent, device=device)
         fake_labels = torch.randint(self.classes, (count,), device=device)
-        policy = self.config.augment.policy
+        a = self.config.augment
         if real is None:
-            fake = gan.diff_augment(self.generator(latents, fake_labels), policy)
+            fake = gan.diff_augment(self.generator(latents, fake_labels), a.policy, a.background)
             logits = self.discriminator(fake, fake_labels).logits.float()
             return {"generator": -logits.mean()}
         with torch.no_grad():
             fake = self.generator(latents, fake_labels)
-        pictures = gan.diff_augment(torch.cat([real, fake]), policy)  # the real ones first
+        pictures = gan.diff_augment(torch.cat([real, fake]), a.policy, a.background)  # the real ones first
         verdict = self.discriminator(pictures, torch.cat([labels, fake_labels]))
         of_real, of_fake = verdict.logits.float().chunk(2)
         total = F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()
@@ -310,11 +312,14 @@ class Generation(Task):
 
     def batches(self, start: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Real images and their labels for every discriminator step of a step."""
-        seen, shape = self.data.seen, (self.config.optim.discriminator_steps, self.optim.batch_size)
+        seen, flip = self.data.seen, self.config.augment.flip
+        shape = (self.config.optim.discriminator_steps, self.optim.batch_size)
         for step in itertools.count(start):
             rows = seen[torch.randint(len(seen), shape, generator=generator(self.seed, step, BATCH))][:, self.mine]
-            batch = [(as_float(self.data.pool[part]), self.data.labels[part]) for part in rows]
-            yield self.fabric.to_device(batch)
+            turned = torch.rand(shape, generator=generator(self.seed, step, FLIP))[:, self.mine] < flip
+            real = as_float(self.data.pool[rows])  # (steps, N, C, H, W)
+            real = torch.where(turned[..., None, None, None], real.flip(-1), real)
+            yield self.fabric.to_device([*zip(real, self.data.labels[rows], strict=True)])
 
     def step(self, loop: Any, batch: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The discriminator's steps, then one of the generator through a discriminator that stays as it is."""
