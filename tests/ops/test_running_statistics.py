@@ -124,6 +124,41 @@ def test_a_masked_batch_leaves_running_statistics_alone(make):
     assert bool((make()(torch.full((4, 7), math.nan), mask=torch.zeros(4, dtype=torch.bool)) == 0).all())
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@modules
+def test_a_batch_that_is_not_finite_shows_and_leaves_running_statistics_alone(make, poison):
+    """The first batch of a run, or a later one: what follows is as if it had never been."""
+    module, clean = make(momentum=0.1), make(momentum=0.1)
+    spoilt = features(seed=5)
+    spoilt[4, 3] = poison
+    for seed in range(3):
+        before = copy.deepcopy(module.state_dict())
+        assert not module(spoilt)[4].isfinite().all()
+        assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+        assert torch.equal(module(features(seed=seed)), clean(features(seed=seed)))
+    module(spoilt, mask=torch.arange(50) != 4)
+    assert module.batches_seen == 4  # without the row it is a batch like any other
+
+
+@modules
+def test_gradscaler_skips_a_teacher_batch_that_overflows(make):
+    torch.manual_seed(0)
+    distill = vk.OrthoProjLoss(4, 7, normalization=make(momentum=0.1), loss="mse")
+    optimizer, scaler = torch.optim.SGD(distill.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=16.0)
+    losses = []
+    for step in range(6):
+        x, y = torch.randn(20, 4, requires_grad=True), features(20, seed=step).float()
+        if step == 2:
+            y[3, 2] = math.inf
+        optimizer.zero_grad()
+        losses.append(distill(x, y))
+        scaler.scale(losses[-1]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert [bool(loss.isfinite()) for loss in losses] == [step != 2 for step in range(6)]
+    assert scaler.get_scale() == 8.0 and distill.normalization.batches_seen == 5
+
+
 # ------------------------------------------------------------------------------------------- freezing, saving, copies
 
 
@@ -340,6 +375,10 @@ def ranks_equal_one_process(rank):
                     torch.testing.assert_close(ours(x[mine], mask[mine]), expected, msg=f"{name}, {momentum}, {first}")
                 for key, value in ours.state_dict().items():
                     torch.testing.assert_close(value, alone.state_dict()[key])
+        spoilt = torch.where(torch.arange(20)[:, None] == 4, math.inf, x)[10 * rank : 10 * rank + 10]  # rank 0's alone
+        before = copy.deepcopy(ours.state_dict())
+        ours(spoilt)
+        assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
         if rank == 0:  # validation on one rank alone: no collective to wait in
             ours.eval()(x)
     dist.barrier()

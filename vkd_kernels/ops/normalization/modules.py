@@ -88,11 +88,14 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
         self,
         mean: torch.Tensor,  # (C,)
         spread: torch.Tensor,  # (C,) or (C, C)
-        count: torch.Tensor,  # (), Σ of the rows' weights: a batch that is all masked changes nothing
+        count: torch.Tensor,  # (), Σ of the rows' weights
     ) -> None:
+        """A batch that is all masked and one with a value that is not finite leave the statistics as they were."""
         running_spread = getattr(self, self.spread_name)
         mean, spread = (as_float64(x).to(running_spread.device) for x in (mean, spread))
-        counted = (count > 0).to(running_spread.device) & (self.frozen == 0)
+        usable = (count > 0).to(running_spread.device) & mean.isfinite().all() & spread.isfinite().all()
+        counted = usable & (self.frozen == 0)
+        mean, spread = (torch.where(usable, x, 0.0) for x in (mean, spread))
         share = (1 / (as_float64(self.batches_seen) + 1)).clamp_min(self.momentum or 0.0) * counted
         delta = mean - self.running_mean
         between = delta.square() if spread.dim() == 1 else torch.outer(delta, delta)
