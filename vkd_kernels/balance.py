@@ -8,6 +8,7 @@ from torch import nn
 
 from .ops import checks
 from .ops.float64 import KeepsDtypes
+from .ops.tracing import is_recomputation
 from .pair_losses import state_name
 
 BALANCES = (None, "running_mean")
@@ -84,15 +85,18 @@ class LossBalance(nn.Module):
         detached = {name: loss.detach() for name, loss in losses.items()}
         one = next(iter(detached.values())).new_ones(())
         factors = dict.fromkeys(detached, one)
+        counts = self.training and not is_recomputation()
         report = {}
         if self.balanced:
             for term in self.terms:
                 mean = self.means[state_name(term.name)]
-                if self.training:
+                if counts:
                     mean.update(detached[term.name])  # type: ignore[operator]
                 factors[term.name] = 1 / mean()
                 report[f"balance/{term.name}"] = factors[term.name]
         if self.drop_best and self.training:
+            if counts:
+                self.steps.add_(1)
             kept = self._kept(detached)
             factors = {term.name: factors[term.name] * kept[term.teacher] for term in self.terms}
             report |= {f"dropped/{teacher}": 1 - share for teacher, share in kept.items()}
@@ -102,7 +106,6 @@ class LossBalance(nn.Module):
         """1 for every teacher, 0 for the best-learned one in its share of the steps; nothing is read on the host."""
         own = [torch.stack([losses[t.name] for t in self.terms if t.teacher == name]).mean() for name in self.teachers]
         share = round(self.drop_best * SHARES)
-        due = (self.steps + 1) * share // SHARES > self.steps * share // SHARES
-        self.steps.add_(1)
+        due = self.steps * share // SHARES > (self.steps - 1) * share // SHARES
         dropped = due & (torch.arange(len(own), device=own[0].device) == torch.stack(own).argmin())
         return dict(zip(self.teachers, (~dropped).to(own[0].dtype).unbind(0), strict=True))

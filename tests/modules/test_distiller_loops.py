@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import vkd_kernels as vk
 from tests.helpers import processes
 from tests.helpers.distillers import CNN, IMAGES, SEVERAL, TOKENS_TO_MAP, ViT, gradients, hooks_on, make
 
@@ -208,6 +209,23 @@ def test_activation_checkpointing():
     assert want.keys() == got.keys()
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_of_a_distiller_counts_a_step_once(use_reentrant):
+    """Balanced losses, a teacher left out now and then, running statistics: as without checkpointing."""
+    pairs = [
+        {**TOKENS_TO_MAP, "teacher": f"{name}:relu", "name": name, "normalization": targets}
+        for name, targets in (("a", vk.Standardization(10, momentum=0.1)), ("b", "layer_norm"))
+    ]
+    want = make(pairs, teacher={"a": CNN(), "b": CNN()}, balance="running_mean", drop_best=0.5)
+    got = copy.deepcopy(want)
+    for step in range(3):
+        images = (IMAGES + step).requires_grad_()
+        expected = gradients(want, want(images)[1]["total"])
+        value = checkpoint(lambda x: got(x)[1]["total"], images, use_reentrant=use_reentrant)
+        torch.testing.assert_close(gradients(got, value), expected)
+        torch.testing.assert_close(dict(got.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
 
 
 def test_functional_call_and_inference_mode():

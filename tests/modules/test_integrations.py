@@ -197,6 +197,22 @@ def test_activation_checkpointing(path, options, around, use_reentrant):
     assert_same([value.detach(), *(p.grad for p in module.parameters())], expected)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", [vk.Standardization, vk.Whitening])
+def test_activation_checkpointing_counts_a_batch_once(kind, use_reentrant):
+    """The backward pass computes the loss again, by the running statistics of the forward pass."""
+    module = Distiller(normalization=kind(T, momentum=0.1))
+    twin = copy.deepcopy(module)
+    for seed in range(3):
+        x, y = batch(seed=seed)
+        expected = gradients(twin, x, y)
+        module.zero_grad()
+        value = checkpoint(module, x.requires_grad_(), y, use_reentrant=use_reentrant)
+        value.backward()
+        assert_same([value.detach(), *(p.grad for p in module.parameters())], expected)
+        assert_same(module.buffers(), twin.buffers(), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------- torch.func
 
 

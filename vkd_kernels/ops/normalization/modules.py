@@ -10,6 +10,7 @@ from typing_extensions import Self
 from .. import checks
 from ..float64 import KeepsDtypes, as_float64, has_float64
 from ..implementations import no_autocast
+from ..tracing import is_recomputation
 from . import reference
 from .all_reduce import HasProcessGroup
 from .api import METHODS, flat_rows, whiten
@@ -82,7 +83,7 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
 
     @property
     def updates(self) -> bool:
-        return self.training and not self.is_frozen
+        return self.training and not self.is_frozen and not is_recomputation()
 
     def update(
         self,
