@@ -97,9 +97,13 @@ def test_standardization_uses_the_running_statistics_in_both_modes(isotropic):
 
 
 @modules
-def test_before_the_first_update_the_map_is_the_identity(make):
-    x = features()
-    torch.testing.assert_close(make(momentum=0.1).eval()(x), x, rtol=0, atol=0)
+def test_before_the_first_update_features_are_at_most_rotated(make):
+    """By mean 0 and covariance I: ``pca`` turns the order of the channels around, ``phi_s`` mixes them."""
+    x, module = features(), make(momentum=0.1)
+    out = module.eval()(x) * (1 + (module.eps if isinstance(module, vk.Standardization) else 0)) ** 0.5
+    torch.testing.assert_close(out @ out.T, x @ x.T)
+    if getattr(module, "method", None) not in ("pca", "phi_s"):
+        torch.testing.assert_close(out, x)
 
 
 @modules
@@ -202,6 +206,21 @@ def test_averages_of_models(frozen, make):
     for copied in (averaged.module, loaded):
         assert copied.is_frozen == frozen and (copied.frozen != 0) == frozen
         torch.testing.assert_close(copied.eval()(features()), module.eval()(features()))
+
+
+@modules
+def test_an_average_of_models_uses_its_averaged_statistics(make):
+    """From its first step on: of the number of batches, an integer, the average stays 0 for long."""
+    module, average = make(momentum=0.1), make(momentum=0.1).eval()
+    fresh = average(features())
+    for seed in range(20):
+        module(features(seed=seed))
+        for name, value in average.state_dict().items():  # as timm's ModelEmaV2 does
+            value.copy_(0.99 * value + 0.01 * module.state_dict()[name])
+    seen = make(momentum=0.1).eval()
+    seen.load_state_dict({**average.state_dict(), "batches_seen": torch.tensor(20)})
+    assert average.batches_seen == 0 and not torch.allclose(average(features()), fresh)
+    assert torch.equal(average(features()), seen(features()))
 
 
 @modules

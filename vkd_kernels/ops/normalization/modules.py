@@ -119,8 +119,8 @@ class Whitening(RunningStatistics):
 
     A batch with fewer rows than channels has a singular covariance; running statistics pool several batches. With
     ``momentum`` they are updated in training mode, then used, in training and in eval mode alike: a cumulative average
-    until ``1 / momentum`` batches have been seen, an exponential one afterwards. Before the first update the map is the
-    identity, after ``freeze()`` it stays as it is. ``OrthoProjLoss`` and ``Pair`` take it as ``normalization``.
+    until ``1 / momentum`` batches have been seen, an exponential one afterwards. Before the first update they are mean
+    0 and covariance I, after ``freeze()`` they stay. ``OrthoProjLoss`` and ``Pair`` take it as ``normalization``.
 
     Args:
         num_features: C.
@@ -174,8 +174,6 @@ class Whitening(RunningStatistics):
                 mean, covariance = reference.covariance(rows, weight, self.group, biased=True)
                 self.update(mean, covariance, reference.sum_of_weights(rows, weight, self.group))
             matrix = reference.whitening_matrix(self.running_covariance, method=self.method, eps=self.eps)
-            identity = torch.eye(self.num_features, dtype=matrix.dtype, device=matrix.device)
-            matrix = torch.where(self.batches_seen > 0, matrix, identity)
             out = reference.without_masked_rows((rows - self.running_mean) @ matrix, weight)
         return out.to(features.dtype).to(features.device).reshape(features.shape)
 
@@ -193,7 +191,7 @@ class Standardization(RunningStatistics):
     The teacher's side only: ``normalization="batch_norm"`` standardizes the student's projection, too. With
     ``momentum`` the statistics are updated in training mode, then used, in training and in eval mode alike, as UNIC and
     DUNE do: a cumulative average until ``1 / momentum`` batches have been seen, an exponential one afterwards. Before
-    the first update the map is the identity, after ``freeze()`` it stays as it is. ``OrthoProjLoss`` and ``Pair`` take
+    the first update they are mean 0 and variance 1, after ``freeze()`` they stay. ``OrthoProjLoss`` and ``Pair`` take
     it as ``normalization``.
 
     Args:
@@ -250,7 +248,7 @@ class Standardization(RunningStatistics):
                 if self.updates:
                     self.update(*reference.mean_and_variance(rows, row_weight, self.group))
                 mean = self.running_mean
-                scale = torch.where(self.batches_seen > 0, self.inverse_deviation(self.running_variance), 1.0)
+                scale = self.inverse_deviation(self.running_variance)
             scale = scale.to(rows.dtype).to(rows.device)
             out = reference.without_masked_rows(reference.centered(rows, mean) * scale, row_weight)
         return out.to(features.dtype).reshape(features.shape)
