@@ -160,9 +160,10 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             self.attach()
 
     def _set_group(self, group: "dist.ProcessGroup | None") -> None:
+        before = self.process_group
         super()._set_group(group)
         for pair in self.pairs:
-            share_group(pair.normalization, group)
+            share_group(pair.normalization, group, before=before)
 
     @property
     def teacher(self) -> Any:

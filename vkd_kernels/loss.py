@@ -134,8 +134,9 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
         self.scale = starting_scale(scale, student_dim, teacher_dim, device, dtype)
 
     def _set_group(self, group: "dist.ProcessGroup | None") -> None:
+        before = self.process_group
         super()._set_group(group)
-        share_group(self.normalization, group)
+        share_group(self.normalization, group, before=before)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -89,6 +89,8 @@ def check_a_group_given_later():
         other = dist.new_group()
         vk.FeatureDistiller(nn.Identity(), nn.Identity(), [pair]).process_group = other
         assert of_all.process_group is dist.group.WORLD  # its own, that of the first loss
+    for kind, owner in itertools.product((vk.Standardization, vk.Whitening), ("loss", "distiller")):
+        check_a_group_that_changes(kind(9, momentum=0.1), owner)
     x, y, _ = (tensor.detach() for tensor in rows("even"))
     torch.manual_seed(0)
     given, later = vk.OrthoProjLoss(6, 9, process_group=dist.group.WORLD), vk.OrthoProjLoss(6, 9)
@@ -96,6 +98,23 @@ def check_a_group_given_later():
     later.process_group = dist.group.WORLD
     ranks_rows = slice(0, 4 + dist.get_rank())
     assert torch.equal(later.double()(x[ranks_rows], y[ranks_rows]), given.double()(x[ranks_rows], y[ranks_rows]))
+
+
+def check_a_group_that_changes(targets, owner):
+    if owner == "loss":
+        module = vk.OrthoProjLoss(6, 9, normalization=targets, process_group=dist.group.WORLD)
+    else:
+        pair = {"student": "", "teacher": "", "dims": (6, 9), "normalization": targets}
+        module = vk.FeatureDistiller(nn.Identity(), nn.Identity(), [pair], process_group=dist.group.WORLD)
+    for group in (None, dist.new_group(), dist.group.WORLD, None):
+        module.process_group = group
+        assert targets.process_group is group
+    if dist.get_rank() == 0:  # alone now: no collective to wait in
+        targets(torch.randn(5, 9))
+    targets.process_group = own = dist.new_group()
+    for group in (dist.group.WORLD, None):
+        module.process_group = group
+        assert targets.process_group is own
 
 
 def check_whitening(rank):

@@ -1,7 +1,7 @@
 """What runs a function: torch.compile, which is told of some, or a backward pass that computes it again.
 
-torch.compiler has the decorators, too, but each imports torch._dynamo at once: `import vkd_kernels` would take nearly twice
-its time and 160 MiB more, in every worker process of a DataLoader.
+torch.compiler has the decorators, too, but each imports torch._dynamo at once: `import vkd_kernels` would take nearly
+twice its time and 160 MiB more, in every worker process of a DataLoader.
 """
 
 from collections.abc import Callable

@@ -83,9 +83,24 @@ def check_group(group: object) -> None:
         raise TypeError(f"process_group must be None or a torch.distributed.ProcessGroup; got {describe(group)}")
 
 
+class GroupHandle:
+    """Keeps a group from being copied and pickled with its module."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
+        return self
+
+    def __reduce__(self) -> tuple[type["GroupHandle"], tuple[()]]:
+        return GroupHandle, ()
+
+
 class HasProcessGroup:
     """A module's ``process_group``. It stays with copies of the module and does not travel with pickles: a group is of
     its process, so a module unpickled elsewhere computes the statistics of its own rows until it is given one."""
+
+    _group_handle = GroupHandle()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -101,20 +116,10 @@ class HasProcessGroup:
         self._group_handle = GroupHandle(group)
 
 
-def share_group(module: object, group: dist.ProcessGroup | None) -> None:
-    """Gives the group to what makes a loss's targets, if that has statistics and no group of its own."""
-    if group is not None and isinstance(module, HasProcessGroup) and module.process_group is None:
+def share_group(module: object, group: dist.ProcessGroup | None, *, before: dist.ProcessGroup | None) -> None:
+    """Gives a loss's group to what makes its targets, if that has statistics and the group that the loss had before.
+
+    A module with another group has it from the user, and keeps it.
+    """
+    if isinstance(module, HasProcessGroup) and module.process_group is before:
         module.process_group = group
-
-
-class GroupHandle:
-    """Keeps a group from being copied and pickled with its module."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
-        return self
-
-    def __reduce__(self) -> tuple[type["GroupHandle"], tuple[()]]:
-        return GroupHandle, ()
