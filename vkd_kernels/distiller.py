@@ -214,7 +214,10 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         return converted_state_dict(state_dict, names, self.pair_losses, prefix="")
 
     def reset_parameters(self) -> None:
-        """Fresh projections, and learned scales back where they start, also after ``to_empty()``; the models stay."""
+        """Fresh projections and balance, and learned scales back where they start, also after ``to_empty()``.
+
+        The models stay, and so do statistics of ``Standardization`` and ``Whitening``, which have their own.
+        """
         self.pair_losses.reset_parameters()
         self.balance.reset_parameters()
 

@@ -142,7 +142,8 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
     def reset_parameters(self) -> None:
         """A fresh projection, and a learned scale back where it starts: also for modules built on the meta device.
 
-        A module that makes the targets has a ``reset_parameters()`` of its own.
+        A module that makes the targets keeps its statistics, and has a ``reset_parameters()`` of its own. From the meta
+        device they come as new.
         """
         self.projection.reset_parameters()
         if isinstance(self.scale, nn.Parameter):

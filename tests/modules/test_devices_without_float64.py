@@ -164,6 +164,11 @@ def test_running_statistics_stay_on_the_cpu_when_the_module_moves(monkeypatch):
     for module in (vk.Whitening(16, momentum=0.1), vk.Standardization(16, momentum=0.1)):
         module.to("meta")  # the other device
         assert all(buffer.device.type == "cpu" for buffer in module.buffers())
+    monkeypatch.setattr(float64, "HAVE_FLOAT64", ())
+    with torch.device("meta"):
+        module = vk.Standardization(16, momentum=0.1)
+    module.to_empty(device="cpu")  # in the place of a device without float64
+    assert not any(buffer.is_meta for buffer in module.buffers()) and module.batches_seen == 0
 
 
 def test_values_and_gradients_are_those_of_a_device_with_float64(monkeypatch):

@@ -330,13 +330,15 @@ def bert_with_projections(initialize):
             super().__init__(config)
             self.bert = transformers.BertModel(config)
             self.distill = vk.OrthoProjLoss(config.hidden_size, 64, scale="learned", affine=True)
-            self.compared = vk.OrthoProjLoss(config.hidden_size, 64, projection="linear")
+            targets = vk.Standardization(64, momentum=0.1)
+            self.compared = vk.OrthoProjLoss(config.hidden_size, 64, projection="linear", normalization=targets)
             self.layer = vk.orthogonal(nn.Linear(16, 64, bias=False))
             self.post_init()
 
         def _init_weights(self, module):
             super()._init_weights(module)
-            if initialize and isinstance(module, (vk.OrthoProjLoss, vk.OrthogonalLinear, OrthogonalWeight)):
+            kinds = (vk.OrthoProjLoss, vk.OrthogonalLinear, OrthogonalWeight, vk.Standardization, vk.Whitening)
+            if initialize and isinstance(module, kinds):
                 module.reset_parameters()
 
     small = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
@@ -367,13 +369,19 @@ def test_from_pretrained_of_a_model_with_projections(tmp_path, dirty_memory, dty
     assert orthogonality_error(model.distill.projection.weight) <= 1e-5
     assert orthogonality_error(model.layer.weight) <= (1e-5 if dtype == torch.float32 else 2e-2)
     assert model.distill.scale.item() == 2.0 and bool((model.distill.projection.gain == 1).all())
-    assert model.distill(x, y).isfinite() and model.compared(x, y).isfinite()
+    targets = model.compared.normalization
+    fresh = vk.Standardization(64, momentum=0.1).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in targets.state_dict().items())
+    assert model.distill(x, y).isfinite() and model.train().compared(x, y).isfinite()
+    targets.freeze()
     model.distill.projection.weight = -torch.eye(64, 16)
     model.save_pretrained(tmp_path / "whole")
     again = build.from_pretrained(tmp_path / "whole", dtype=dtype)  # what was loaded is not initialized again
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert torch.equal(again.distill(x, y), model.distill(x, y))
+    assert again.train().compared(x, y + 1).isfinite()
+    assert torch.equal(again.compared.normalization.running_mean, targets.running_mean)  # frozen, as it was saved
     again.distill.reset_parameters()  # and a reset by hand is one
     assert not torch.equal(again.distill.projection.weight, model.distill.projection.weight)
 

@@ -303,6 +303,33 @@ def test_from_the_meta_device(make):
     assert make().to("meta").reset_parameters() is None  # nothing to reset
 
 
+@pytest.mark.parametrize("owner", ["none", "loss", "distiller"])
+@pytest.mark.parametrize("name", ["zca", "standardization"])
+def test_statistics_come_as_new_from_the_meta_device(name, owner, monkeypatch):
+    """With ``to_empty()``, whatever the memory held. Resetting a loss or distiller leaves what has been seen."""
+    with torch.device("meta"):
+        targets = MODULES[name](momentum=0.1)
+        pair = {"student": "", "teacher": "", "dims": (4, 7), "normalization": targets}
+        if owner == "distiller":
+            whole = vk.FeatureDistiller(nn.Identity(), nn.Identity(), [pair], balance="running_mean")
+        else:
+            whole = targets if owner == "none" else vk.OrthoProjLoss(4, 7, normalization=targets)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(77))
+    whole.to_empty(device="cpu")
+    if owner != "none":
+        whole.reset_parameters()
+    fresh = MODULES[name](momentum=0.1)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in targets.state_dict().items())
+    if owner == "distiller":
+        assert not any(buffer.any() for buffer in whole.balance.buffers())
+    for _ in range(2):
+        assert torch.equal(targets(features()), fresh(features()))
+    if owner != "none":
+        whole.reset_parameters()
+    assert targets.batches_seen == 2
+
+
 @modules
 def test_without_momentum_nothing_is_kept_and_nothing_can_be_frozen(make):
     assert not make().state_dict()

@@ -53,5 +53,7 @@ class KeepsDtypes(nn.Module):
                 if anywhere or has_float64(device):
                     moved = fn(buffer)
                     buffer = moved if moved.dtype == buffer.dtype else buffer.to(device)
+                elif buffer.is_meta:  # by to_empty()
+                    buffer = torch.empty_like(buffer, device="cpu")
                 self._buffers[name] = buffer
         return self

@@ -1,5 +1,6 @@
 """Targets with statistics of their own: ``Standardization`` and ``Whitening``, of a batch, running or frozen."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forgets what has been seen, and thaws: also after ``to_empty()``, or in transformers' ``_init_weights``."""
+        """Forgets what has been seen, and thaws: also in transformers' ``_init_weights``."""
         if self.momentum is None or self.batches_seen.is_meta:
             return
         nn.init.zeros_(self.running_mean)
@@ -105,6 +106,14 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
         running_spread.copy_(torch.where(first, spread, mixed))
         self.running_mean.copy_(torch.where(first, mean, self.running_mean + share * delta))
         self.batches_seen.add_(counted)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """From the meta device, by ``to_empty()``, comes what has seen nothing, and not what memory held."""
+        was_meta = self.momentum is not None and self.batches_seen.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            self.reset_parameters()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         if self.momentum is not None and f"{prefix}batches_seen" in state_dict:
