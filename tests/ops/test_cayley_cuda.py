@@ -153,6 +153,10 @@ def test_a_request_overrules_the_choice(monkeypatch):
         ("80-real 90-real 100-real 100-virtual", (12, 0), True),  # PTX
         ("80-real 90-real", (12, 0), False),
         ("90a-real", (9, 0), True),
+        ("90a-virtual", (10, 0), False),
+        ("100a-real 120a-real", (10, 3), False),
+        ("100f-real", (10, 3), True),
+        ("100f-virtual", (12, 0), False),
         ("89-real", (8, 6), False),
     ],
 )

@@ -97,7 +97,10 @@ def extension() -> tuple[ModuleType, None] | tuple[None, str]:
     built_with = record.get("torch", torch.__version__)
     if built_with != torch.__version__:
         # Loading it could crash the process: the C++ interface of PyTorch is not stable between versions.
-        return None, f"the extension was built with PyTorch {built_with} and this is {torch.__version__}: reinstall it"
+        return None, (
+            f"the extension was built with PyTorch {built_with} and this is {torch.__version__}: install the package "
+            "anew, with --no-build-isolation, --force-reinstall and --no-cache-dir (pip may keep what it built before)"
+        )
     try:
         return importlib.import_module("vkd_kernels._C"), None
     except (ImportError, OSError, RuntimeError) as error:
@@ -143,11 +146,19 @@ def triton_interprets() -> bool:
 
 
 def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a build for "80-real 90-virtual" runs on a GPU: by code for its generation, or PTX for an older one."""
+    """Whether a build for "80-real 90-virtual" runs on a GPU: by code for its generation, or PTX for an older one.
+
+    With the suffix a ("90a") either runs on that very GPU alone, with f ("100f") on those of its generation.
+    """
     for entry in architectures.split():
         number, kind = entry.split("-")
         built = divmod(int(number.rstrip("af")), 10)
-        if built <= capability and (kind == "virtual" or built[0] == capability[0]):
+        if number.endswith("a"):
+            runs = built == capability
+        else:
+            same = built[0] == capability[0]
+            runs = built <= capability and (same or (kind == "virtual" and not number.endswith("f")))
+        if runs:
             return True
     return False
 
