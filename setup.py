@@ -58,7 +58,7 @@ def why_it_cannot_compile(command: list[str], suffix: str, source: str) -> str |
 
 
 def cpp_compiler() -> str | None:
-    """The command that CMake takes, too."""
+    """The C++ compiler that CMake will choose: CXX, or the first one on PATH."""
     return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
 
@@ -76,18 +76,17 @@ def why_no_build_tools() -> str | None:
     """The reason why an extension of PyTorch can't be built in this environment, or None."""
     missing = [module for module in ("torch", "pybind11") if importlib.util.find_spec(module) is None]
     missing += [tool for tool in ("cmake", "ninja") if program(tool) is None]
-    if not missing:
-        return why_no_cmake()
+    cmake = program("cmake")
+    if cmake and not missing:
+        return why_no_cmake(cmake)
     return (
         f"{', '.join(missing)} can't be found where the package is built: to have the extension, install them and the "
         "package with pip install --no-build-isolation"
     )
 
 
-def why_no_cmake() -> str | None:
+def why_no_cmake(command: str) -> str | None:
     """The reason why the installed CMake can't read CMakeLists.txt, or None."""
-    command = program("cmake")
-    assert command is not None
     try:
         said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -152,7 +151,8 @@ def plan() -> Plan:
 
 def build_folder(planned: Plan, torch_version: str) -> Path:
     """One per PyTorch, plan and compilers: CMake keeps those of its first run, and objects must not be stale."""
-    compilers = (shutil.which((cpp_compiler() or "c++").split()[0]), os.environ.get("CUDAHOSTCXX"), planned.nvcc)
+    cpp = cpp_compiler() or "c++"
+    compilers = (cpp, shutil.which(cpp.split()[0]), os.environ.get("CUDAHOSTCXX"), planned.nvcc)
     key = hashlib.sha256(repr(compilers).encode()).hexdigest()[:8]
     python = f"py{sys.version_info[0]}{sys.version_info[1]}"
     return ROOT / "build" / f"{planned.build}-torch{torch_version}-{python}-{key}"

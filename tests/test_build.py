@@ -166,9 +166,10 @@ def test_another_compiler_has_another_build_folder(monkeypatch):
         for host in ("g++", "clang++"):
             monkeypatch.setenv("CUDAHOSTCXX", host)
             folders.add(module["build_folder"](module["Plan"]("cuda", None, nvcc), "2.14.0"))
-    monkeypatch.setenv("CXX", sys.executable)
-    folders.add(module["build_folder"](module["Plan"]("cuda", None, "/a/nvcc"), "2.14.0"))
-    assert len(folders) == 5
+    for compiler in (sys.executable, "ccache g++", "ccache clang++"):
+        monkeypatch.setenv("CXX", compiler)
+        folders.add(module["build_folder"](module["Plan"]("cuda", None, "/a/nvcc"), "2.14.0"))
+    assert len(folders) == 7
 
 
 def build_wheel(folder, source=ROOT, **environment):

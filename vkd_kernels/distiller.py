@@ -20,11 +20,11 @@ from .ops.normalization.all_reduce import HasProcessGroup, share_group
 from .ops.ortho_proj_loss import api
 from .ops.tracing import not_traced
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
-from .pairs import Pair, as_pairs
+from .pairs import Pair, as_pairs, check_pool
 from .pooling import ComparedRows, compared, masks_of_sides
 from .store import FeatureStore
 from .store.source import SeveralSources, StoredTeacher
-from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped, versions_by_id
+from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped, versions_of
 from .teachers import KeptModes, ModelTeachers, TeacherAnswer, TeacherCall, TeacherSource
 
 
@@ -133,6 +133,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         self.logit_terms = logit_terms(logit_weight, self.source.names())
         if not self.pairs and not self.logit_terms:
             raise ValueError(f"pairs must not be empty without a logit_weight: there must be a loss; got {pairs}")
+        for pair in self.pairs:
+            check_pool(pair.side("student"), student)
         self._taps = {pair.name: Tap(pair.side("student")) for pair in self.pairs}
         self._handles: list = []
         self._hooked: list[nn.Module] = []
@@ -285,7 +287,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
                 arguments=(args, known),
                 teacher_input=teacher_input,
                 indices=indices,
-                versions=versions_by_id((args, known, teacher_input)),
+                versions=versions_of((args, known)),
             ),
             masks={} if masks is None else masks,
             total_rows=total_rows,

@@ -24,9 +24,11 @@ def logits_of(output: Any, key: int | str | tuple | Callable | None, side: str) 
         key = "logits"
     logits = as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
     if logits.dim() > 3:
+        entry = "output" if key is None else f"output[{key!r}]"
         raise ValueError(
             f"{where} has logits of the shape {tuple(logits.shape)}, and classes must come last. Say where they are by "
-            f"a function, for (N, classes, H, W): {option}=lambda output: output['logits'].permute(0, 2, 3, 1)"
+            f"a function: {option}=lambda output: {entry}.permute(0, 2, 3, 1) for (N, classes, H, W); where they are "
+            f"last, lambda output: {entry}"
         )
     return logits
 

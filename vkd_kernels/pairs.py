@@ -127,12 +127,6 @@ def _check_side(side: Side) -> None:
         raise TypeError(f"{name} must be the name of a module; got {checks.describe(side.module)}")
     if not callable(side.pool):
         checks.check_choice(f"{name}_pool", side.pool, POOLINGS)
-    if isinstance(side.pool, nn.Module) and _has_state(side.pool):
-        raise TypeError(
-            f"{name}_pool must be a function of the features, without weights, statistics or dropout; got "
-            f"{type(side.pool).__name__}, which would be neither trained, saved nor moved. Make it a part of the "
-            f"{name}, and tap it there"
-        )
     if not isinstance(side.skip, int) or side.skip < 0:
         raise ValueError(f"{name}_skip must be an int >= 0; got {checks.describe(side.skip)}")
     steps = side.output if isinstance(side.output, tuple) else (side.output,)
@@ -150,10 +144,20 @@ def _check_side(side: Side) -> None:
             checks.check_dim(f"{name}_grid", size)
 
 
-def _has_state(module: nn.Module) -> bool:
-    """Weights, statistics, or a mode that matters."""
-    state = [*module.parameters(), *module.buffers()]
-    return bool(state) or any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules())
+def check_pool(side: Side, model: nn.Module) -> None:
+    """An error for a pool with weights, saved buffers or dropout that are not the model's, which nobody would train."""
+    if not isinstance(side.pool, nn.Module):
+        return
+    parts = {*map(id, model.modules())}
+    for part in side.pool.modules():
+        names = {name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
+        saved = names - part._non_persistent_buffers_set
+        if id(part) not in parts and (saved or isinstance(part, nn.modules.dropout._DropoutNd)):
+            raise TypeError(
+                f"pair {side.pair!r}: {side.side}_pool must be a function of the features, or a part of the "
+                f"{side.side}; got {type(side.pool).__name__}, whose {type(part).__name__} would be neither trained, "
+                f"saved nor moved. Make it a part of the {side.side}, and tap it there"
+            )
 
 
 def as_pairs(pairs: Sequence[Mapping[str, Any] | Pair]) -> tuple[Pair, ...]:

@@ -26,7 +26,7 @@ class Returned:
     @classmethod
     def of(cls, value: Any) -> "Returned":
         """Where changes in place can't be counted (in a compiled graph, in inference mode) a copy is kept instead."""
-        if not versions_count(value):
+        if not counts_changes(value):
             return cls(copied(value), ())
         return cls(value, tuple(x._version for x in tensors_in(value)))
 
@@ -160,20 +160,22 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors of what a module returned, inside of tuples, lists, dicts and dataclasses too."""
     if isinstance(value, torch.Tensor):
         return [value]
+    if value is None or isinstance(value, (str, int, float)):
+        return []
     value = as_mapping(value)
     if isinstance(value, Mapping):
         value = list(value.values())
     return [x for item in value for x in tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
-def versions_count(value: Any) -> bool:
+def counts_changes(value: Any) -> bool:
     """Whether its tensors count their changes in place."""
     return not (torch.compiler.is_compiling() or any(x.is_inference() for x in tensors_in(value)))
 
 
-def versions_by_id(value: Any) -> dict[int, int] | None:
-    """How often each of its tensors was changed in place; None where that isn't counted."""
-    return {id(x): x._version for x in tensors_in(value)} if versions_count(value) else None
+def versions_of(value: Any) -> list[tuple[torch.Tensor, int]]:
+    """Its tensors and how often each was changed in place; none where that isn't counted."""
+    return [(x, x._version) for x in tensors_in(value)] if counts_changes(value) else []
 
 
 def copied(value: Any) -> Any:
@@ -196,7 +198,7 @@ def as_mapping(value: Any) -> Any:
     """The fields of a dataclass by name, where it is no mapping itself as Hugging Face's outputs are; or the value."""
     if isinstance(value, Mapping) or isinstance(value, type) or not dataclasses.is_dataclass(value):
         return value
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
 
 
 def selected(output: Any, key: int | str | tuple | None, *, where: str, option: str) -> Any:

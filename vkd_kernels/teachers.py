@@ -14,7 +14,7 @@ from torch import nn
 from .images import different_normalization
 from .ops import checks
 from .ops.tracing import constant_result
-from .pairs import Pair
+from .pairs import Pair, check_pool
 from .pooling import Rows
 from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, moved, run_tapped, tensors_in
 
@@ -26,17 +26,17 @@ class TeacherCall:
     arguments: tuple[tuple, dict]  # the student's
     teacher_input: Any = None  # in their place
     indices: Any = None  # of the samples, for stored features
-    versions: Mapping[int, int] | None = None  # of what is given, before the student ran (taps.versions_by_id)
+    versions: Sequence[tuple[torch.Tensor, int]] = ()  # of the arguments before the student ran (taps.versions_of)
 
     def check_unchanged(self, given: Any, where: str) -> None:
         """An error where a model that ran before changed what this teacher is given."""
-        if self.versions is None or all(self.versions.get(id(x)) == x._version for x in tensors_in(given)):
-            return
-        raise RuntimeError(
-            f"{where} would not see the batch as it came: the student, or a teacher before it, changed it in place (a "
-            "first layer with inplace=True, x.sub_(mean), an entry of a batch that it assigned anew). Let that model "
-            "change a copy, or give the teacher a batch of its own by teacher_input"
-        )
+        changed = {id(x) for x, version in self.versions if x._version != version}
+        if changed and any(id(x) in changed for x in tensors_in(given)):
+            raise RuntimeError(
+                f"the batch was changed in place before {where} saw it, by the student or another teacher "
+                "(x.sub_(mean), a first layer with inplace=True). Let that model change a copy, or give this one a "
+                "batch of its own by teacher_input"
+            )
 
 
 class TeacherAnswer(abc.ABC):
@@ -287,6 +287,7 @@ class ModelTeachers(TeacherSource):
         for pair in pairs:
             name, module = teacher_and_module(pair, [*by_name]) if self.several else ("", pair.teacher)
             side = dataclasses.replace(pair.side("teacher"), module=module)
+            check_pool(side, by_name[name])
             self.by_pair[pair.name] = self.teachers[name], Tap(side)
 
     def teacher_of(self, pair: Pair) -> str:

@@ -382,52 +382,51 @@ def test_a_channels_last_map_that_is_read_as_channels_first_is_warned_of(side):
         vk.FeatureDistiller(Blocks(), Blocks(), [{**pair, f"{side}_layout": "NHWC"}], example_input=images)
 
 
-class ChangesItsInput(nn.Module):
+class ChangesItsInput(nn.Linear):
     """As models do that normalize images themselves, or that begin with a layer in place."""
 
-    def __init__(self, how, width=8):
-        super().__init__()
-        self.how, self.last = how, nn.Linear(6, width)
-
-    def forward(self, batch):
-        if self.how == "assigned":
-            batch["x"] = batch["x"] * 0.5
-            return self.last(batch["x"])
-        return self.last(batch.mul_(0.5) if self.how == "in place" else batch * 0.5)
+    def forward(self, batch, **_):
+        return super().forward(batch.mul_(0.5))
 
 
-class TakesBatch(nn.Linear):
-    def forward(self, batch):
-        return super().forward(batch["x"])
-
-
-@pytest.mark.parametrize("how", ["in place", "assigned"])
 @pytest.mark.parametrize("logits_alone", [True, False])
-def test_a_student_that_changes_what_the_teacher_is_given_is_an_error(how, logits_alone):
-    teacher = (TakesBatch if how == "assigned" else nn.Linear)(6, 8)
-    pairs = [] if logits_alone else [{"student": "last", "teacher": "", "dims": (8, 8)}]
-    distiller = vk.FeatureDistiller(ChangesItsInput(how), teacher, pairs, logit_weight=1.0)
-    x = FEATURES.clone()
-    with pytest.raises(RuntimeError, match="teacher would not see the batch as it came: the student, or a teacher"):
-        distiller({"x": x} if how == "assigned" else x)
-    x = FEATURES.clone()
-    own = {"x": x.clone()} if how == "assigned" else x.clone()
-    distiller({"x": x} if how == "assigned" else x, teacher_input=(own,))
-    with pytest.raises(RuntimeError, match="would not see the batch"):
-        given = {"x": x} if how == "assigned" else x
-        distiller(given, teacher_input=(given,))
+def test_a_student_that_changes_what_the_teacher_is_given_is_an_error(logits_alone):
+    pairs = [] if logits_alone else [{"student": "", "teacher": "", "dims": (8, 8)}]
+    distiller = vk.FeatureDistiller(ChangesItsInput(6, 8), nn.Linear(6, 8), pairs, logit_weight=1.0)
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher saw it, by the student or"):
+        distiller(FEATURES.clone())
+    with pytest.raises(RuntimeError, match="changed in place"):
+        x = FEATURES.clone()
+        distiller(x, teacher_input=x)
+    distiller(FEATURES.clone(), teacher_input=FEATURES)
+    crops = torch.stack([FEATURES, FEATURES])
+    distiller(crops[0], teacher_input=crops[1])  # views, which count their changes together
 
 
 def test_a_teacher_that_changes_what_the_next_one_is_given_is_an_error():
-    teachers = {"a": ChangesItsInput("in place"), "b": nn.Linear(6, 8)}
-    weights = {"a": 1.0, "b": 1.0}
-    distiller = vk.FeatureDistiller(nn.Linear(6, 8), teachers, [], logit_weight=weights)
-    with pytest.raises(RuntimeError, match="teacher 'b' would not see the batch as it came"):
+    teachers = {"a": ChangesItsInput(6, 8), "b": nn.Linear(6, 8)}
+    distiller = vk.FeatureDistiller(nn.Linear(6, 8), teachers, [], logit_weight={"a": 1.0, "b": 1.0})
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher 'b' saw it"):
         distiller(FEATURES.clone())
-    distiller = vk.FeatureDistiller(
-        nn.Linear(6, 8), teachers | {"a": ChangesItsInput("a copy")}, [], logit_weight=weights
-    )
-    distiller(FEATURES.clone())
+    distiller(FEATURES, teacher_input={"a": FEATURES.clone()})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_student_may_add_replace_and_take_out_entries_of_its_batch(mode):
+    class TakesBatch(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch["x"])
+
+    class Student(TakesBatch):
+        def forward(self, batch):
+            batch["mean"] = batch["x"].mean()
+            batch["x"] = batch["x"].to(torch.float32, copy=True)  # as BatchEncoding.to does
+            batch.pop("labels")
+            return super().forward(batch)
+
+    distiller = vk.FeatureDistiller(Student(6, 8), TakesBatch(6, 8), [], logit_weight=1.0)
+    with mode():
+        assert distiller({"x": FEATURES.clone(), "labels": torch.zeros(5)})[1]["total"].isfinite()
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -442,9 +441,28 @@ def test_a_teacher_that_changes_what_the_next_one_is_given_is_an_error():
 )
 def test_a_pool_that_would_have_to_be_trained_is_refused(side, pool):
     """It would stay as it was drawn: in no optimizer, no state dict and no .to()."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 6, 1), nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.1))
+
+        def forward(self, images):
+            return self.pool(self.conv(images).mean((2, 3)))
+
+    models = {"student": Model(), "teacher": Model()}
+    pair = {"student": "conv", "teacher": "conv", "student_pool": "spatial_mean", "teacher_pool": "spatial_mean"}
+
+    def make_with(pool):
+        return vk.FeatureDistiller(*models.values(), [{**pair, f"{side}_pool": pool}], example_input=IMAGES)
+
     with pytest.raises(TypeError, match=f"{side}_pool must be a function.*Make it a part of the {side}"):
-        vk.Pair("embed", "conv", **{f"{side}_pool": pool})
-    vk.Pair("embed", "conv", **{f"{side}_pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())})
+        make_with(pool)
+    make_with(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    make_with(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), models[side].pool))
+    constant = nn.Flatten(2)
+    constant.register_buffer("window", torch.ones(3), persistent=False)
+    make_with(nn.Sequential(constant, nn.AdaptiveAvgPool1d(1), nn.Flatten()))
 
 
 @pytest.mark.parametrize("key", [None, "out"])

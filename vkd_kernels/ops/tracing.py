@@ -18,12 +18,13 @@ def constant_result(function: F) -> F:
     return function
 
 
-@constant_result
 def is_recomputation() -> bool:
     """Whether a backward pass is running, inside of which activation checkpointing computes a forward pass again.
 
     What counts steps or batches has counted this one. In a compiled graph it is always False.
     """
+    if torch.compiler.is_compiling():
+        return False
     task = getattr(torch._C, "_current_graph_task_id", None)  # private, but torch.utils.checkpoint goes by it
     return task is not None and task() != -1
 

@@ -157,8 +157,8 @@ class Loop:
     def validate(self, last: bool) -> None:
         self.student.eval()
         if self.ema:
-            self.check_weights()
-            self.task.settle(self.student)
+            self.check_weights()  # singular vectors of weights that are not finite would be another error
+            self.task.renew_buffers(self.student)
         with torch.no_grad(), self.fabric.autocast():
             metrics = self.task.evaluate(self.student)
             if last and self.fabric.is_global_zero:

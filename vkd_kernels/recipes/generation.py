@@ -336,7 +336,7 @@ class Generation(Task):
         discriminator.requires_grad_(True)
         return {name: loss.detach() for name, loss in losses.items() if name != "total"}
 
-    def settle(self, average: nn.Module) -> None:
+    def renew_buffers(self, average: nn.Module) -> None:
         gan.renew_spectral_norms(average)
 
     def evaluate(self, student: nn.Module) -> dict[str, float]:

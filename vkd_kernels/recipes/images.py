@@ -204,7 +204,7 @@ def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Gen
     return torch.cat([of_class[: max(1, round(share * len(of_class)))] for of_class in rows])
 
 
-def one_download(root: Path) -> Any:
+def download_lock(root: Path) -> Any:
     """Ranks and worker processes download one after another: the first one, that is, and the others find the files."""
     root.mkdir(parents=True, exist_ok=True)
     return FileLock(root / ".download.lock")
@@ -224,7 +224,7 @@ def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any,
         else:
             flag = "train" in inspect.signature(kind).parameters
             splits = [{"train": True}, {"train": False}] if flag else [{"split": "train"}, {"split": "test"}]
-            with one_download(Path(data.root)) if data.download else contextlib.nullcontext():
+            with download_lock(Path(data.root)) if data.download else contextlib.nullcontext():
                 train, test = (kind(data.root, download=data.download, **split) for split in splits)
     except Exception as error:  # missing or damaged files, no network: as many types as ways to fail
         hint = "" if data.download else f"; {where}.download=true fetches it"

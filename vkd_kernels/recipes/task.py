@@ -214,7 +214,7 @@ class Task:
         loop.apply("optimizer")
         return losses
 
-    def settle(self, average: nn.Module) -> None:
+    def renew_buffers(self, average: nn.Module) -> None:
         """Put right what a moving average of the student gets wrong, before it is evaluated and stored: buffers that
         belong to weights, say. It may depend on the parameters alone, or --resume gives other bits."""
 

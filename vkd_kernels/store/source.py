@@ -144,8 +144,8 @@ class SeveralSources(TeacherSource):
         answers = {}
         for name, source in self.sources.items():
             stored = isinstance(source, StoredTeacher) and name not in inputs
-            own = {"teacher_input": inputs.get(name), "indices": call.indices if stored else None}
-            answers[name] = source.answer(dataclasses.replace(call, **own))
+            indices = call.indices if stored else None
+            answers[name] = source.answer(dataclasses.replace(call, teacher_input=inputs.get(name), indices=indices))
         return SeveralAnswers(answers, self.pairs)
 
     def example(self, call: TeacherCall) -> TeacherCall:

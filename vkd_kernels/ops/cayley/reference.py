@@ -37,8 +37,8 @@ class _InverseOfEach(torch.autograd.Function):
 
 
 def _inverse(m: torch.Tensor) -> torch.Tensor:  # (..., S, S), symmetric part >= I: never singular
-    # inv_ex neither checks nor synchronizes. A compiled graph can't hold a function with a rule for vmap.
-    if m.device.type != "cpu" or torch.compiler.is_compiling():
+    # inv_ex neither checks nor synchronizes. Compiled and traced graphs can't hold a function with a rule for vmap.
+    if m.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.linalg.inv_ex(m).inverse
     return _InverseOfEach.apply(m)
 

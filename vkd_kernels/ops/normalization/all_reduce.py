@@ -100,7 +100,7 @@ class HasProcessGroup:
     """A module's ``process_group``. It stays with copies of the module and does not travel with pickles: a group is of
     its process, so a module unpickled elsewhere computes the statistics of its own rows until it is given one."""
 
-    _group_handle = GroupHandle()
+    _group_handle = GroupHandle()  # read before a constructor sets one
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

@@ -108,7 +108,7 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
         self.batches_seen.add_(counted)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """From the meta device, by ``to_empty()``, comes what has seen nothing, and not what memory held."""
+        """``to_empty()`` from the meta device starts the statistics anew: they would be what the memory held."""
         was_meta = self.momentum is not None and self.batches_seen.is_meta
         super()._apply(fn, recurse)
         if was_meta:
