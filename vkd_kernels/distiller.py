@@ -192,17 +192,29 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             terms.append(LossTerm(name=pair.name, teacher=teacher, weight=weight))
         return terms
 
-    def export(self, name: str) -> TeacherSpace:
+    def export(self, name: str, *, calibration_input: Any = None) -> TeacherSpace:
         """The student as a plain module whose output is the pair's projected features, in the teacher's space.
 
         It copies the student, runs in eval mode, needs no operator of this package, and exports to ONNX. What it gives
         is compared with the teacher's features after the pair's normalization.
+
+        Args:
+            calibration_input: where that is batch_norm, which standardizes the student's channels too: a batch, given
+                as ``example_input`` is, over which their mean and variance are taken. ValueError without one.
         """
         checks.check_choice("name", name, [pair.name for pair in self.pairs])
         loss = self.pair_losses.of(name)
         (pair,) = (pair for pair in self.pairs if pair.name == name)
         scale = loss.scale.detach() if isinstance(loss.scale, torch.Tensor) else loss.scale
-        return TeacherSpace(self.student, pair, loss.projection.to_linear(scale))
+        module = TeacherSpace(self.student, pair, loss.projection.to_linear(scale))
+        if (pair.normalization == "batch_norm") != (calibration_input is not None):
+            raise ValueError(
+                "calibration_input must be given for a pair with normalization='batch_norm', and for no other: a batch "
+                f"over which the exported channels are standardized; the pair's normalization is {pair.normalization!r}"
+            )
+        if calibration_input is not None:
+            module.standardize_over(*as_arguments(calibration_input), eps=pair.eps)
+        return module
 
     def projection(self, name: str) -> torch.Tensor:
         """P ``(T, S)`` of the pair of that name."""

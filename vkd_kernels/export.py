@@ -32,6 +32,16 @@ class TeacherSpace(nn.Module):
             module.register_forward_hook(tap)
         self.eval()
 
+    @torch.no_grad()
+    def standardize_over(self, args: tuple, kwargs: dict, *, eps: float) -> None:
+        """Folds into the projection what gives every channel mean 0 and variance 1 over this batch."""
+        variance, mean = torch.var_mean(self(*args, **kwargs).flatten(0, -2).double(), dim=0, correction=0)
+        factor = torch.rsqrt(variance + eps)
+        weight, bias = self.projection.weight, self.projection.bias
+        shift = -mean if bias is None else bias - mean
+        self.projection.bias = nn.Parameter((shift * factor).to(weight.dtype), requires_grad=False)
+        weight.mul_(factor[:, None].to(weight.dtype))
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         _, calls = run_tapped(lambda: self.student(*args, **kwargs), {"": self._tap})
         returned = self._tap.chosen(calls[""])

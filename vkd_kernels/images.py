@@ -145,6 +145,8 @@ def _config(name: str, given: Any) -> ImageConfig | None:
         mean = _values(name, _get(given, "image_mean") if normalizes else 0.0)
         std = _values(name, _get(given, "image_std") if normalizes else 1.0)
         crops = _get(given, "do_center_crop") and _get(given, "crop_size")
+        if isinstance(crops, int) and not isinstance(crops, bool):  # of a crop: both sides
+            crops = {"height": crops, "width": crops}
         resample = _get(given, "resample")
         mode = "bicubic" if resample is None else OF_PILLOW.get(int(resample), "bicubic")
         return ImageConfig(mean, std, _processor_size(crops or _get(given, "size")), mode)

@@ -247,6 +247,28 @@ def test_an_exported_student_gives_vectors_in_the_teachers_space(scale):
         distiller.export("y")
 
 
+@pytest.mark.parametrize("projection", ["orthogonal", "linear"])
+@pytest.mark.parametrize("pool", ["mean_tokens", "tokens"])
+def test_an_exported_student_of_batch_norm_is_standardized(pool, projection):
+    """As the loss does it, with the statistics of a batch."""
+    pair = {"student": "norm", "teacher": "norm", "teacher_pool": pool, "student_pool": pool, "name": "x"}
+    options = {"normalization": "batch_norm", "projection": projection, "eps": 0.1}
+    distiller = make([{**pair, **options}], ViT(6), ViT(9))
+    images = torch.cat([IMAGES, IMAGES.flip(0) * 2])
+    with pytest.raises(ValueError, match="calibration_input must be given for a pair with normalization='batch_norm'"):
+        distiller.export("x")
+    module = distiller.export("x", calibration_input=images)
+    target = outputs_of(distiller.teacher, ["norm"], images)["norm"]
+    target = target if pool == "tokens" else target.mean(1)
+    target = vk.functional.standardize(target.flatten(0, -2), eps=0.1)
+    vectors = module(images).flatten(0, -2)
+    torch.testing.assert_close(F.smooth_l1_loss(vectors, target), distiller(images)[1]["x"].detach())
+    torch.testing.assert_close(vectors.mean(0), torch.zeros(9), rtol=0, atol=1e-5)
+    torch.testing.assert_close(module(IMAGES), module(images)[:5])
+    with pytest.raises(ValueError, match="and for no other.*'layer_norm'"):
+        make([pair], ViT(6), ViT(9)).export("x", calibration_input=images)
+
+
 @pytest.mark.parametrize("pool", ["tokens", "class_token"])
 def test_an_exported_student_goes_through_torch_export_onnx_and_copies(pool):
     pair = {"student": "norm", "teacher": "norm", "teacher_pool": pool, "student_pool": pool, "name": "x"}

@@ -73,6 +73,8 @@ def test_what_transformers_says():
     processor = transformers.CLIPImageProcessor()
     assert torch.equal(vk.renormalize(images, from_=IMAGENET, to=processor), expected)
     assert torch.equal(vk.renormalize(images, from_=IMAGENET, to=processor.to_dict()), expected)
+    older = {**transformers.CLIPImageProcessor(size={"shortest_edge": 64}).to_dict(), "crop_size": 48}
+    assert vk.renormalize(images, from_=IMAGENET, to=older).shape == (2, 3, 48, 48)
     uncropped = transformers.CLIPImageProcessor(do_center_crop=False, size={"shortest_edge": 64})
     assert vk.renormalize(images, from_=IMAGENET, to=uncropped).shape == (2, 3, 64, 96)
     assert image_config("to", transformers.ViTImageProcessor()).interpolation == "bilinear"

@@ -41,7 +41,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
 
 def _multiplies_into_float32(dtype: torch.dtype) -> bool:
     """Whether PyTorch has a 16-bit product with a float32 result on this GPU, under its present settings."""
-    if torch.version.hip is not None and torch.__version__ < (2, 10):  # refused by 2.8, and by some builds of 2.9
+    if torch.version.hip is not None and torch.__version__ < "2.10":  # refused by 2.8, and by some builds of 2.9
         return False
     return dtype != torch.float16 or not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
 
