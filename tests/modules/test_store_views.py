@@ -3,10 +3,12 @@
 import numpy
 import pytest
 import torch
-from torch.utils.data import DataLoader, StackDataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from tests.helpers.stored_teachers import SAMPLES, Images, Teacher, build, live_tokens
 from vkd_kernels.store import FixedViews
+from vkd_kernels.store.build import largest_difference
 
 
 def test_data_of_another_view_at_every_visit_are_refused(tmp_path):
@@ -14,6 +16,81 @@ def test_data_of_another_view_at_every_visit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"another view of a sample at every visit.*FixedViews"):
         build(tmp_path, data=data)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("entry", [float("nan"), -float("inf"), float("inf")])
+def test_views_beside_entries_that_are_not_finite_are_compared(tmp_path, entry):
+    """Such as -Inf of an additive mask: the same entries everywhere, another view beside them."""
+
+    def augment(image):
+        return torch.cat([image + torch.rand(()), torch.full((5, 1), entry)], 1)
+
+    options = {"teacher_input": lambda batch: batch[0]}
+    teacher = nn.Sequential(Columns(), Teacher())
+    taps = [{"teacher": "1.2", "teacher_pool": "tokens"}]
+    with pytest.raises(ValueError, match="another view of a sample at every visit"):
+        build(tmp_path / "a", teacher, Images(transform=augment), taps, **options)
+    build(tmp_path / "b", teacher, FixedViews(Images(), augment, views=1), taps, **options)
+    build(tmp_path / "b", teacher, FixedViews(Images(), augment, views=1), taps, **options)
+
+
+class Columns(nn.Module):
+    """The first four columns of its input: the image without what stands beside it."""
+
+    def forward(self, x):
+        return x[..., :4]
+
+
+def test_the_difference_where_entries_are_not_finite():
+    nan, inf = float("nan"), float("inf")
+    for now, then, expected in [
+        ([nan, 1.0], [nan, 1.0], 0.0),
+        ([nan, 3.0], [nan, 2.0], 0.5),
+        ([-inf, 3.0], [-inf, 2.0], 0.5),
+        ([inf, 1.0], [-inf, 1.0], inf),
+        ([nan, 1.0], [1.0, 1.0], inf),
+        ([1.0, 1.0], [1.0, nan], inf),
+        ([1.0, 1.0], [inf, 1.0], inf),
+    ]:
+        assert largest_difference([torch.tensor(now)], [torch.tensor(then)]) == expected
+
+
+class OfArrays(nn.Module):
+    """A teacher that is given a list of arrays, as one with a processor inside is."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, arrays, mask=None):
+        return self.linear(torch.from_numpy(numpy.stack(arrays)))
+
+
+@pytest.mark.parametrize("beside", [{}, {"mask": torch.ones(3)}])
+def test_views_that_are_no_tensors_are_compared_by_their_features(tmp_path, beside):
+    def loader(augment):
+        arrays = [image.numpy() for image in Images().images]
+        return DataLoader(Augmented(arrays, augment), 8, collate_fn=list)
+
+    taps = [{"teacher": "linear", "teacher_pool": "tokens"}]
+    options = {"taps": taps, "teacher_input": lambda arrays: {"arrays": arrays, **beside}}
+    with pytest.raises(ValueError, match="another view of a sample at every visit"):
+        build(tmp_path / "a", OfArrays(), loader(lambda x: x + numpy.random.rand(4).astype("float32")), **options)
+    store = build(tmp_path / "b", OfArrays(), loader(lambda x: x), **options)
+    assert len(store) == SAMPLES
+
+
+class Augmented(Dataset):
+    """What the function makes of the images, at every visit anew."""
+
+    def __init__(self, images, augment):
+        self.images, self.augment = images, augment
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.augment(self.images[index])
 
 
 def test_fixed_views_are_the_same_at_every_visit_and_in_workers(tmp_path):

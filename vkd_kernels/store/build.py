@@ -1,6 +1,7 @@
 """Building a store: shares of the ranks, shards that are written whole, and what tells that a store is stale."""
 
 import dataclasses
+import math
 import shutil
 import sys
 import time
@@ -115,12 +116,7 @@ def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options
         manifest = Manifest.load(folder)
         check_fresh(folder, manifest, wanted, probe)
         return manifest
-    again = frozen.arguments(samples.batch(samples.probed))
-    if largest_difference(probe.inputs, frozen.tensors(again)) > 0:
-        raise ValueError(
-            "data gives another view of a sample at every visit, so the stored features would be of views that the "
-            "student never sees: store one view of every sample, or several fixed ones (vkd_kernels.store.FixedViews)"
-        )
+    check_views(frozen, samples, probe)
     save_tensors(folder / PROBE, probe_tensors(probe))
     wanted.save(folder)
     return wanted
@@ -148,6 +144,22 @@ def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[
         default = max(1, min(MOST_SHARD_SAMPLES, fitting, for_every_rank))
         manifest = dataclasses.replace(manifest, shard_samples=default)
     return manifest, probe
+
+
+def check_views(frozen: FrozenTeacher, samples: Samples, probe: Answer) -> None:
+    """An error if the same samples are others at their second visit."""
+    batch = samples.batch(samples.probed)
+    if probe.only_tensors:
+        changed = largest_difference(probe.inputs, frozen.tensors(frozen.arguments(batch))) > 0
+    else:  # arrays, images and texts: what the teacher makes of them is compared, too
+        again = frozen(batch, len(samples.probed))
+        changed = largest_difference(probe.inputs, again.inputs) > 0
+        changed |= differ(probe_tensors(again), probe_tensors(probe), "features")
+    if changed:
+        raise ValueError(
+            "data gives another view of a sample at every visit, so the stored features would be of views that the "
+            "student never sees: store one view of every sample, or several fixed ones (vkd_kernels.store.FixedViews)"
+        )
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
@@ -185,7 +197,7 @@ def check_fresh(folder: Path, manifest: Manifest, wanted: Manifest, probe: Answe
     if not differences:
         keys = {tap: key for key, tap in manifest.taps.items()}  # others, where another number of taps is on a module
         features = {keys[tap]: probe.features[key] for key, tap in wanted.taps.items()}
-        now, then = probe_tensors(Answer(probe.inputs, features)), load_file(folder / PROBE)
+        now, then = probe_tensors(probe._replace(features=features)), load_file(folder / PROBE)
         then = {name: tensor for name, tensor in then.items() if name in now or name.startswith("input")}
         if differ(now, then, "input"):
             differences = ["the teacher's input for the same samples differs: other data, or another transform"]
@@ -222,17 +234,22 @@ def differ(now: Mapping[str, torch.Tensor], then: Mapping[str, torch.Tensor], ki
 
 
 def largest_difference(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> float:
-    """Relative, over all tensors; infinite where shapes differ, or values that are no floating-point numbers."""
+    """Relative, over all tensors; infinite where shapes differ, or values that are not finite or no floating point.
+
+    Two NaN are equal, and so are two Inf of one sign, as in additive masks.
+    """
     largest = 0.0
     for a, b in zip(now, then, strict=True):
         if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
-            return float("inf")
+            return math.inf
         if a.is_floating_point():
             a, b = as_float64(a), as_float64(b)
-            difference = (a - b).norm() / b.norm().clamp_min(1e-30)
-            largest = max(largest, difference.item())
+            equal = (a == b) | (a.isnan() & b.isnan())
+            size = b.masked_fill(~b.isfinite(), 0).norm().clamp_min(1e-30)
+            difference = ((a - b).masked_fill(equal, 0).norm() / size).item()
+            largest = max(largest, difference if math.isfinite(difference) else math.inf)
         elif not torch.equal(a, b):
-            return float("inf")
+            return math.inf
     return largest
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ops import checks
 from ..pairs import Pair
-from ..taps import Tap, as_arguments, hooks_of, moved, run_tapped, tensors_in
+from ..taps import Tap, as_arguments, as_mapping, hooks_of, moved, run_tapped, tensors_in
 from ..teachers import KeptModes, modules_with_a_mode, set_eval_mode
 from .functions import check_one_function
 from .manifest import StoredTap, tap_keys
@@ -19,6 +19,7 @@ from .options import Options
 class Answer(NamedTuple):
     inputs: list[torch.Tensor]
     features: dict[str, torch.Tensor]  # (N, ...) each, in the teacher's precision
+    only_tensors: bool  # whether the inputs are all that the teacher was given
 
 
 class FrozenTeacher:
@@ -58,6 +59,7 @@ class FrozenTeacher:
     def __call__(self, batch: Any, count: int) -> Answer:
         args, kwargs = arguments = self.arguments(batch)
         inputs = self.tensors(arguments)  # now: a teacher may write its output into the dict that it is given
+        whole = only_tensors(arguments)
         mask = self.mask(batch, count)
         _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.hooks, strict=True)))
         rows = {}
@@ -72,7 +74,7 @@ class FrozenTeacher:
                     f"features of {key!r} must have the shape (samples, ..., channels), with {count} samples in this "
                     f"batch; got {tuple(features.shape)}"
                 )
-        return Answer(inputs, rows)
+        return Answer(inputs, rows, whole)
 
     def arguments(self, batch: Any) -> tuple[tuple, dict]:
         if self.options.teacher_input is not None:
@@ -96,6 +98,15 @@ class FrozenTeacher:
     @staticmethod
     def tensors(arguments: tuple[tuple, dict]) -> list[torch.Tensor]:
         return tensors_in(arguments)
+
+
+def only_tensors(value: Any) -> bool:
+    """Whether ``tensors_in`` finds all data in it: numbers, flags and None are options of the teacher."""
+    if value is None or isinstance(value, (torch.Tensor, int, float)):
+        return True
+    value = as_mapping(value)
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    return isinstance(items, (tuple, list)) and all(only_tensors(item) for item in items)
 
 
 def teacher_taps(taps: Sequence[str | Mapping | Pair]) -> list[Pair]:
