@@ -98,6 +98,12 @@ def test_a_transformers_model_in_a_folder(images, tmp_path):
         assert torch.allclose(features, teacher(pixels).last_hidden_state[0, 0], atol=1e-4)
     assert run(tmp_path / "b", *words, "--weights", "random", *tap) == 0
     assert not torch.allclose(vk.FeatureStore(tmp_path / "b")[3][""], features, atol=1e-2)
+    tap = ["--tap", ",output=-1", "--tap", ",output=-2,pool=class_token", "--dtype", "float32"]
+    assert run(tmp_path / "c", *words, "--weights", "pretrained", *tap) == 0
+    with torch.no_grad():
+        pooled = teacher(pixels).pooler_output[0]
+    from_the_end = vk.FeatureStore(tmp_path / "c")[3].values()
+    assert all(torch.allclose(*two, atol=1e-4) for two in zip(from_the_end, (pooled, features), strict=True))
 
 
 VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -162,6 +168,7 @@ def test_without_a_tap_it_lists_modules_and_a_dry_run_writes_nothing(images, tmp
         (["--images", "nowhere"], "--images: there is no folder nowhere"),
         (["--tap", "norm,pool=max"], "pool is one of class_token, mean_tokens"),
         (["--tap", "norm,size=3"], "after the module come pool=, skip= or output=; got 'size=3'"),
+        (["--tap", "norm,pool=tokens,skip=-1"], "teacher_skip must be an int >= 0; got int -1"),
         (["--tap", "nrm"], "teacher has no module 'nrm'; it has, nearest first, 'norm'"),
         (["--batch-size", "0", "--tap", "norm,pool=tokens"], "batch_size must be at least 1"),
     ],

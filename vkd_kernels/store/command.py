@@ -221,7 +221,7 @@ def parsed_tap(text: str) -> dict[str, Any]:
             raise UsageError(f"--tap {text}: after the module come pool=, skip= or output=; got {option!r}")
         if key == "pool" and value not in POOLINGS:
             raise UsageError(f"--tap {text}: pool is one of {', '.join(filter(None, POOLINGS))}; got {value!r}")
-        tap[f"teacher_{key}"] = int(value) if value.isdecimal() else value
+        tap[f"teacher_{key}"] = int(value) if value.removeprefix("-").isdecimal() else value
     return tap
 
 
