@@ -19,13 +19,15 @@ from .manifest import Manifest, StoredTap, missing_shards, shard_path
 from .options import Options
 from .teacher import teacher_taps
 
+MOST_MAPS = 128  # shards mapped at once: each holds a file open, of which macOS allows a process 256 and Linux 1024
+
 
 class FeatureStore:
     """A frozen teacher's features of every sample of a data set, on disk: computed once, read at every step.
 
     ``build`` computes what is missing and opens the store; ``FeatureStore(folder)`` opens a complete one. Files are
-    safetensors, mapped into memory when they are first read, in every process for itself: a store can be pickled, and
-    workers of a ``DataLoader`` read it. ``FeatureDistiller`` takes one in place of the teacher.
+    safetensors, mapped into memory as they are read, in every process for itself: a store can be pickled, and workers
+    of a ``DataLoader`` read it. ``FeatureDistiller`` takes one in place of the teacher.
 
     Args:
         folder: where ``build`` has put the store.
@@ -208,10 +210,11 @@ class FeatureStore:
 
     def _map(self, shard: int) -> dict[str, numpy.ndarray]:
         """The bytes (samples, bytes of one) of every tap in a shard, mapped when first asked for."""
-        if shard not in self._maps:
+        maps = self._maps.get(shard)
+        if maps is None:
             path, manifest = shard_path(self.folder, shard), self._manifest
             try:
-                self._maps[shard] = _mapped(path, manifest, len(manifest.rows_of(shard)))
+                maps = _mapped(path, manifest, len(manifest.rows_of(shard)))
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"{path} is gone since the store was opened: FeatureStore.build with the same arguments computes "
@@ -224,7 +227,10 @@ class FeatureStore:
                     f"{path} is damaged ({error}): delete this file; FeatureStore.build with the same arguments "
                     "computes it again"
                 ) from error
-        return self._maps[shard]
+            while len(self._maps) >= MOST_MAPS:
+                self._maps.pop(next(iter(self._maps)), None)  # the oldest
+            self._maps[shard] = maps
+        return maps
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}, "_built": {}}
