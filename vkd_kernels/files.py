@@ -57,6 +57,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     if os.name == "posix":  # the new name itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some file systems, of networks for instance, take only files
+                os.fsync(folder)
         finally:
             os.close(folder)
