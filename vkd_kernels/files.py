@@ -44,14 +44,20 @@ def partial_file(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields where to write; what was written there gets its name when it is complete and on the disk."""
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yields where to write; what was written there gets its name when it is complete and on the disk.
+
+    Without ``replace`` a file that has the name by then stays: of several processes the first one's counts.
+    """
     partial = partial_file(path)
     try:
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if replace:
+            os.replace(partial, path)
+        else:
+            _name_if_free(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     if os.name == "posix":  # the new name itself must reach the disk too
@@ -61,3 +67,13 @@ def whole_file(path: Path) -> Iterator[Path]:
                 os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _name_if_free(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links, where two processes at the very same time go unnoticed
+        if not path.exists():
+            os.replace(partial, path)

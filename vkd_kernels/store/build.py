@@ -1,6 +1,7 @@
 """Building a store: shares of the ranks, shards that are written whole, and what tells that a store is stale."""
 
 import dataclasses
+import hashlib
 import math
 import shutil
 import sys
@@ -112,14 +113,15 @@ def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Seq
 def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options: Options) -> Manifest:
     """The manifest of the store in the folder, which must be of this teacher and these data; or a new one."""
     wanted, probe = planned(frozen, samples, options)
-    if (folder / MANIFEST).exists():
-        manifest = Manifest.load(folder)
-        check_fresh(folder, manifest, wanted, probe)
-        return manifest
-    check_views(frozen, samples, probe)
-    save_tensors(folder / PROBE, probe_tensors(probe))
-    wanted.save(folder)
-    return wanted
+    if not (folder / MANIFEST).exists():
+        check_views(frozen, samples, probe)
+        save_tensors(folder / PROBE, probe_tensors(probe), replace=False)
+        check_fresh(folder, wanted, wanted, probe)  # another job may have been first, with other data
+        data = hashlib.sha256((folder / PROBE).read_bytes()).hexdigest()[:16]  # every rank reads the same file
+        dataclasses.replace(wanted, data=data).save(folder)
+    manifest = Manifest.load(folder)
+    check_fresh(folder, manifest, wanted, probe)
+    return manifest
 
 
 def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[Manifest, Answer]:
@@ -162,14 +164,14 @@ def check_views(frozen: FrozenTeacher, samples: Samples, probe: Answer) -> None:
         )
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, replace: bool = True, **metadata: str) -> None:
     try:
         from safetensors.torch import save
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "building a FeatureStore needs safetensors: pip install 'vkd_kernels[store]'", name=error.name
         ) from error
-    with writing(path) as partial:
+    with writing(path, replace=replace) as partial:
         partial.write_bytes(save(tensors, metadata))
 
 

@@ -79,6 +79,7 @@ class Manifest:
     teacher: str  # its class
     weights: str  # their fingerprint
     transform: str
+    data: str = ""  # a hash of the file PROBE; stores of earlier versions have none
 
     @property
     def shards(self) -> int:
@@ -110,11 +111,15 @@ class Manifest:
 
     def identity(self) -> str:
         """In every shard: one that was copied in from another store is noticed."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        fields = dataclasses.asdict(self)
+        if not self.data:
+            del fields["data"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
+        """Unless another job has been first, whose manifest is to be loaded."""
         content = {"format": FORMAT, **dataclasses.asdict(self), "vkd_kernels": _version.__version__}
-        with writing(folder / MANIFEST) as partial:
+        with writing(folder / MANIFEST, replace=False) as partial:
             partial.write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -130,6 +135,7 @@ class Manifest:
             raise ValueError(f"{path} is damaged ({error}): delete the folder and build the store again") from error
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not of the format {FORMAT!r}: delete the folder and build the store again")
+        content = {"data": "", **content}
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
         taps = {
             key: StoredTap(**{**tap, "shape": tuple(tap["shape"]), "output": _path(tap["output"])})
@@ -168,10 +174,10 @@ def tap_keys(taps: list[StoredTap]) -> list[str]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A whole file of the store, or an error that says what to do."""
     try:
-        with whole_file(path) as partial:
+        with whole_file(path, replace=replace) as partial:
             yield partial
     except OSError as error:
         reason = error.strerror or error
