@@ -145,18 +145,24 @@ def _check_side(side: Side) -> None:
 
 
 def check_pool(side: Side, model: nn.Module) -> None:
-    """An error for a pool with weights, saved buffers or dropout that are not the model's, which nobody would train."""
+    """An error for a module as a pool, not of the model, that would have to be trained or set to eval mode with it."""
     if not isinstance(side.pool, nn.Module):
         return
     parts = {*map(id, model.modules())}
+    name = f"pair {side.pair!r}: {side.side}_pool is a {type(side.pool).__name__}"
     for part in side.pool.modules():
-        names = {name for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
-        saved = names - part._non_persistent_buffers_set
-        if id(part) not in parts and (saved or isinstance(part, nn.modules.dropout._DropoutNd)):
+        if id(part) in parts:
+            continue
+        has_mode = isinstance(part, nn.modules.dropout._DropoutNd) or getattr(part, "track_running_stats", False)
+        if side.side == "teacher":
+            if has_mode and part.training:
+                raise ValueError(f"{name}, whose {type(part).__name__} is in training mode: call eval() of it")
+            continue
+        state = {key for key, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
+        if has_mode or state - part._non_persistent_buffers_set:
             raise TypeError(
-                f"pair {side.pair!r}: {side.side}_pool must be a function of the features, or a part of the "
-                f"{side.side}; got {type(side.pool).__name__}, whose {type(part).__name__} would be neither trained, "
-                f"saved nor moved. Make it a part of the {side.side}, and tap it there"
+                f"{name}, whose {type(part).__name__} would be neither trained, saved nor moved. Give a function "
+                "without state, or make the module a part of the student and tap it there"
             )
 
 

@@ -429,18 +429,9 @@ def test_a_student_may_add_replace_and_take_out_entries_of_its_batch(mode):
         assert distiller({"x": FEATURES.clone(), "labels": torch.zeros(5)})[1]["total"].isfinite()
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize(
-    "pool",
-    [
-        nn.Sequential(nn.Conv2d(6, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        nn.BatchNorm2d(6, affine=False),
-        nn.Sequential(nn.Dropout2d(0.1), nn.Flatten()),
-    ],
-    ids=["weights", "statistics", "dropout"],
-)
-def test_a_pool_that_would_have_to_be_trained_is_refused(side, pool):
-    """It would stay as it was drawn: in no optimizer, no state dict and no .to()."""
+@pytest.mark.parametrize("kind", ["weights", "statistics", "dropout"])
+def test_a_pool_that_would_have_to_be_trained_is_refused(kind):
+    """It would stay as it was drawn: in no optimizer, no state dict and no .to(). A teacher's is fixed."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -450,19 +441,27 @@ def test_a_pool_that_would_have_to_be_trained_is_refused(side, pool):
         def forward(self, images):
             return self.pool(self.conv(images).mean((2, 3)))
 
-    models = {"student": Model(), "teacher": Model()}
+    student, teacher = Model(), Model()
     pair = {"student": "conv", "teacher": "conv", "student_pool": "spatial_mean", "teacher_pool": "spatial_mean"}
+    mean = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    first = {"weights": nn.Conv2d(6, 8, 1), "statistics": nn.BatchNorm2d(6, affine=False), "dropout": nn.Dropout2d(0.1)}
+    pool = nn.Sequential(first[kind], *mean)
 
-    def make_with(pool):
-        return vk.FeatureDistiller(*models.values(), [{**pair, f"{side}_pool": pool}], example_input=IMAGES)
+    def make_with(**pools):
+        return vk.FeatureDistiller(student, teacher, [{**pair, **pools}], example_input=IMAGES)
 
-    with pytest.raises(TypeError, match=f"{side}_pool must be a function.*Make it a part of the {side}"):
-        make_with(pool)
-    make_with(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    make_with(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), models[side].pool))
+    part = type(first[kind]).__name__
+    with pytest.raises(TypeError, match=f"student_pool is a Sequential, whose {part} would be neither trained"):
+        make_with(student_pool=pool)
+    if kind != "weights":
+        with pytest.raises(ValueError, match=f"teacher_pool is a Sequential, whose {part} is in training mode"):
+            make_with(teacher_pool=pool)
+    make_with(teacher_pool=pool.eval())
+    make_with(student_pool=nn.Sequential(*mean), teacher_pool=nn.Sequential(*mean))
+    make_with(student_pool=nn.Sequential(*mean, student.pool), teacher_pool=nn.Sequential(*mean, teacher.pool))
     constant = nn.Flatten(2)
     constant.register_buffer("window", torch.ones(3), persistent=False)
-    make_with(nn.Sequential(constant, nn.AdaptiveAvgPool1d(1), nn.Flatten()))
+    make_with(student_pool=nn.Sequential(constant, nn.AdaptiveAvgPool1d(1), nn.Flatten()))
 
 
 @pytest.mark.parametrize("key", [None, "out"])

@@ -38,10 +38,9 @@ def test_features_are_those_of_the_teacher(tmp_path, dtype):
     tokens = live_tokens(teacher, data.images)
     features = store[:]
     assert len(store) == SAMPLES and store.dtype == dtype
-    (first, mean, output) = features.values()
-    assert torch.equal(first, tokens[:, 0].to(dtype))
-    assert torch.allclose(mean, tokens[:, 2:].mean(1).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    assert torch.equal(output, teacher.eval()(data.images).detach().to(dtype))
+    expected = tokens[:, 0], tokens[:, 2:].mean(1), teacher.eval()(data.images).detach()
+    for got, want in zip(features.values(), expected, strict=True):  # some processors round by the size of the batch
+        torch.testing.assert_close(got, want.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_pairs_of_a_distiller_are_taps_and_a_module_may_be_tapped_twice(tmp_path):
