@@ -206,12 +206,12 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         loss = self.pair_losses.of(name)
         (pair,) = (pair for pair in self.pairs if pair.name == name)
         scale = loss.scale.detach() if isinstance(loss.scale, torch.Tensor) else loss.scale
-        module = TeacherSpace(self.student, pair, loss.projection.to_linear(scale))
         if (pair.normalization == "batch_norm") != (calibration_input is not None):
             raise ValueError(
                 "calibration_input must be given for a pair with normalization='batch_norm', and for no other: a batch "
                 f"over which the exported channels are standardized; the pair's normalization is {pair.normalization!r}"
             )
+        module = TeacherSpace(self.student, pair, loss.projection.to_linear(scale))
         if calibration_input is not None:
             module.standardize_over(*as_arguments(calibration_input), eps=pair.eps)
         return module

@@ -24,7 +24,8 @@ def logits_of(output: Any, key: int | str | tuple | Callable | None, side: str) 
         key = "logits"
     logits = as_tensor(selected(output, key, where=where, option=option), output, key, where=where, option=option)
     if logits.dim() > 3:
-        entry = "output" if key is None else f"output[{key!r}]"
+        steps = () if key is None else key if isinstance(key, tuple) else (key,)
+        entry = "output" + "".join(f"[{step!r}]" for step in steps)
         raise ValueError(
             f"{where} has logits of the shape {tuple(logits.shape)}, and classes must come last. Say where they are by "
             f"a function: {option}=lambda output: {entry}.permute(0, 2, 3, 1) for (N, classes, H, W); where they are "

@@ -464,24 +464,30 @@ def test_a_pool_that_would_have_to_be_trained_is_refused(kind):
     make_with(student_pool=nn.Sequential(constant, nn.AdaptiveAvgPool1d(1), nn.Flatten()))
 
 
-@pytest.mark.parametrize("key", [None, "out"])
+@pytest.mark.parametrize("key", [None, "out", ("out", "map")])
 def test_logits_of_every_position_have_classes_last_or_a_function_says_where(key):
     """Of (N, classes, H, W) the softmax was over the width."""
 
     class Segments(nn.Conv2d):
         def forward(self, images):
-            logits = super().forward(images)
-            return logits if key is None else {key: logits}
+            output = super().forward(images)
+            for step in reversed(path):
+                output = {step: output}
+            return output
+
+    path = () if key is None else key if isinstance(key, tuple) else (key,)
+    hint = "output" + "".join(f"[{step!r}]" for step in path)
 
     def logits(output):
-        return (output if key is None else output[key]).permute(0, 2, 3, 1)
+        return eval(hint, {"output": output}).permute(0, 2, 3, 1)  # what the message says
 
     models = Segments(3, 5, 1), Segments(3, 5, 1)
     for sides in ([], ["student"], ["teacher"]):
         options = {f"{side}_logits": logits if side in sides else key for side in ("student", "teacher")}
         distiller = vk.FeatureDistiller(*models, [], logit_weight=1.0, **options)
-        with pytest.raises(ValueError, match=r"of the shape \(5, 5, 8, 8\), and classes must come last"):
+        with pytest.raises(ValueError, match=r"of the shape \(5, 5, 8, 8\), and classes must come last") as error:
             distiller(IMAGES)
+        assert f"{hint}.permute(0, 2, 3, 1)" in str(error.value)
     distiller = vk.FeatureDistiller(*models, [], logit_weight=1.0, student_logits=logits, teacher_logits=logits)
     log_q, log_p = (F.log_softmax(logits(model(IMAGES)), -1) for model in models)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()

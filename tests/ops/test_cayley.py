@@ -202,6 +202,15 @@ def test_second_order_and_forward_mode(shape):
     assert torch.autograd.gradgradcheck(function, (weight,), check_fwd_over_rev=True)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3)])
+def test_a_traced_graph_of_the_reference_can_be_saved(shape, tmp_path):
+    weight = torch.randn(shape)
+    path = tmp_path / "traced.pt"
+    torch.jit.trace(lambda w: vk.cayley(w, backend="torch"), weight).save(str(path))
+    torch.testing.assert_close(torch.jit.load(str(path))(weight), vk.cayley(weight, backend="torch"))
+
+
 VMAP_OF_LARGE_MATRICES = """
 import torch, vkd_kernels as vk
 torch.set_num_threads(2)

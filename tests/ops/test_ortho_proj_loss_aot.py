@@ -89,21 +89,12 @@ def record(form: str, chip: str) -> dict[str, tuple[Any, dict[str, Any], dict[st
 def prepare(form: str, chip: str, recorder: Any) -> None:
     """From now on in this process, recorder(kernel, arguments, options) is called in place of every launch."""
     from benchmarks.host_time import stub
-    from vkd_kernels.ops.ortho_proj_loss.triton import (
-        launch,
-        loss_tiles,
-        pooled,
-        rows,
-        semi_orthogonal,
-        statistics,
-        tiles,
-    )
+    from vkd_kernels.ops.ortho_proj_loss.triton import launch, loss_tiles, pooled, rows, semi_orthogonal, tiles
 
     launch.recorder = recorder
     tiles.chip = lambda device: tiles.Chip("cuda" if chip.startswith("sm") else "hip", CHIPS[chip], 132)
     for module in (loss_tiles, pooled, rows, semi_orthogonal):
-        module.precision = lambda dtype: "tf32" if form.endswith("TF32") else "ieee"
-    statistics.has_tf32 = lambda: chip != "gfx950"
+        module.precision = lambda dtype, chip: "tf32" if form.endswith("TF32") else "ieee"
     launch.prepared.cache_clear()
     stub.without_products()
     for name, (switch, value) in SWITCHED.items():

@@ -482,7 +482,7 @@ def test_tf32_follows_the_setting_of_torch(monkeypatch):
     try:
         for precision, expected in (("highest", "ieee"), ("high", "tf32")):
             torch.set_float32_matmul_precision(precision)
-            assert launch.precision(torch.float32) == expected
-            assert launch.precision(torch.bfloat16) == "ieee"
+            assert launch.precision(torch.float32, tiles.INTERPRETER) == expected
+            assert launch.precision(torch.bfloat16, tiles.INTERPRETER) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vkd_kernels as vk
 from tests.helpers import processes
@@ -433,6 +434,18 @@ def ranks_equal_one_process(rank):
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_ranks_equal_one_process(tmp_path):
     processes.run_ranks(ranks_equal_one_process, tmp_path)
+
+
+def test_a_graph_that_was_compiled_in_a_backward_pass_goes_on_counting():
+    """A recomputation is told by what runs now, which must be no constant of the graph."""
+    module = vk.Standardization(4, momentum=0.5)
+    compiled = torch.compile(module, backend="aot_eager")
+    x = torch.randn(6, 4, requires_grad=True)
+    checkpoint(lambda x: compiled(x) + x, x, use_reentrant=True).sum().backward()
+    before = module.batches_seen.item()
+    for _ in range(3):
+        compiled(x)
+    assert module.batches_seen.item() == before + 3
 
 
 @pytest.mark.parametrize(

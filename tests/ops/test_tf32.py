@@ -34,19 +34,13 @@ def test_statistics_are_ieee_and_the_setting_comes_back(setting, allowed):
 
 
 @pytest.mark.parametrize(
-    ("hip", "architecture", "there"),
-    [(None, None, True), ("6.4", "gfx942:sramecc+:xnack-", True), ("7.0", "gfx950", False), ("6.4", "gfx90a", False)],
+    ("kind", "capability", "there"), [("cuda", 90, True), ("hip", 942, True), ("hip", 950, False), ("hip", 900, False)]
 )
-def test_triton_multiplies_in_tf32_where_it_can(monkeypatch, setting, hip, architecture, there):
-    launch = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton.launch", reason="needs Triton")
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(gcnArchName=architecture))
-    launch.has_tf32.cache_clear()
-    try:
-        setting(True)
-        assert launch.precision(torch.float32) == ("tf32" if there else "ieee")
-    finally:
-        launch.has_tf32.cache_clear()
+def test_triton_multiplies_in_tf32_where_it_can(setting, kind, capability, there):
+    triton = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton", reason="needs Triton")
+    setting(True)
+    chip = triton.tiles.Chip(kind, capability)
+    assert triton.launch.precision(torch.float32, chip) == ("tf32" if there else "ieee")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...tf32 import tf32_allowed
+from .tiles import Chip
 
 # Triton 3.10 changes the default of fp_fusion; the accuracy that the tests hold is that of fused multiply-add.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
@@ -182,15 +183,9 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-@functools.cache
-def has_tf32() -> bool:
-    """Whether Triton can multiply in TF32 here: of AMD's GPUs on MI300 alone."""
-    return torch.version.hip is None or torch.cuda.get_device_properties().gcnArchName.startswith("gfx942")
-
-
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, chip: Chip) -> str:
     """float32 products are IEEE unless PyTorch's setting allows TF32."""
-    return "tf32" if dtype == torch.float32 and tf32_allowed() and has_tf32() else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() and chip.has_tf32 else "ieee"
 
 
 def group_rows(rows: list[int]) -> tuple[int, ...] | None:

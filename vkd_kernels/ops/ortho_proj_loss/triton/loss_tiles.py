@@ -363,7 +363,7 @@ class LossTiles:
         launch = _loss_launch(
             tile=tile,
             terms=terms,
-            precision=precision(student.dtype),
+            precision=precision(student.dtype, tiles.chip(student.device)),
             stride_gradient=0 if gradient is None else gradient.stride(0),
             **sizes,
         )

@@ -357,7 +357,7 @@ def pooled_loss_backward(
         programs += blocks(t, tile.weight[0])
     launch = _gradient_launch(
         tile=tile,
-        precision=precision(student.dtype),
+        precision=precision(student.dtype, tiles.chip(student.device)),
         s=s,
         t=t,
         stride_grad_output=grad_output.stride(0) if grad_output.dim() else 0,

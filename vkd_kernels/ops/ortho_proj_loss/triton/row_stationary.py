@@ -126,7 +126,7 @@ class RowStationary:
             STAGES=tile.stages,
             SMOOTH_L1=terms.smooth_l1 > 0,
             BETA_IN_UNIT=terms.beta >= 1.0,
-            PRECISION=precision(student.dtype),
+            PRECISION=precision(student.dtype, tiles.chip(student.device)),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

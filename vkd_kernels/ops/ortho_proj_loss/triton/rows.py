@@ -275,7 +275,7 @@ def cosine(
         STAGES=tile.stages,
         EVEN_S=sizes["S"] % tile.block_s == 0,
         EVEN_T=sizes["T"] % tile.block_t == 0,
-        PRECISION=precision(student.dtype),
+        PRECISION=precision(student.dtype, tiles.chip(student.device)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

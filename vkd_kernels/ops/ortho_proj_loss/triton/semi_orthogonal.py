@@ -358,7 +358,7 @@ def fused_semi_orthogonal_loss(
             STAGES=tile.stages,
             EVEN_S=s % (column_blocks * tile.block_s) == 0,
             EVEN_T=t % tile.block_t == 0,
-            PRECISION=precision(dtype),
+            PRECISION=precision(dtype, chip),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

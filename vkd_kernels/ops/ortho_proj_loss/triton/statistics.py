@@ -14,7 +14,7 @@ import triton.language as tl
 from ... import library
 from ..chunks import NO_SECOND_ORDER
 from . import tiles
-from .launch import blocks, has_tf32, on, prepared, unit_stride
+from .launch import blocks, on, prepared, unit_stride
 from .primitives import dot, entry
 
 
@@ -366,7 +366,8 @@ def fused_scatters_backward(
     # float16 would underflow: incoming gradients carry 1 / (N T). TF32 has as many bits.
     symmetric = (grad_scatters + grad_scatters.mT).to(dtype if dtype == torch.bfloat16 else torch.float32)
     grad_sums = grad_sums.contiguous()
-    tile = tiles.tile("scatter gradients", symmetric.dtype, tiles.chip(rows[0].device))
+    chip = tiles.chip(rows[0].device)
+    tile = tiles.tile("scatter gradients", symmetric.dtype, chip)
     grads = _gradient_shapes(rows=rows)
     for part in _parts(rows, row_weights):
         launch = prepared(
@@ -376,7 +377,7 @@ def fused_scatters_backward(
             BLOCK_S=tile.block_s,
             BLOCK_K=tile.block_k,
             STAGES=tile.stages,
-            PRECISION="tf32" if dtype == torch.float16 and has_tf32() else "ieee",
+            PRECISION="tf32" if dtype == torch.float16 and chip.has_tf32 else "ieee",
             num_warps=tile.warps,
             num_stages=tile.stages,
         ).bind(

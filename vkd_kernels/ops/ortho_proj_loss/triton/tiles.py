@@ -30,6 +30,11 @@ class Chip(NamedTuple):
     capability: int
     processors: int = 132
 
+    @property
+    def has_tf32(self) -> bool:
+        """Whether Triton can multiply in TF32: of AMD's GPUs on MI300 alone."""
+        return self.kind != "hip" or self.capability == 942
+
 
 @functools.cache
 def chip(device: torch.device) -> Chip:
