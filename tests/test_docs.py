@@ -201,6 +201,8 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     assert holds.low > 0 > doubtful.low and holds.better == 8
     assert holds.cost == pytest.approx(1.2) and doubtful.cost is None  # two runs may have had unlike machines
     assert holds.p_holm == pytest.approx(3 * holds.p) and doubtful.p_holm == doubtful.p
+    half = evidence.outcomes(evidence.Family("", "", [], "", records, claims[:2], waiting=1))
+    assert [outcome.p_holm for outcome in half] == pytest.approx([3 * holds.p, 2 * doubtful.p])
     with pytest.raises(AssertionError, match="another teacher for seed 0"):
         evidence.read(["record.json", "other.json"])
 

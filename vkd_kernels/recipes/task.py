@@ -60,6 +60,8 @@ class Optim(Section):
     def _checked(self) -> Optim:
         if (self.steps > 0) == (self.epochs > 0):
             raise OptionError(f"optim.steps={self.steps} and optim.epochs={self.epochs:g}: exactly one must be above 0")
+        if self.ema_start and not self.ema:
+            raise OptionError(f"optim.ema_start: {self.ema_start}, but there is no average: give optim.ema, or 0 here")
         return self
 
     def rate(self, step: int, steps: int) -> float:
