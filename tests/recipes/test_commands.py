@@ -49,7 +49,7 @@ def test_the_command_line_stands_above_an_arms_own_values_and_these_above_files(
         (["--config", "nothing.yaml"], "cannot read nothing.yaml"),
         (["optim.step=3"], "unknown key 'optim.step'; did you mean 'optim.steps'?"),
         (["optim.steps=0"], "optim.steps=0 and optim.epochs=0: exactly one must be above 0"),
-        (["optim.ema_start=5", "optim.ema=0"], "optim.ema_start: 5, but there is no average: give optim.ema, or 0 here"),
+        (["optim.ema_start=5", "optim.ema=0"], "optim.ema_start: 5, but there is no average: give optim.ema"),
         (["optim.betas=0.9,1"], "optim.betas: must be less than 1"),
         (["teacher.width=101"], "teacher.width: at most 100, got 101"),
         (["optim.precision=8-mixed"], "optim.precision: must be '32-true' or 'bf16-mixed'"),
