@@ -1,6 +1,7 @@
 """Host time of one call of an operator with a loss's 17 arguments, by how its gradient is declared.
 
-    python -m benchmarks.bench_operators        the record (report.py's page shows it)
+    pytest benchmarks/bench_operators.py --benchmark-only       a table, and the record
+    python -m benchmarks.bench_operators                        the record alone (report.py's page shows it)
 
 The operator does next to nothing, so a row is what the declaration costs. The record in results/cpu is why
 vkd_kernels/ops/library.py declares gradients by an autograd.Function of its own.
@@ -112,6 +113,10 @@ def cases(device: str) -> list[harness.Case]:
             truth=lambda inputs: (torch.ones(()), [torch.ones(4, 4)] * 2),
         )
     ]
+
+
+def test_operators(measured, case, candidate, which):
+    measured(case, candidate, which)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Squared error and cosine with a semi-orthogonal weight, which need no projected features, against eager PyTorch.
 
-    python -m benchmarks.bench_semi_orthogonal [-k NAME]               the records
+    pytest benchmarks/bench_semi_orthogonal.py --benchmark-only        a table per case, and records
+    python -m benchmarks.bench_semi_orthogonal [-k NAME]               the records alone
 
 ``eager`` is what a user would write, ``any weight`` the same loss where it is not known that weightᵀ weight = I. The
 gradient of a semi-orthogonal weight is compared in the part that its parametrization lets through.
@@ -102,6 +103,10 @@ def cases(device: str) -> list[harness.Case]:
 
 def dtypes(device: str) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16,) if device == "cuda" else (torch.float32,)
+
+
+def test_semi_orthogonal(measured, case, candidate, which):
+    measured(case, candidate, which)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,13 @@ def compare(output, gradients, truth) -> dict[str, float]:
     pairs = list(zip(gradients, expected_gradients, strict=False))
     return {
         "output": relative_error(output, expected),
-        "gradients": max(relative_error(got, want) for got, want in pairs),
+        "gradients": largest(relative_error(got, want) for got, want in pairs),
     }
+
+
+def largest(errors: Iterable[float]) -> float:
+    """NaN if one of them is: Python's max would drop it."""
+    return torch.tensor(list(errors), dtype=torch.float64).max().item()
 
 
 def gate(errors: dict[str, float], limits: dict[str, float]) -> None:
@@ -138,6 +143,7 @@ class Runner:
         self.candidate, self.device = candidate, device
         self.calls = [candidate.build(inputs) for inputs in sets]
         self.replay = None
+        self.captured: tuple[Any, Any] | None = None  # output and gradients of the first set that a replay writes
 
     def add_sets(self, sets: list) -> None:
         """As many more sets of inputs as fit into SAMPLE_S with the first, by the wall time of one call.
@@ -172,12 +178,28 @@ class Runner:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._both()
+            self.captured = self._both()
         self.replay = graph.replay
 
-    def _both(self) -> None:
-        for call in self.calls:
+    def _both(self) -> tuple[Any, Any]:
+        """Forward and backward on every set of inputs: output and gradients of the first."""
+        results = self.first()
+        for call in self.calls[1:]:
             call.backward(call.forward())
+        return results
+
+    def first(self) -> tuple[Any, Any]:
+        output = self.calls[0].forward()
+        return output, self.calls[0].backward(output)
+
+    def replayed(self) -> tuple[Any, Any]:
+        """What a replay writes into captured tensors that held NaN before."""
+        output, gradients = self.captured
+        for tensor in (output, *gradients):
+            tensor.detach().fill_(torch.nan)
+        self.replay()
+        self._synchronize()
+        return output, gradients
 
     def sample(self, which: str) -> float:
         outputs = [call.forward() for call in self.calls] if which == "backward" else []
@@ -282,10 +304,11 @@ def measure(
             continue
         try:
             runner = Runner(candidate, sets[:1], device)
-            facts[candidate.name] = _check(case, candidate, runner, truth)
+            facts[candidate.name] = _check(case, candidate, runner.first, truth)
             runner.add_sets(sets[1:])
             if candidate.graph:
                 runner.capture()
+                facts[candidate.name] = _check(case, candidate, runner.replayed, truth)
             if memory:
                 facts[candidate.name] |= _memory_and_launches(candidate, runner, device)
         except WrongOutput as wrong:
@@ -324,35 +347,28 @@ def measure(
     }
 
 
-def _check(case, candidate, runner, truth) -> dict:
-    """The gate, on the first set of inputs; returns {"errors": ...}."""
+def _check(case, candidate, run, truth) -> dict:
+    """The gate, on what run() gives for the first set of inputs; returns {"errors": ...}."""
     if candidate.check is None:
         return {}
-    output = runner.calls[0].forward()
-    errors = candidate.check(truth, output, runner.calls[0].backward(output))
+    errors = candidate.check(truth, *run())
     gate(errors, case.limits)
     return {"errors": errors}
 
 
 def _memory_and_launches(candidate, runner, device) -> dict:
-    call = runner.calls[0]
-
-    def both():
-        output = call.forward()
-        return output, call.backward(output)
-
     facts = {}
     if not candidate.graph:
-        results = both()[1]
+        results = runner.first()[1]
         extra = _nbytes(results) if isinstance(results, tuple) else 0
         del results
-        facts["peak_bytes_beyond_gradients"] = max(0, peak_bytes(both, device) - extra)
+        facts["peak_bytes_beyond_gradients"] = max(0, peak_bytes(runner.first, device) - extra)
     if device == "cuda":
         if candidate.graph:
             facts["launches"] = launches(runner.replay) / len(runner.calls)
         else:
-            facts["launches"] = launches(both)
-            facts["host_s"] = host_seconds(both)
+            facts["launches"] = launches(runner.first)
+            facts["host_s"] = host_seconds(runner.first)
     return facts
 
 

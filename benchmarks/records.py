@@ -9,12 +9,14 @@ Records of one commit and machine that were written into several folders are mer
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,7 +71,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": platform.system(),
-        **{key: facts[key] for key in ("python", "torch", "cuda", "triton", "vkd_kernels", "extension")},
+        **{key: facts[key] for key in ("python", "torch", "cuda", "triton", "vkd_kernels", "extension", "requested")},
         "commit": commit(),
         "dirty": None if changed is None else bool(changed),
         "changed": None if changed is None else [line[3:] for line in changed.splitlines()],
@@ -139,10 +141,19 @@ def with_cases(cases: list[dict], later: list[dict]) -> list[dict]:
     return list(({case["case"]: case for case in cases} | {case["case"]: case for case in later}).values())
 
 
+def in_json(value: Any) -> Any:
+    """What JSON has no number for, as text: "nan", "inf"."""
+    if isinstance(value, dict):
+        return {name: in_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(in_json(content), indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
 

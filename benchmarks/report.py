@@ -257,13 +257,18 @@ CASE_HEADER = [
 def environment_lines(record: dict) -> list[str]:
     facts, rates = record["environment"], record.get("ceilings", {})
     versions = ", ".join(f"{k} {facts[k]}" for k in ("torch", "cuda", "triton", "driver", "python") if facts.get(k))
-    commit = (facts["commit"] or "unknown")[:12] + (" with uncommitted changes" if facts["dirty"] else "")
+    state = {True: " with uncommitted changes", False: "", None: ", by the caller's word (no checkout)"}[facts["dirty"]]
+    commit = (facts["commit"] or "unknown")[:12] + state
     lines = [f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads; {versions}; commit {commit}."]
     if rates:
         matmul = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {dtype}" for dtype, rate in rates["matmul_flops_per_s"].items())
         lines.append(
             f"Ceilings of this run: copy {rates['copy_bytes_per_s'] / 1e9:.4g} GB/s, matrix products {matmul}."
         )
+    if reason := (facts["extension"] or {}).get("missing"):
+        lines.append(f"**Without the compiled extension**, so that PyTorch stands in for it: {reason}.")
+    if asked := facts.get("requested"):
+        lines.append(f"**VKD_KERNELS_BACKEND={asked}** chose the implementations.")
     if shares := others_shares(record):
         note = " **The machine was busy: these figures say little.**" if is_of_busy_machine(record) else ""
         lines.append(f"Other processes took at most {max(shares):.0%} of the processors' time.{note}")
@@ -310,7 +315,7 @@ def markdown(devices: dict[str, Records], plots: dict[str, list[str]]) -> str:
         "90th percentile; candidates of a case took turns in one run. The floor is the larger of flops over the "
         "measured matmul rate and bytes over the measured copy bandwidth; its share is of forward and backward "
         "together, and left out where some candidates do less than it counts. Extra memory is PyTorch's allocator's, "
-        "beyond inputs and gradients. Host is the time to start both "
+        "beyond inputs and gradients (of whole training steps: beyond inputs alone). Host is the time to start both "
         "passes on a GPU.",
         "",
     ]

@@ -68,6 +68,34 @@ def test_gate_refuses(error):
         harness.gate({"output": error}, {"output": 0.1})
 
 
+def test_a_nan_gradient_is_wrong_wherever_it_stands():
+    good, bad = torch.ones(3), torch.full((3,), math.nan)
+    for gradients in ([good, bad], [bad, good]):
+        errors = harness.compare(good, gradients, (good, [good, good]))
+        with pytest.raises(harness.WrongOutput, match="^gradients is off by nan"):
+            harness.gate(errors, {"output": 0.1, "gradients": 0.1})
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_graph_is_held_to_what_its_replay_writes(writes, monkeypatch):
+    """The eager call before the capture is right in both."""
+
+    def capture(runner):
+        def replay():
+            if writes:
+                output.data.fill_(12.0), gradients[0].fill_(3.0)
+
+        runner.captured = output, gradients = runner.first()
+        runner.replay = replay
+
+    monkeypatch.setattr(harness.Runner, "capture", capture)
+    graph = case(("graph", 3))
+    graph.candidates[0].graph = True
+    result = harness.measure(graph, "cpu", RATES, seconds=0.01, memory=False)
+    assert bool(harness.failures(result)) is not writes
+    assert writes or "output is off by nan" in result["rows"][0]["wrong"]
+
+
 def case(*candidates, passes=harness.PASSES):
     """y = 3 x with its gradient 3."""
 
@@ -277,6 +305,21 @@ def test_report_renders_records(tiny_records):
 def a_record(benchmark, rows_by_case):
     cases = [{"case": c, "rows": rows, "plot": {}} for c, rows in rows_by_case.items()]
     return {benchmark: {"benchmark": benchmark, "cases": cases}}
+
+
+def test_report_says_who_served(tmp_path):
+    """Rows of vkd_kernels without the extension, by a chosen backend, or of a tree that nobody compared."""
+    facts = records.environment()
+    expected = {
+        "Without the compiled extension**, so that PyTorch stands in for it: no compiler.": {
+            "extension": {"missing": "no compiler"}
+        },
+        "VKD_KERNELS_BACKEND=torch** chose": {"requested": "torch"},
+        "commit abc, by the caller's word (no checkout)": {"commit": "abc", "dirty": None},
+    }
+    for words, change in expected.items():
+        (line, _) = report.environment_lines({"environment": facts | change})
+        assert words in line
 
 
 def test_report_judges_targets():

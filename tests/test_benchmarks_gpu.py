@@ -152,6 +152,37 @@ def test_a_wrong_kernel_fails_the_smoke_test(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["steps"]["right"]["wrong"]
 
 
+def test_a_nan_gradient_fails_the_trainings_and_is_written(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.gpu import training
+
+    def nan_gradients(spec, inputs):
+        return by_reference(spec, inputs) + 0.0 * (inputs.student - inputs.student.detach()).sum().sqrt()
+
+    by_reference = training.by_reference
+    monkeypatch.setattr(training, "KINDS", [("mse", False)])
+    monkeypatch.setattr(training, "implementations", lambda semi_orthogonal: {"broken": nan_gradients})
+    assert training.main(["--rehearse", "--steps", "2", "--records", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*/training.json")
+    (kind,) = json.loads(path.read_text())["kinds"].values()
+    assert kind["side_by_side"]["worst_errors"]["broken"][1] == "nan"
+    assert [line.split(" is off")[0] for line in kind["side_by_side"]["wrong"]] == ["broken: student"]
+    assert kind["on_its_own"]["final_losses"]["broken"]["last"] == "nan"
+
+
+def test_any_nvidia_chip_is_compiled_for(monkeypatch):
+    """Also one that the table of the ahead-of-time tests has not: an L4, say."""
+    triton = pytest.importorskip("triton")
+    from benchmarks.gpu import warm
+
+    targets = []
+    monkeypatch.setattr(warm, "launched", lambda name, chip: [((), {}, {})])
+    monkeypatch.setattr(warm.aot, "source", lambda *launch: targets.append(launch[-1]) or (None, {}))
+    monkeypatch.setattr(triton, "compile", lambda code, target, options: None)
+    assert warm.compile_one(("pooled bf16", "sm_89")) == ("pooled bf16", None)
+    assert [target.arch for target in targets] == [89]
+
+
 EVERY_PROGRAM = """
 from benchmarks.gpu import warm
 for name in warm.programs():

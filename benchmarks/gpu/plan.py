@@ -138,8 +138,10 @@ def program(name: str, module: str, words: list[str], folder: Path, limit_s: int
 
 
 def tests(name: str, paths: list[str], marked: str, workers: int, limit_s: int, rehearse: bool) -> Step:
+    """Named as they end, so that a step cut short says which have failed; call 3 runs the sanitizers."""
     how = ["--collect-only"] if rehearse else ["-n", str(workers), "--dist", "worksteal"]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf", "-m", marked]
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-rf"]
+    pytest += ["-m", marked, "-k", "not sanitizer"]
     return Step(name, [*pytest, *how, *paths], limit_s)
 
 

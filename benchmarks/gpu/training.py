@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import vkd_kernels as vk
-from benchmarks import records
+from benchmarks import harness, records
 from vkd_kernels.ops.ortho_proj_loss import chunked, reference, triton
 from vkd_kernels.ops.ortho_proj_loss.spec import LossInputs, LossSpec
 
@@ -111,7 +111,9 @@ def side_by_side(setting: Setting, spec: LossSpec, semi_orthogonal: bool, steps:
         truth = gradients(by_reference, spec, exact, student.projection.unconstrained)
         for name, function in functions.items():
             values = gradients(function, spec, inputs_of(rows, teacher, rounded), student.projection.unconstrained)
-            worst[name] = [max(pair) for pair in zip(worst[name], relative_error(values, truth), strict=True)]
+            worst[name] = [
+                harness.largest(pair) for pair in zip(worst[name], relative_error(values, truth), strict=True)
+            ]
         optimizer.zero_grad()
         by_reference(spec, inputs_of(features, teacher, student.projection.weight)).backward()
         optimizer.step()

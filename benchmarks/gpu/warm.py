@@ -90,7 +90,7 @@ def compile_one(job: tuple[str, str]) -> tuple[str, str | None]:
     from triton.backends.compiler import GPUTarget
 
     name, chip = job
-    target = GPUTarget("cuda", aot.CHIPS[chip], 32)
+    target = GPUTarget("cuda", aot.number(chip), 32)
     try:
         for launch in launched(name, chip):
             code, flags = aot.source(*launch, target)

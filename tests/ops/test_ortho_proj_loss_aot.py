@@ -20,7 +20,7 @@ import pytest
 triton = pytest.importorskip("triton")
 pytest.importorskip("benchmarks.host_time.forms", reason="needs the repository's benchmarks")
 
-CHIPS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": 942, "gfx950": 950}
+CHIPS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 SHARED_BYTES = {  # of a program
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,  # and sm_89: GeForce RTX 30 and 40
@@ -30,6 +30,13 @@ SHARED_BYTES = {  # of a program
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
+
+
+def number(chip: str) -> int:
+    """Of any chip, also one that is not in the table: "sm_89" -> 89."""
+    return int(chip.removeprefix("sm_").removeprefix("gfx"))
+
+
 WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
 LIKE_ANOTHER = ("sm_86", "sm_120", "gfx950")  # the tiles of sm_80, sm_90 and gfx942, in less or more shared memory
 NOTES = {"C7519"}  # ptxas puts in an arrive where a loop has vanished (S = 1): nothing is serialized
@@ -92,7 +99,7 @@ def prepare(form: str, chip: str, recorder: Any) -> None:
     from vkd_kernels.ops.ortho_proj_loss.triton import launch, loss_tiles, pooled, rows, semi_orthogonal, tiles
 
     launch.recorder = recorder
-    tiles.chip = lambda device: tiles.Chip("cuda" if chip.startswith("sm") else "hip", CHIPS[chip], 132)
+    tiles.chip = lambda device: tiles.Chip("cuda" if chip.startswith("sm") else "hip", number(chip), 132)
     for module in (loss_tiles, pooled, rows, semi_orthogonal):
         module.precision = lambda dtype, chip: "tf32" if form.endswith("TF32") else "ieee"
     launch.prepared.cache_clear()
@@ -137,7 +144,7 @@ def compile_form(job: tuple[str, str]) -> dict[str, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
 
     form, chip = job
-    target = GPUTarget("cuda", CHIPS[chip], 32) if chip.startswith("sm") else GPUTarget("hip", chip, 64)
+    target = GPUTarget("cuda", number(chip), 32) if chip.startswith("sm") else GPUTarget("hip", chip, 64)
     results = {}
     for name, launch in record(form, chip).items():
         code, flags = source(*launch, target)
@@ -182,8 +189,8 @@ def keep_reports_of_ptxas() -> None:
 def report_of_ptxas(ptx: str, chip: str) -> str:
     from triton import knobs
 
-    newer = getattr(knobs.nvidia, "ptxas_blackwell", None) if CHIPS[chip] >= 100 else None
-    architecture = chip + ("a" if CHIPS[chip] >= 90 else "")
+    newer = getattr(knobs.nvidia, "ptxas_blackwell", None) if number(chip) >= 100 else None
+    architecture = chip + ("a" if number(chip) >= 90 else "")
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
