@@ -55,12 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # between two trainings; files are never half written
         print("vkd: stopped; --resume continues", file=sys.stderr)
         return 130
-    except Exception as error:  # what the user can put right, if a recipe says so
-        recipes = sys.modules.get("vkd_kernels.recipes.runs")
-        if recipes is None or not isinstance(error, recipes.RunError):
-            raise
-        print(f"vkd: error: {error}", file=sys.stderr)
-        return 2
 
 
 def missing(error: ModuleNotFoundError) -> int:

@@ -144,7 +144,7 @@ def cka(
         return product - diagonal + rest, 1e-12 * (product + diagonal + rest).abs()
 
     (xx, xx_error), (yy, yy_error) = hsic(x, x), hsic(y, y)
-    value = hsic(x, y)[0] / (xx * yy).sqrt()
+    value = hsic(x, y)[0] / xx.sqrt() / yy.sqrt()
     # Features without variance, or whose debiased HSIC is 0 or less, are like nothing, themselves included.
     told = (xx > xx_error) & (yy > yy_error)
     return torch.where((told & (n > 3)) if debiased else told, value, torch.nan)

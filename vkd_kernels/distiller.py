@@ -39,7 +39,7 @@ class Step:
     metrics: bool = False
 
 
-# What has been built from them would not follow, and most of them would be plain attributes that nobody reads.
+# Losses and hooks are built from these once: assigning one afterwards would change nothing.
 FIXED = ("pairs", "logit_weight", "teacher_weights", "teacher", "reduction", "drop_best", "backend")
 
 

@@ -18,7 +18,7 @@ FORMS = (
     "torchvision transform with mean and std"
 )
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-OF_PILLOW = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # its numbers; 1 is Lanczos
+OF_PILLOW = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # its numbers; 1 is Lanczos, near bicubic
 RESCALED_BY = 1 / 255  # what processors do before mean and std, to images in [0, 255]
 
 

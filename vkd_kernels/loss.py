@@ -42,9 +42,9 @@ def starting_scale(
         return scale
     checks.check_choice("scale", scale, ("match", "learned"))
     matched = matched_scale(student_dim, teacher_dim)
-    # One element rather than a 0-d tensor, which fully_shard refuses.
     if scale == "match":
         return matched
+    # One element rather than a 0-d tensor, which fully_shard refuses.
     return nn.Parameter(torch.full((1,), matched, device=device, dtype=full_precision(dtype)))
 
 
@@ -162,13 +162,11 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         gain = self.projection.gain
-        scale: float | torch.Tensor | None = self.scale
+        scale: float | torch.Tensor = self.scale
         if gain is not None:
             scale = gain * self.scale
         elif isinstance(scale, torch.Tensor):
             scale = scale[0]
-        elif scale == 1.0:
-            scale = None
         value = api.projected_loss(
             student,
             teacher,

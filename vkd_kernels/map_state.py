@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from .diagnostics import orthogonality_error
 from .ops import checks
 from .ops.cayley import cayley_inverse
+from .ops.cayley.api import SEMI_ORTHOGONAL
 
 SIGN = 127
 UNINITIALIZED = (
@@ -90,10 +92,9 @@ def _from_pytorch(
     parametrizations.orthogonal(holder, "weight")
     holder.load_state_dict({"parametrizations.weight.original": original, "parametrizations.weight.0.base": base})
     matrix: torch.Tensor = holder.weight.detach()
-    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
-    error = (tall.mT @ tall - torch.eye(tall.shape[-1], dtype=torch.float64)).abs().max().item()
+    error = orthogonality_error(matrix).max().item()
     default = "matrix_exp" if original.shape[-2] == original.shape[-1] else "householder"
-    if not error <= 1e-3:
+    if not error <= SEMI_ORTHOGONAL:
         raise ValueError(
             f"{key}: the matrix of this checkpoint of torch.nn.utils.parametrizations.orthogonal is not "
             f"semi-orthogonal, max |PᵀP - I| = {error:.1e}. Weight decay does that to PyTorch's map 'householder'"

@@ -11,7 +11,6 @@ from torch import nn
 
 from .loss import OrthoProjLoss
 from .ops.ortho_proj_loss import api
-from .ops.ortho_proj_loss.spec import LossSpec
 from .pairs import Pair
 from .pooling import ComparedRows
 from .projection import stacked_weights
@@ -20,18 +19,11 @@ SHAPE_KEYED = re.compile(r"projections\.(\d+x\d+)\.(unconstrained|map\.signs)|sc
 
 
 @dataclass(frozen=True)
-class PairGroup:
-    """Pairs of equal shape and options, whose losses are one call."""
-
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class ShapeGroup:
-    """Pairs whose projections, of one kind and shape, are computed in one call; ``groups``: those of equal options."""
+    """Pairs whose projections, of one kind and shape, are computed in one call."""
 
     names: tuple[str, ...]
-    groups: tuple[PairGroup, ...]
+    groups: tuple[tuple[str, ...], ...]  # the same names: those of equal options, whose losses are one call
 
 
 def state_name(name: str) -> str:
@@ -49,7 +41,7 @@ class PairLosses(nn.ModuleDict):
         super().__init__()
         by_shape: dict[tuple[str, int, int], dict[tuple, list[str]]] = {}
         for pair, (student_dim, teacher_dim) in zip(pairs, dims, strict=True):
-            self[state_name(pair.name)] = OrthoProjLoss(
+            loss = self[state_name(pair.name)] = OrthoProjLoss(
                 student_dim,
                 teacher_dim,
                 normalization=pair.normalization,
@@ -60,14 +52,12 @@ class PairLosses(nn.ModuleDict):
                 projection=pair.projection,
                 **options,
             )
-            scale = "learned" if isinstance(self.of(pair.name).scale, nn.Parameter) else pair.scale
-            kind = pair.normalization, LossSpec.shares(pair.loss), pair.beta, pair.eps, scale
             shape = pair.projection, student_dim, teacher_dim
-            by_shape.setdefault(shape, {}).setdefault(kind, []).append(pair.name)
+            by_shape.setdefault(shape, {}).setdefault((loss.spec, pair.scale), []).append(pair.name)
         self.shapes = tuple(
             ShapeGroup(
                 names=tuple(name for names in kinds.values() for name in names),
-                groups=tuple(PairGroup(tuple(names)) for names in kinds.values()),
+                groups=tuple(map(tuple, kinds.values())),
             )
             for kinds in by_shape.values()
         )
@@ -96,10 +86,10 @@ class PairLosses(nn.ModuleDict):
             weights = stacked_weights([self.of(name).projection for name in shape.names])  # (G, T, S)
             projections |= dict(zip(shape.names, weights.unbind(0), strict=True))
             for group in shape.groups:
-                if len(group.names) < len(shape.names):
-                    weights = torch.stack([projections[name] for name in group.names])
-                entries = [(self.of(name), rows[name]) for name in group.names]
-                losses |= dict(zip(group.names, _losses_of_group(entries, weights, process_group), strict=True))
+                if len(group) < len(shape.names):
+                    weights = torch.stack([projections[name] for name in group])
+                entries = [(self.of(name), rows[name]) for name in group]
+                losses |= dict(zip(group, _losses_of_group(entries, weights, process_group), strict=True))
         return losses, projections
 
     def masked_row(self, name: str) -> ComparedRows:
@@ -129,18 +119,14 @@ def _losses_of_group(
     first = entries[0][0]
     students = _of_one_dtype([rows.student for _, rows in entries])
     teachers = _of_one_dtype([rows.teacher for _, rows in entries])
-    scale: float | torch.Tensor | None
-    if isinstance(first.scale, torch.Tensor):
-        scale = torch.cat([loss.scale for loss, _ in entries])  # type: ignore[misc]
-    else:
-        scale = None if first.scale == 1.0 else first.scale
-    options: dict[str, Any] = {"spec": first.spec, "execution": first.execution(process_group)}
-    if len(entries) == 1:
-        if isinstance(scale, torch.Tensor):
-            scale = scale.reshape(())
-        (mask,) = [rows.mask for _, rows in entries]
-        return [api.projected_loss(students[0], teachers[0], weights[0], scale=scale, mask=mask, **options)]
     masks = [rows.mask for _, rows in entries]
+    options: dict[str, Any] = {"spec": first.spec, "execution": first.execution(process_group)}
+    scale: float | torch.Tensor = first.scale
+    if isinstance(scale, torch.Tensor):
+        scale = torch.cat([loss.scale for loss, _ in entries])  # type: ignore[misc]
+    if len(entries) == 1:
+        scale = scale[0] if isinstance(scale, torch.Tensor) else scale
+        return [api.projected_loss(students[0], teachers[0], weights[0], scale=scale, mask=masks[0], **options)]
     return api.projected_losses(students, teachers, weights, scale=scale, masks=masks, **options).unbind(0)
 
 

@@ -10,11 +10,12 @@ from .diagnostics import orthogonality_error
 from .map_state import SIGN, UNINITIALIZED, are_signs, prepare_map_state
 from .ops import checks
 from .ops.cayley import cayley, cayley_inverse
+from .ops.cayley.api import SEMI_ORTHOGONAL
 from .ops.float64 import as_float64
 from .ops.implementations import no_autocast
 
 ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
-SEMI_ORTHOGONAL, SEMI_ORTHOGONAL_16_BIT = 1e-3, 5e-2  # max |PᵀP - I| of what passes for it
+SEMI_ORTHOGONAL_16_BIT = 5e-2  # max |PᵀP - I| of what passes for it
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def orthonormal_factor(matrix: torch.Tensor) -> torch.Tensor:  # (..., T, S)
     """The orthonormal factor of the QR decomposition with a positive diagonal of R (of the transpose, if wide)."""
     if matrix.shape[-2] < matrix.shape[-1]:
         return orthonormal_factor(matrix.mT).mT
-    if not torch.isfinite(matrix).all():
+    if checks.can_be_read(matrix) and not torch.isfinite(matrix).all():
         raise ValueError(
             f"the matrix assigned to an orthogonal weight has NaN or Inf; its shape is {tuple(matrix.shape)}"
         )
@@ -52,7 +53,7 @@ class CayleyMap(nn.Module):
     def checked_signs(self) -> torch.Tensor:
         """``signs`` as ±1; an error once, where the buffer has been replaced by one that nobody initialized."""
         signs = self.signs
-        if not torch.compiler.is_compiling() and signs is not self._known_signs and can_be_read(signs):
+        if not torch.compiler.is_compiling() and signs is not self._known_signs and checks.can_be_read(signs):
             if not are_signs(signs):
                 raise RuntimeError(UNINITIALIZED)
             self._known_signs = signs
@@ -151,14 +152,13 @@ class OrthogonalWeight(parametrize.ParametrizationList):
         assign(orthogonal_map, self.original, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if len(self) == 1:
-            prepare_map_state(
-                self[0],
-                state_dict,
-                parameter_key=f"{prefix}original",
-                map_prefix=f"{prefix}0.",
-                error_messages=arguments[-1],
-            )
+        prepare_map_state(  # also where another parametrization is stacked on it
+            self[0],
+            state_dict,
+            parameter_key=f"{prefix}original",
+            map_prefix=f"{prefix}0.",
+            error_messages=arguments[-1],
+        )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -241,7 +241,7 @@ def _let_parameters_be_assigned(parametrized: type) -> None:
 
 
 def _check_semi_orthogonal(name: str, parameter: torch.Tensor) -> None:
-    if parameter.dim() < 2 or not can_be_read(parameter) or checks.is_sharded(parameter):
+    if parameter.dim() < 2 or not checks.can_be_read(parameter) or checks.is_sharded(parameter):
         return  # what else is wrong with it the assignment says
     error = orthogonality_error(parameter).item()
     if error > (SEMI_ORTHOGONAL if parameter.dtype in checks.FULL_PRECISION else SEMI_ORTHOGONAL_16_BIT):
@@ -285,13 +285,6 @@ def was_loaded(parameter: torch.Tensor) -> bool:
     probe: Any = torch.zeros(())
     probe._is_hf_initialized = True
     return nn.init.ones_(probe).item() == 0
-
-
-def can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether its values can be looked at: not while a CUDA graph is captured, on the meta device, under vmap."""
-    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return not (tensor.is_meta or capturing or transforms_active())
 
 
 def at_least_float32(parameter: torch.Tensor) -> torch.Tensor:

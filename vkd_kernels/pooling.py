@@ -45,13 +45,17 @@ def masks_of_sides(pair: Pair, given: Any) -> tuple[torch.Tensor | None, torch.T
     masks = given if isinstance(given, (tuple, list)) else (given, given)
     if len(masks) != 2 or not all(mask is None or isinstance(mask, torch.Tensor) for mask in masks):
         raise TypeError(f"masks[{pair.name!r}] must be a tensor or two; got {checks.describe(given)}")
-    usable = []
-    for mask in masks if masks[0] is not masks[1] else masks[:1]:
-        if mask is not None:  # before masks are multiplied or resampled
-            checks.check_weights(f"masks[{pair.name!r}]", mask)
-            mask = checks.at_least_0(mask)
-        usable.append(mask)
-    return usable[0], usable[-1]
+    of_student, of_teacher = masks
+    student = _usable(pair, of_student)
+    return student, student if of_teacher is of_student else _usable(pair, of_teacher)
+
+
+def _usable(pair: Pair, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Checked before masks are multiplied or resampled."""
+    if mask is None:
+        return None
+    checks.check_weights(f"masks[{pair.name!r}]", mask)
+    return checks.at_least_0(mask)
 
 
 def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:

@@ -107,6 +107,12 @@ def test_cka_sees_neither_rotation_nor_scale_nor_offset(shape, debiased):
     torch.testing.assert_close(diagnostics.cka(y, x, debiased=debiased), theirs)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e-45, 1e40])
+def test_cka_of_huge_and_tiny_features(scale):
+    x = scale * torch.randn(50, 8, dtype=torch.float64)
+    assert [diagnostics.cka(x, x, debiased=d).item() for d in (True, False)] == pytest.approx([1, 1], abs=1e-12)
+
+
 def test_only_the_biased_estimate_rises_with_the_channels():
     pairs = [(torch.randn(32, 100), torch.randn(32, 300)) for _ in range(50)]
     means = [torch.stack([diagnostics.cka(*pair, debiased=d) for pair in pairs]).mean().item() for d in (True, False)]

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parameters_to_vector, parametrizations, parametrize
 
 import vkd_kernels as vk
@@ -426,3 +427,30 @@ def test_a_student_with_orthogonal_layers_folds_for_export(tmp_path):
     assert {node.op_type for node in program.model.graph} <= {"Gemm", "MatMul", "Add", "Gelu", "Transpose"}
     pytest.importorskip("onnxruntime")
     torch.testing.assert_close(program(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_stacked_parametrization_is_loaded_whole_too():
+    """Without its signs the weight would be another matrix, whatever strict says."""
+
+    def stacked():
+        return parametrizations.spectral_norm(vk.orthogonal(nn.Linear(4, 9))).eval()
+
+    layer = vk.orthogonal(nn.Linear(4, 9))
+    layer.weight = -layer.weight.detach()
+    parametrizations.spectral_norm(layer).eval()
+    loaded = stacked()
+    loaded.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(loaded.weight, layer.weight)
+    without = {key: value for key, value in layer.state_dict().items() if not key.endswith("signs")}
+    with pytest.raises(RuntimeError, match="without parametrizations.weight.0.signs would be another matrix"):
+        stacked().load_state_dict(without, strict=False)
+
+
+def test_modules_are_built_of_fake_tensors():
+    """As tools do that estimate a model's memory."""
+    with FakeTensorMode():
+        for layer in (vk.OrthogonalLinear(4, 9), *(vk.orthogonal(nn.Linear(4, 9), orthogonal_map=m) for m in MAPS)):
+            assert layer(torch.randn(2, 4)).shape == (2, 9)
+        loss = vk.OrthoProjLoss(4, 9, scale="learned")
+        assert loss(torch.randn(2, 4), torch.randn(2, 9)).shape == ()

@@ -9,6 +9,7 @@ import vkd_kernels as vk
 from tests.helpers import processes
 from vkd_kernels.functional import cayley_inverse
 from vkd_kernels.ops import implementations
+from vkd_kernels.ops.cayley import reference
 
 BACKENDS = [
     "torch",
@@ -202,6 +203,27 @@ def test_second_order_and_forward_mode(shape):
     assert torch.autograd.gradgradcheck(function, (weight,), check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("outer", [torch.func.jacfwd, torch.func.jacrev])
+@pytest.mark.parametrize("inner", [torch.func.jacfwd, torch.func.jacrev])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
+def test_second_derivatives_in_every_mode(shape, inner, outer):
+    weight = torch.randn(shape, dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(lambda w: vk.cayley(w, backend="torch").pow(3).sum(), weight)
+    torch.testing.assert_close(outer(inner(lambda w: vk.cayley(w).pow(3).sum()))(weight), expected)
+
+
+def test_second_derivatives_under_vmap():
+    weights = torch.randn(2, 4, 3, dtype=torch.float64)
+
+    def value(w):
+        return vk.cayley(w).pow(3).sum()
+
+    expected = torch.stack([torch.func.hessian(value)(w) for w in weights])
+    torch.testing.assert_close(torch.vmap(torch.func.hessian(value))(weights), expected)
+    with pytest.raises(NotImplementedError, match=r"use torch.func.hessian \(forward over reverse\)"):
+        torch.vmap(torch.func.jacfwd(torch.func.jacfwd(value)))(weights)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3)])
 def test_a_traced_graph_of_the_reference_can_be_saved(shape, tmp_path):
@@ -272,6 +294,36 @@ def test_inverse_is_well_conditioned_for_large_matrices():
     weight, signs = cayley_inverse(q)
     assert (vk.cayley(weight) * signs - q).abs().max() < 2e-6
     assert weight.abs().max() < 100
+
+
+def hard_to_invert(n, x):
+    """(n, n), orthogonal: in its own order pivots are 1 + x and the factors' inverses grow like 1.3^n."""
+    q = torch.ones(1, 1, dtype=torch.float64)
+    for k in range(1, n):
+        row = torch.zeros(1, k, dtype=torch.float64)
+        row[0, : min(4, k)] = -(((1 - x * x) / min(4, k)) ** 0.5)
+        column = -q @ row.T
+        q = torch.cat(
+            [
+                torch.cat([torch.full((1, 1), x, dtype=q.dtype), row], 1),
+                torch.cat([column, q + column @ row / (1 + x)], 1),
+            ]
+        )
+    return q
+
+
+def test_inverse_eliminates_in_the_order_of_the_diagonal():
+    q = torch.stack([hard_to_invert(96, 0.1), hard_to_invert(96, 0.01), torch.eye(96, dtype=torch.float64)])
+    assert orthogonality_error(q) < 1e-12
+    weight, signs = cayley_inverse(q)
+    assert (vk.cayley(weight) * signs - q).abs().max() < 1e-13 and weight.abs().max() < 1
+
+
+def test_inverse_says_if_it_has_found_no_weight(monkeypatch):
+    monkeypatch.setattr(reference, "cayley_inverse", lambda q: (torch.zeros_like(q), torch.ones(q.shape[-1])))
+    cayley_inverse(torch.eye(5, 3))
+    with pytest.raises(ValueError, match="no weight was found for matrix: the best gives one that is off by 1"):
+        cayley_inverse(torch.eye(5, 3).flip(0))
 
 
 def test_inverse_refuses_a_matrix_that_is_not_orthonormal():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .library import is_free_to_read
 
@@ -19,6 +20,13 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"[:200]
+
+
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at: not while a CUDA graph is captured, under vmap, or without data."""
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor) or capturing or transforms_active())
 
 
 def is_sharded(value: Any) -> bool:

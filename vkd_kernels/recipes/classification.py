@@ -341,7 +341,7 @@ class TeacherTraining(Classification):
     """The same with the teacher in the student's place: it learns from the labels of all training images."""
 
     learner = "teacher"
-    make_model = Classification.make_model
+    make_model = Classification.make_model  # not that of a subclass, which as_teacher puts behind this class
 
     def make_student(self) -> nn.Module:
         return models.make_teacher(self.config.teacher, models.Shape.of(self.data))

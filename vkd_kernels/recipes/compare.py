@@ -199,7 +199,7 @@ def command(a: argparse.Namespace) -> int:
         if training and ranks() > 1:  # of this rank's images, or losses: the others may know nothing of it
             print(f"vkd: error: rank {rank()}: {error}", file=sys.stderr, flush=True)
         elif first:
-            raise
+            print(f"vkd: error: {error}", file=sys.stderr)
         return 2
     except jobs.Interrupted as interrupted:
         if first:

@@ -364,7 +364,7 @@ class TeacherTraining(Detection):
     """The same with the teacher in the student's place: it learns from the boxes of all training images."""
 
     labeled = 0  # all
-    make_model = Detection.make_model
+    make_model = Detection.make_model  # not that of a subclass, which as_teacher puts behind this class
 
     def make_student(self) -> nn.Module:
         return self.make_detector("teacher", self.config.teacher)

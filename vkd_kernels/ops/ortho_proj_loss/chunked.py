@@ -4,8 +4,6 @@ No temporary grows with N beyond ``workspace_bytes``, but for the gradients them
 pass, unscaled; backward multiplies them by the incoming gradient into new tensors. spec.py has the formulas.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -21,26 +19,28 @@ from .chunks import (
     over,
     product,
     save_unscaled,
-    saved_dtype,
     scale_unscaled,
     target,
+    unscaled_shapes,
     weighted_,
     without_masked_rows,
 )
 from .spec import Coefficients, LossGroup, LossInputs, LossSpec, acc_dtype
+from .statistics import column_square_sums as column_square_sums  # offered here, too: see spec.py
+from .statistics import column_sums as column_sums
+from .statistics import student_scatters as student_scatters
 from .without_z import chunked_loss_without_z
 
 
 def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE_BYTES) -> torch.Tensor:  # ()
     """The loss of spec.py, differentiable once in student, weight and bias."""
-    row_weight, denominator = balanced(inputs)
-    coefficients = spec.coefficients(inputs.teacher.shape[1])
     tall = inputs.weight.shape[1] <= inputs.weight.shape[0]
     plain = inputs.bias is None and inputs.channel_shift is None
     # Without Z, the lengths of z need float64.
     if spec.is_cosine_alone and tall and plain and has_float64(inputs.student.device):
         return _without_z(spec, inputs, semi_orthogonal=False, workspace_bytes=workspace_bytes)
-    on_device = isinstance(denominator, torch.Tensor)
+    row_weight, denominator, factor = balanced(inputs)
+    coefficients = spec.coefficients(inputs.teacher.shape[1])
     return chunked_loss(
         student=inputs.student,
         teacher=inputs.teacher,
@@ -49,8 +49,8 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
         row_weight=row_weight,
         channel_shift=inputs.channel_shift,
         channel_scale=inputs.channel_scale,
-        denominator=denominator if on_device else None,
-        factor=1.0 if on_device else 1.0 / denominator,
+        denominator=denominator,
+        factor=factor,
         normalization=spec.normalization,
         eps=spec.eps,
         mse=coefficients.mse,
@@ -82,9 +82,8 @@ def semi_orthogonal_loss(
 def _without_z(
     spec: LossSpec, inputs: LossInputs, *, semi_orthogonal: bool, workspace_bytes: int
 ) -> torch.Tensor:  # ()
-    row_weight, denominator = balanced(inputs)
+    row_weight, denominator, factor = balanced(inputs)
     coefficients = spec.coefficients(inputs.teacher.shape[1])
-    on_device = isinstance(denominator, torch.Tensor)
     scale = inputs.scale
     if not isinstance(scale, torch.Tensor):
         scale = inputs.student.new_full((), scale, dtype=acc_dtype(inputs.student.dtype))
@@ -94,8 +93,8 @@ def _without_z(
         weight=inputs.weight,
         scale=scale,
         row_weight=row_weight,
-        denominator=denominator if on_device else None,
-        factor=1.0 if on_device else 1.0 / denominator,
+        denominator=denominator,
+        factor=factor,
         normalization=spec.normalization,
         eps=spec.eps,
         mse=coefficients.mse,
@@ -113,26 +112,7 @@ def semi_orthogonal_group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor
     return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group.inputs()])
 
 
-def _loss_shapes(
-    *,
-    student: torch.Tensor,
-    weight: torch.Tensor,
-    need_student: bool,
-    need_weight: bool,
-    need_bias: bool,
-    **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss and the unscaled gradients of student, weight and bias; (0,) where none is needed."""
-    acc = acc_dtype(student.dtype)
-    return (
-        student.new_empty((), dtype=acc),
-        student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
-        weight.new_empty(weight.shape if need_weight else (0,), dtype=acc),
-        weight.new_empty(weight.shape[:1] if need_bias else (0,), dtype=acc),
-    )
-
-
-@operator(shapes=_loss_shapes)
+@operator(shapes=unscaled_shapes)
 def chunked_loss(
     *,
     student: torch.Tensor,  # (N, S)
@@ -162,7 +142,7 @@ def chunked_loss(
     # Only smooth L1 keeps G within [-1, 1], where float16 can hold it.
     operand = acc if student.dtype == torch.float16 and (mse or cosine) else operand_dtype(student)
     p = weight.to(student.dtype).to(operand)
-    _, grad_student, grad_weight, grad_bias = _loss_shapes(
+    _, grad_student, grad_weight, grad_bias = unscaled_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_bias=need_bias
     )
     grad_weight.zero_()

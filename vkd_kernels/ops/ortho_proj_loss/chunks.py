@@ -4,12 +4,13 @@ Last comes the backward pass that they share: the forward pass leaves unscaled g
 incoming gradient into new tensors.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..library import operator, refuses_gradients
+from ..library import Operator, operator, refuses_gradients
 from .spec import NORM_FLOOR, LossInputs, acc_dtype
 
 WORKSPACE_BYTES = 128 << 20
@@ -77,14 +78,19 @@ def weighted_(value: torch.Tensor, row_weight: torch.Tensor | None) -> torch.Ten
     return value
 
 
-def balanced(inputs: LossInputs) -> tuple[torch.Tensor | None, float | torch.Tensor]:
-    """Row weights in [0, 1] for float16, with the denominator to match, so that tiny ones do not underflow in G."""
-    row_weight = inputs.row_weight
-    if row_weight is None or inputs.student.dtype != torch.float16:
-        return row_weight, inputs.denominator
-    largest = row_weight.amax() if len(row_weight) else row_weight.new_zeros(())
-    largest = largest.clamp_min(torch.finfo(row_weight.dtype).tiny)
-    return row_weight / largest, inputs.denominator / largest
+def balanced(inputs: LossInputs) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """(row weights, the denominator where it is a tensor, 1 or 1 / the denominator), as operators take them.
+
+    For float16 the weights are in [0, 1], and the denominator matches, so that tiny ones do not underflow in G.
+    """
+    row_weight, denominator = inputs.row_weight, inputs.denominator
+    if row_weight is not None and inputs.student.dtype == torch.float16:
+        largest = row_weight.amax() if len(row_weight) else row_weight.new_zeros(())
+        largest = largest.clamp_min(torch.finfo(row_weight.dtype).tiny)
+        row_weight, denominator = row_weight / largest, denominator / largest
+    if isinstance(denominator, torch.Tensor):
+        return row_weight, denominator, 1.0
+    return row_weight, None, 1.0 / denominator
 
 
 def normalized(teacher: torch.Tensor, normalization: str, eps: float) -> torch.Tensor:  # (n, T) -> (n, T)
@@ -130,10 +136,31 @@ def over(value: torch.Tensor, factor: float, denominator: torch.Tensor | None) -
     return value * factor if denominator is None else (value * factor / denominator).to(value.dtype)
 
 
-# --------------------------------------------------------------------------------------------------- the backward pass
+# ----------------------------------------------------------------------------------------------- the unscaled gradients
 
 
-def _scale_shapes(
+def unscaled_shapes(
+    *,
+    student: torch.Tensor,
+    weight: torch.Tensor,
+    need_student: bool,
+    need_weight: bool,
+    need_bias: bool = False,
+    need_scale: bool = False,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and the unscaled gradients of student, weight, and bias or scale; (0,) where none is needed."""
+    acc = acc_dtype(student.dtype)
+    third = weight.shape[:1] if need_bias else () if need_scale else (0,)
+    return (
+        student.new_empty((), dtype=acc),
+        student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
+        student.new_empty(weight.shape if need_weight else (0,), dtype=acc),
+        student.new_empty(third, dtype=acc),
+    )
+
+
+def scaled_shapes(
     *,
     grad_student: torch.Tensor,
     grad_weight: torch.Tensor,
@@ -149,7 +176,7 @@ def _scale_shapes(
     )
 
 
-@operator(shapes=_scale_shapes)
+@operator(shapes=scaled_shapes)
 def chunked_backward(
     *,
     grad_output: torch.Tensor,  # ()
@@ -176,28 +203,35 @@ def chunked_backward(
     return scaled(grad_student, student_dtype), scaled(grad_weight, weight_dtype), scaled(grad_third, grad_third.dtype)
 
 
-def save_unscaled(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, ...]) -> None:
-    _, grad_student, grad_weight, grad_third = output
-    ctx.save_for_backward(grad_student, grad_weight, grad_third, inputs["denominator"])
-    ctx.factor = inputs["factor"]
-    ctx.dtypes = inputs["student"].dtype, inputs["weight"].dtype
+refuses_gradients(chunked_backward, NO_SECOND_ORDER)
+
+
+def save_unscaled(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, ...], unit: float = 1.0) -> None:
+    """Keeps what ``scaled_by`` needs of an operator that returned (loss, its three unscaled gradients, in ``unit``)."""
+    ctx.save_for_backward(*output[1:], inputs["denominator"])
+    ctx.factor = unit * inputs["factor"]
+    ctx.student_dtype, ctx.weight_dtype = inputs["student"].dtype, inputs["weight"].dtype
     ctx.need = {name.removeprefix("need_"): need for name, need in inputs.items() if name.startswith("need_")}
 
 
-def scale_unscaled(ctx: Any, grad_output: torch.Tensor, *unused: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    grad_student, grad_weight, grad_third, denominator = ctx.saved_tensors
-    student_dtype, weight_dtype = ctx.dtypes
-    gradients = chunked_backward(
-        grad_output=grad_output,
-        grad_student=grad_student,
-        grad_weight=grad_weight,
-        grad_third=grad_third,
-        denominator=denominator,
-        factor=ctx.factor,
-        student_dtype=student_dtype,
-        weight_dtype=weight_dtype,
-    )
-    return {name: gradient for (name, need), gradient in zip(ctx.need.items(), gradients, strict=True) if need}
+def scaled_by(scale: Operator) -> Callable[..., dict[str, torch.Tensor]]:
+    """The backward pass of such an operator, in which ``scale`` multiplies its gradients."""
+
+    def backward(ctx: Any, grad_output: torch.Tensor, *unused: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        grad_student, grad_weight, grad_third, denominator = ctx.saved_tensors
+        gradients = scale(
+            grad_output=grad_output,
+            grad_student=grad_student,
+            grad_weight=grad_weight,
+            grad_third=grad_third,
+            denominator=denominator,
+            factor=ctx.factor,
+            student_dtype=ctx.student_dtype,
+            weight_dtype=ctx.weight_dtype,
+        )
+        return {name: gradient for (name, need), gradient in zip(ctx.need.items(), gradients, strict=True) if need}
+
+    return backward
 
 
-refuses_gradients(chunked_backward, NO_SECOND_ORDER)
+scale_unscaled = scaled_by(chunked_backward)

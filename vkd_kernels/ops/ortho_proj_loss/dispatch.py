@@ -14,7 +14,7 @@ from ..implementations import Implementation
 from ..library import has_tangent
 from ..normalization.all_reduce import all_reduce_several, with_gradient
 from ..normalization.reference import whiten_several
-from . import chunked, reference, statistics
+from . import chunked, reference
 from .ranks import all_ranks_loss
 from .spec import Execution, LossGroup, LossInputs, LossSpec, acc_dtype
 
@@ -182,10 +182,6 @@ def _module(implementation: Implementation) -> ModuleType:
     return chunked
 
 
-def _statistics(implementation: Implementation) -> ModuleType:
-    return _module(implementation) if implementation is Implementation.TRITON else statistics
-
-
 def _is_without_z(spec: LossSpec, execution: Execution, tensors: LossInputs | LossGroup) -> bool:
     """Whether the semi-orthogonal form serves: a gain of each channel is no semi-orthogonal weight's."""
     of_channels = isinstance(tensors.scale, torch.Tensor) and tensors.scale.dim() == (
@@ -291,7 +287,7 @@ def _sums(spec: LossSpec, execution: Execution, implementation: Implementation, 
     if not batch_norm:
         (total,) = all_reduce_several([totals], execution.process_group)
         return Sums(weight=total)
-    row_statistics = _statistics(implementation)
+    row_statistics = _module(implementation)
     own_student = row_statistics.column_sums(rows.students, rows.row_weights)
     own_teacher = row_statistics.column_sums(rows.teachers, rows.row_weights)
     total, teacher, student = all_reduce_several([totals, own_teacher, own_student], execution.process_group)
@@ -325,7 +321,7 @@ def _standardized(
     and bias, whose gradients flow on through the student's statistics.
     """
     assert sums.teacher is not None and sums.student is not None
-    row_statistics = _statistics(implementation)
+    row_statistics = _module(implementation)
     divisor: float | torch.Tensor  # (G, 1), or the number of rows of the only loss
     if isinstance(sums.weight, torch.Tensor):
         divisor = torch.where(sums.weight > 0, sums.weight, 1.0)[:, None]

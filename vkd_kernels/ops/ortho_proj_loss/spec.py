@@ -11,7 +11,7 @@ with the coefficients that ``LossSpec.coefficients(T)`` gives, h_β(d) = d²/2β
 cos(z, t) = ⟨z, t⟩ / (max(‖z‖, 1e-8) max(‖t‖, 1e-8)). ``denominator`` is the rows' total weight (of all ranks) times T
 for the mean, 1 for the sum, and never 0. Rows of weight 0 count nowhere, whatever they hold.
 
-**What an implementation offers** (``chunked`` with ``statistics``, and ``triton``; ``reference`` has ``loss`` alone)::
+**What an implementation offers** (``chunked`` and ``triton``; ``reference`` has ``loss`` alone)::
 
     loss(spec, inputs) -> ()                                            differentiable in student, weight, bias
     group_loss(spec, group) -> (G,)                                     the loss of each of the group's inputs
@@ -39,7 +39,7 @@ small against what it is the difference of. without_z.py can look at numbers on 
 device decides.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -160,9 +160,6 @@ class LossGroup:
             )
             for g, weight in enumerate(self.weights.unbind(0))  # its gradient is one tensor; indexing would add up G
         ]
-
-    def __iter__(self) -> Iterator[LossInputs]:
-        return iter(self.inputs())
 
     def split(self, sizes: list[int]) -> list["LossGroup"]:
         """Groups of the first sizes[0] losses, of the next sizes[1], ..., as views."""

@@ -88,7 +88,7 @@ def check_one(student: Any, teacher: Any, weight: Any, *, scale: Any, bias: Any,
     _check_precision("student", student, "teacher", teacher, "weight", weight)
     checks.check_same_device("weight", weight, "student", student)
     t = weight.shape[0]
-    _check_channels("bias", bias, [(t,)], f"(T,) = ({t},)", student)
+    _check_bias(bias, (t,), f"(T,) = ({t},)", student)
     _check_scale(scale, [(), (t,)], f"() or (T,) = ({t},)", student)
     checks.check_row_weights("mask", mask, student.shape[:-1], student)
 
@@ -125,7 +125,7 @@ def check_group_of(
     _check_precision("students", students[0], "teachers", teachers[0], "weights", weights)
     checks.check_same_device("weights", weights, "students[0]", students[0])
     channels = tuple(weights.shape[:2])
-    _check_channels("bias", bias, [channels], f"(G, T) = {channels}", students[0])
+    _check_bias(bias, channels, f"(G, T) = {channels}", students[0])
     _check_scale(scale, [(), channels[:1], channels], f"(), (G,) or (G, T) = {channels}", students[0])
 
 
@@ -147,14 +147,15 @@ def _check_features(
                 f"{name} must have the shape (..., {letter}) with {letter} = {size}, as {weight_name} "
                 f"{tuple(weight.shape)} says; got {tuple(value.shape)}"
             )
-    shapes = f"{student_name} {tuple(student.shape)}, {teacher_name} {tuple(teacher.shape)}"
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"{student_name} and {teacher_name} must have the same rows; got {student_name} of shape "
             f"{tuple(student.shape)} and {teacher_name} of shape {tuple(teacher.shape)}"
         )
     if t == 0 or s == 0 or (student.numel() == 0 and ranks is None):  # a rank may have no rows
-        raise ValueError(f"{student_name} is empty: got {shapes}")
+        raise ValueError(
+            f"{student_name} is empty: got {student_name} {tuple(student.shape)}, {teacher_name} {tuple(teacher.shape)}"
+        )
     checks.check_same_device(teacher_name, teacher, student_name, student)
 
 
@@ -174,13 +175,13 @@ def _check_precision(
         )
 
 
-def _check_channels(name: str, value: Any, shapes: Sequence[tuple[int, ...]], said: str, student: torch.Tensor) -> None:
-    if value is None:
+def _check_bias(bias: Any, shape: tuple[int, ...], said: str, student: torch.Tensor) -> None:
+    if bias is None:
         return
-    checks.check_tensor(name, value)
-    if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name} must have the shape {said}; got {tuple(value.shape)}")
-    checks.check_same_device(name, value, "student", student)
+    checks.check_tensor("bias", bias)
+    if tuple(bias.shape) != shape:
+        raise ValueError(f"bias must have the shape {said}; got {tuple(bias.shape)}")
+    checks.check_same_device("bias", bias, "student", student)
 
 
 def _check_scale(scale: Any, shapes: Sequence[tuple[int, ...]], said: str, student: torch.Tensor) -> None:

@@ -1,7 +1,5 @@
 """The chunked loss without Z: squared error and cosine of a semi-orthogonal weight, cosine of any (see spec.py)."""
 
-from typing import Any
-
 import torch
 
 from ..float64 import sum_dtype
@@ -15,8 +13,8 @@ from .chunks import (
     over,
     product,
     save_unscaled,
-    saved_dtype,
     scale_unscaled,
+    unscaled_shapes,
     weighted_,
     without_masked_rows,
 )
@@ -25,26 +23,7 @@ from .spec import acc_dtype
 CANCELS_BELOW = 1 / 64  # of Σ‖t‖²: a remainder smaller than that is computed anew
 
 
-def _without_z_shapes(
-    *,
-    student: torch.Tensor,
-    weight: torch.Tensor,
-    need_student: bool,
-    need_weight: bool,
-    need_scale: bool,
-    **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss and the unscaled gradients of student, weight and scale; (0,) where none is needed."""
-    acc = acc_dtype(student.dtype)
-    return (
-        student.new_empty((), dtype=acc),
-        student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
-        weight.new_empty(weight.shape if need_weight else (0,), dtype=acc),
-        weight.new_empty(() if need_scale else (0,), dtype=acc),
-    )
-
-
-@operator(shapes=_without_z_shapes)
+@operator(shapes=unscaled_shapes)
 def chunked_loss_without_z(
     *,
     student: torch.Tensor,  # (N, S)
@@ -78,7 +57,7 @@ def chunked_loss_without_z(
     # On a CPU the products are in float32 at least, and rounding weight first would leave weightᵀ weight off I.
     p = weight.to(operand)
     gram = None if semi_orthogonal else p.double().T @ p.double()  # of the weight that m is a product with
-    _, grad_student, grad_weight, grad_scale = _without_z_shapes(
+    _, grad_student, grad_weight, grad_scale = unscaled_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_scale=need_scale
     )
     grad_weight.zero_()

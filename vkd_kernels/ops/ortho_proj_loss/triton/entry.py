@@ -27,7 +27,7 @@ def loss(spec: LossSpec, inputs: LossInputs, *, workspace_bytes: int = WORKSPACE
     No temporary but G is N x T, and G only in the student's dtype and for as many rows as workspace_bytes allows.
     """
     n, t = inputs.teacher.shape
-    row_weight, denominator, factor = _denominator(inputs)
+    row_weight, denominator, factor = balanced(inputs)
     arguments: dict[str, Any] = {
         "student": unit_stride(inputs.student),
         "teacher": unit_stride(inputs.teacher),
@@ -57,7 +57,7 @@ def group_loss(spec: LossSpec, group: LossGroup, *, workspace_bytes: int = WORKS
     losses = []
     for part in group.split(sizes):
         if len(part) == 1:
-            (inputs,) = part
+            (inputs,) = part.inputs()
             losses.append(loss(spec, inputs, workspace_bytes=workspace_bytes)[None])
         else:
             losses.append(_pooled_group(spec, part))
@@ -76,7 +76,7 @@ def semi_orthogonal_loss(
     dtype = inputs.student.dtype
     if inputs.teacher.dtype != dtype or n == 0 or tiles.is_pooled(n, t, dtype, workspace_bytes):
         return loss(spec, inputs.folded(), workspace_bytes=workspace_bytes)
-    row_weight, denominator, factor = _denominator(inputs)
+    row_weight, denominator, factor = balanced(inputs)
     scale = inputs.scale
     if not isinstance(scale, torch.Tensor):
         scale = inputs.student.new_full((), scale, dtype=torch.float32)
@@ -102,7 +102,7 @@ def semi_orthogonal_group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor
     t = group.weights.shape[1]
     if all(tiles.is_pooled(x.shape[0], t, x.dtype, WORKSPACE_BYTES) for x in group.students):
         return group_loss(spec, group.folded())
-    return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group])
+    return torch.stack([semi_orthogonal_loss(spec, inputs) for inputs in group.inputs()])
 
 
 def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
@@ -110,14 +110,10 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
     row_weights = all_or_none(group.students, group.row_weights)
     denominators = group.denominators
     if row_weights and group.students[0].dtype == torch.float16:
-        parts = [balanced(inputs) for inputs in replace(group, row_weights=tuple(row_weights))]
-        row_weights = [w for w, _ in parts if w is not None]
-        denominators = torch.stack([torch.as_tensor(d) for _, d in parts])  # all of them tensors
-    denominator, factors = None, [1.0] * len(group)
-    if isinstance(denominators, torch.Tensor):
-        denominator = denominators
-    else:
-        factors = [_inverse(value) for value in denominators]
+        parts = [balanced(inputs) for inputs in replace(group, row_weights=tuple(row_weights)).inputs()]
+        row_weights = [w for w, _, _ in parts if w is not None]
+        denominators = torch.stack([d for _, d, _ in parts if d is not None])  # all of them
+    on_device = isinstance(denominators, torch.Tensor)
     return pooled_loss(
         student=torch.cat(group.students),
         teacher=torch.cat(group.teachers),
@@ -126,8 +122,8 @@ def _pooled_group(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)
         row_weight=torch.cat(row_weights) if row_weights else None,
         channel_shift=group.channel_shift,
         channel_scale=group.channel_scale,
-        denominator=denominator,
-        factors=factors,
+        denominator=denominators if on_device else None,
+        factors=[1.0] * len(group) if on_device else [1.0 / value for value in denominators],
         group=[x.shape[0] for x in group.students],
         **_options(spec, group.weights.shape[1]),
         need_student=needs_gradient(*group.students),
@@ -154,15 +150,3 @@ def _new_options(spec: LossSpec, t: int) -> dict[str, Any]:
 
 
 _kept_options = functools.lru_cache(maxsize=1024)(_new_options)
-
-
-def _inverse(denominator: float) -> float:
-    return 1.0 / denominator if denominator else 0.0  # of no rows
-
-
-def _denominator(inputs: LossInputs) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    """(row weights, the denominator where it is a tensor, 1 or 1 / the denominator)."""
-    row_weight, denominator = balanced(inputs)
-    if isinstance(denominator, torch.Tensor):
-        return row_weight, denominator, 1.0
-    return row_weight, None, _inverse(denominator)

@@ -302,7 +302,6 @@ class LossTiles:
         tile: tiles.LossTile,
         terms: Terms,
         *,
-        chip: tiles.Chip,
         student: torch.Tensor,  # (N, S)
         teacher: torch.Tensor,  # (N, T)
         weight: torch.Tensor,  # (T, S) or (G, T, S)
@@ -322,7 +321,7 @@ class LossTiles:
         losses: torch.Tensor | None = None,  # () or (G,), written by the last program; None: launch_sum is to come
         only_if: torch.Tensor | None = None,  # (1,) int32
     ) -> None:
-        s, t = student.shape[1], teacher.shape[1]
+        s, t, chip = student.shape[1], teacher.shape[1], tiles.chip(student.device)
         self.tile, self.group = tile, group
         self.blocks_t = blocks(t, tile.block_t)
         counter = None if losses is None else student.new_empty(1, dtype=torch.int32)
@@ -363,7 +362,7 @@ class LossTiles:
         launch = _loss_launch(
             tile=tile,
             terms=terms,
-            precision=precision(student.dtype, tiles.chip(student.device)),
+            precision=precision(student.dtype, chip),
             stride_gradient=0 if gradient is None else gradient.stride(0),
             **sizes,
         )

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from ... import library
-from ..chunks import NO_SECOND_ORDER, add_product, product, saved_dtype, without_masked_rows
+from ..chunks import (
+    NO_SECOND_ORDER,
+    add_product,
+    product,
+    save_unscaled,
+    scaled_by,
+    scaled_shapes,
+    unscaled_shapes,
+    without_masked_rows,
+)
 from . import rows, tiles
 from .launch import aligned, blocks, on, prepared, unit_stride
 from .loss_tiles import TERMS, LossTiles, Terms, launch_sum
@@ -27,24 +36,7 @@ def empty_gradient(student: torch.Tensor, n: int, t: int) -> torch.Tensor:
     return student.new_empty_strided((n, t), (-(-t // 8) * 8, 1))
 
 
-def _shapes(
-    *,
-    student: torch.Tensor,
-    weight: torch.Tensor,
-    need_student: bool,
-    need_weight: bool,
-    need_bias: bool,
-    **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        student.new_empty((), dtype=torch.float32),
-        student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
-        student.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
-        student.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32),
-    )
-
-
-@library.operator(shapes=_shapes)
+@library.operator(shapes=unscaled_shapes)
 def fused_loss(
     *,
     student: torch.Tensor,  # (N, S)
@@ -73,7 +65,7 @@ def fused_loss(
     """
     (n, s), t, dtype = student.shape, teacher.shape[1], student.dtype
     weight = unit_stride(weight.to(dtype))
-    loss, grad_student, grad_weight, grad_bias = _shapes(
+    loss, grad_student, grad_weight, grad_bias = unscaled_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_bias=need_bias
     )
     if n == 0:
@@ -115,7 +107,6 @@ def fused_loss(
             launches = LossTiles(
                 tile,
                 terms,
-                chip=chip,
                 student=student,
                 teacher=teacher,
                 weight=weight,
@@ -154,35 +145,11 @@ def fused_loss(
     return loss, grad_student, grad_weight, grad_bias
 
 
-def save_unscaled(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, ...], unit: float) -> None:
-    """What scale_unscaled needs of an operator that returned (loss, its three unscaled gradients)."""
-    ctx.save_for_backward(*output[1:], inputs["denominator"])
-    ctx.factor = unit * inputs["factor"]
-    ctx.student_dtype, ctx.weight_dtype = inputs["student"].dtype, inputs["weight"].dtype
-    ctx.need = {name.removeprefix("need_"): need for name, need in inputs.items() if name.startswith("need_")}
-
-
-def scale_unscaled(ctx: Any, grad_output: torch.Tensor, *unused: Any) -> dict[str, torch.Tensor]:
-    """Backward of such an operator."""
-    grad_student, grad_weight, grad_third, denominator = ctx.saved_tensors
-    gradients = scaled_gradients(
-        grad_output=grad_output,
-        student=grad_student,
-        weight=grad_weight,
-        third=grad_third,
-        denominator=denominator,
-        factor=ctx.factor,
-        student_dtype=ctx.student_dtype,
-        weight_dtype=ctx.weight_dtype,
-    )
-    return {name: gradient for (name, need), gradient in zip(ctx.need.items(), gradients, strict=True) if need}
-
-
 @triton.jit(do_not_specialize=["student_size", "weight_size", "third_size"])
 def scale_gradients(
-    student,
-    weight,
-    third,
+    unscaled_student,
+    unscaled_weight,
+    unscaled_third,
     grad_student,
     grad_weight,
     grad_third,
@@ -202,66 +169,61 @@ def scale_gradients(
     if pid < blocks_student:
         index = pid * BLOCK + tl.arange(0, BLOCK)
         mask = index < student_size
-        value = alpha * tl.load(student + index, mask=mask, other=0.0).to(tl.float32)
+        value = alpha * tl.load(unscaled_student + index, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_student + index, value.to(grad_student.dtype.element_ty), mask=mask)
     elif pid < blocks_student + blocks_weight:
         index = (pid - blocks_student) * BLOCK + tl.arange(0, BLOCK)
         mask = index < weight_size
-        value = alpha * tl.load(weight + index, mask=mask, other=0.0).to(tl.float32)
+        value = alpha * tl.load(unscaled_weight + index, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_weight + index, value.to(grad_weight.dtype.element_ty), mask=mask)
     else:
         index = (pid - blocks_student - blocks_weight) * BLOCK + tl.arange(0, BLOCK)
         mask = index < third_size
-        value = alpha * tl.load(third + index, mask=mask, other=0.0).to(tl.float32)
+        value = alpha * tl.load(unscaled_third + index, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_third + index, value.to(grad_third.dtype.element_ty), mask=mask)
 
 
-def _scaled_shapes(
-    *,
-    student: torch.Tensor,
-    weight: torch.Tensor,
-    third: torch.Tensor,
-    student_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        torch.empty_like(student, dtype=student_dtype),
-        torch.empty_like(weight, dtype=weight_dtype),
-        torch.empty_like(third),
-    )
-
-
-@library.operator(shapes=_scaled_shapes)
+@library.operator(shapes=scaled_shapes)
 def scaled_gradients(
     *,
     grad_output: torch.Tensor,  # ()
-    student: torch.Tensor,  # any of these three may be empty
-    weight: torch.Tensor,
-    third: torch.Tensor,
+    grad_student: torch.Tensor,  # any of these three may be empty
+    grad_weight: torch.Tensor,
+    grad_third: torch.Tensor,
     denominator: torch.Tensor | None,  # ()
     factor: float,
     student_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The unscaled gradients times grad_output factor / denominator."""
-    sources = {"student": student, "weight": weight, "third": third}
-    grad_student, grad_weight, grad_third = _scaled_shapes(
-        **sources, student_dtype=student_dtype, weight_dtype=weight_dtype
+    scaled = scaled_shapes(
+        grad_student=grad_student,
+        grad_weight=grad_weight,
+        grad_third=grad_third,
+        student_dtype=student_dtype,
+        weight_dtype=weight_dtype,
     )
-    with on(student.device):
+    sizes = [gradient.numel() for gradient in scaled]
+    with on(grad_student.device):
         prepared(scale_gradients, BLOCK=SCALE_BLOCK, num_warps=4)(
-            (sum(blocks(source.numel(), SCALE_BLOCK) for source in sources.values()),),
-            **sources,
-            grad_student=grad_student,
-            grad_weight=grad_weight,
-            grad_third=grad_third,
+            (sum(blocks(size, SCALE_BLOCK) for size in sizes),),
+            unscaled_student=grad_student,
+            unscaled_weight=grad_weight,
+            unscaled_third=grad_third,
+            grad_student=scaled[0],
+            grad_weight=scaled[1],
+            grad_third=scaled[2],
             grad_output=grad_output,
             denominator=denominator,
-            **{f"{name}_size": source.numel() for name, source in sources.items()},
+            student_size=sizes[0],
+            weight_size=sizes[1],
+            third_size=sizes[2],
             factor=factor,
         )
-    return grad_student, grad_weight, grad_third
+    return scaled
+
+
+scale_unscaled = scaled_by(scaled_gradients)
 
 
 def _save(ctx: Any, inputs: dict[str, Any], output: tuple[torch.Tensor, ...]) -> None:

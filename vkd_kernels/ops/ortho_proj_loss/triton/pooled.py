@@ -241,7 +241,6 @@ def pooled_loss(
         launches = LossTiles(
             tiles.tile("pooled", student.dtype),
             terms,
-            chip=tiles.chip(student.device),
             student=student,
             teacher=teacher,
             weight=weight,

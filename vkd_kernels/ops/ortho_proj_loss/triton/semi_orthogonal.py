@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from ... import library
-from ..chunks import add_product, product, saved_dtype, without_masked_rows
+from ..chunks import add_product, product, save_unscaled, unscaled_shapes, without_masked_rows
 from ..spec import NORM_FLOOR
 from . import tiles
 from .launch import aligned, blocks, on, precision, prepared, unit_stride
 from .loss_tiles import LossTiles, Terms, launch_sum
-from .many_rows import save_unscaled, scale_unscaled
+from .many_rows import scale_unscaled
 from .primitives import dot, load_tile
 
 ROWS_BLOCK_N, ROWS_BLOCK_S = 32, 64
@@ -287,24 +287,7 @@ class _Buffers:
             grad_weight += self.shift_total
 
 
-def _shapes(
-    *,
-    student: torch.Tensor,
-    weight: torch.Tensor,
-    need_student: bool,
-    need_weight: bool,
-    need_scale: bool,
-    **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        student.new_empty((), dtype=torch.float32),
-        student.new_empty(student.shape if need_student else (0,), dtype=saved_dtype(student.dtype)),
-        student.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
-        student.new_empty(() if need_scale else (0,), dtype=torch.float32),
-    )
-
-
-@library.operator(shapes=_shapes)
+@library.operator(shapes=unscaled_shapes)
 def fused_semi_orthogonal_loss(
     *,
     student: torch.Tensor,  # (N, S)
@@ -326,7 +309,7 @@ def fused_semi_orthogonal_loss(
     """(loss, dX, dP, dc), the gradients unscaled and empty where they are not needed."""
     (n, s), t, dtype = student.shape, teacher.shape[1], student.dtype
     weight = unit_stride(weight.to(dtype))
-    loss, grad_student, grad_weight, grad_scale = _shapes(
+    loss, grad_student, grad_weight, grad_scale = unscaled_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_scale=need_scale
     )
     with on(student.device):
@@ -427,7 +410,6 @@ def fused_semi_orthogonal_loss(
             anew = LossTiles(
                 tiles.loss_tile(dtype, s, chip, aligned=aligned(student, teacher, folded)),
                 Terms.of(mse=mse, smooth_l1=0.0, cosine=0.0, beta=1.0),
-                chip=chip,
                 student=student,
                 teacher=teacher,
                 weight=folded,

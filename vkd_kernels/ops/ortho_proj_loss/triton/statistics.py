@@ -49,10 +49,9 @@ def all_or_none(rows: Sequence[torch.Tensor], row_weights: Sequence[torch.Tensor
     """The rows' weights as an operator takes them: of every tensor, or an empty list."""
     if all(w is None for w in row_weights):
         return []
-    ones = [
+    return [
         x.new_ones(x.shape[0], dtype=torch.float32) if w is None else w for x, w in zip(rows, row_weights, strict=True)
     ]
-    return [w for w in ones if w is not None]
 
 
 # ------------------------------------------------------------------------------------------- sums and centered squares

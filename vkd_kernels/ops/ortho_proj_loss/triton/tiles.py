@@ -95,7 +95,7 @@ class ScatterTile(NamedTuple):
     stages: int
 
 
-class MomentsTile(NamedTuple):
+class ScatterGradientsTile(NamedTuple):
     """scatter_gradients: block_n x block_s of dX, block_k of S a step."""
 
     block_n: int
@@ -138,8 +138,14 @@ TILES: dict[tuple[str, int], dict[int | str, Any]] = {
     ("scatter", 16): {80: ScatterTile(64, 64, 4, 3), "hip": ScatterTile(64, 64, 4, 2)},
     ("scatter, weighted", 16): {80: ScatterTile(32, 64, 4, 3), "hip": ScatterTile(32, 64, 4, 2)},
     ("scatter", 32): {80: ScatterTile(32, 64, 8, 3), "hip": ScatterTile(32, 64, 8, 2)},
-    ("scatter gradients", 16): {80: MomentsTile(64, 64, 64, 4, 3), "hip": MomentsTile(64, 64, 64, 4, 2)},
-    ("scatter gradients", 32): {80: MomentsTile(64, 64, 32, 8, 3), "hip": MomentsTile(64, 64, 32, 8, 2)},
+    ("scatter gradients", 16): {
+        80: ScatterGradientsTile(64, 64, 64, 4, 3),
+        "hip": ScatterGradientsTile(64, 64, 64, 4, 2),
+    },
+    ("scatter gradients", 32): {
+        80: ScatterGradientsTile(64, 64, 32, 8, 3),
+        "hip": ScatterGradientsTile(64, 64, 32, 8, 2),
+    },
     ("row stationary", 16): {90: ProductsTile(64, 64, 3, 64, 4, 2), 120: None},  # no wgmma there: it would spill
     ("products", 16): {
         80: ProductsTile(64, 64, 2, 64, 8, 3),
