@@ -121,6 +121,11 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         for option, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if isinstance(logits, nn.Module):
                 raise TypeError(f"{option} must not be a module, which would be trained: give a function that calls it")
+            if not (logits is None or isinstance(logits, (int, str, tuple)) or callable(logits)):
+                raise TypeError(
+                    f"{option} must be an entry's name, position or path, or a function of the output, and is the same "
+                    f"for all teachers; got {checks.describe(logits)}"
+                )
         checks.check_number("temperature", temperature, above=0)
         checks.check_choice("reduction", reduction, api.REDUCTIONS)
         implementations.requested("ortho_proj_loss", backend)
@@ -138,6 +143,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         self._taps = {pair.name: Tap(pair.side("student")) for pair in self.pairs}
         self._handles: list = []
         self._hooked: list[nn.Module] = []
+        self._attached_before: list[bool] = []  # where each `with` began
         self._attached = False  # Dynamo can read it, which it can't the handles
         self._turn = Turn()
         self._modules_and_taps()  # are the names right?
@@ -196,7 +202,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         """The student as a plain module whose output is the pair's projected features, in the teacher's space.
 
         It copies the student, runs in eval mode, needs no operator of this package, and exports to ONNX. What it gives
-        is compared with the teacher's features after the pair's normalization.
+        is compared with the teacher's features after the pair's normalization. Where masks decide what a pooled
+        feature is, give it the same ones: ``module(**batch, masks={name: mask})``.
 
         Args:
             calibration_input: where that is batch_norm, which standardizes the student's channels too: a batch, given
@@ -252,10 +259,12 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         self._handles, self._hooked, self._attached = [], [], False
 
     def __enter__(self) -> "FeatureDistiller":
+        self._attached_before.append(self._attached)
         return self.attach()
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        if not self._attached_before.pop():
+            self.remove()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone: projections, scales, what the student says.

@@ -103,8 +103,11 @@ def image_config(name: str, given: Any) -> ImageConfig:
     return config
 
 
-def different_normalization(student: nn.Module, teacher: nn.Module) -> str:
-    """What to say where both models' own configurations show that they expect different images; "" otherwise."""
+def different_normalization(student: nn.Module, teacher: nn.Module, name: str = "") -> str:
+    """What to say where both models' own configurations show that they expect different images; "" otherwise.
+
+    ``name``: the teacher's, where there are several.
+    """
     try:
         configs = [_config(name, model) for name, model in (("student", student), ("teacher", teacher))]
     except (TypeError, ValueError):  # a configuration of another kind
@@ -112,11 +115,13 @@ def different_normalization(student: nn.Module, teacher: nn.Module) -> str:
     expects, gets = configs
     if expects is None or gets is None or (expects.mean, expects.std) == (gets.mean, gets.std):
         return ""
+    which, own, same = "teacher", "vkd_kernels.renormalize(images, from_=student, to=teacher)", "images"
+    if name:
+        which, own, same = f"teacher {name!r}", f"{{{name!r}: {own}}}", f"{{{name!r}: images}}"
     return (
-        f"student and teacher were made for images of different normalization (mean and std {expects.mean}, "
+        f"student and {which} were made for images of different normalization (mean and std {expects.mean}, "
         f"{expects.std} and {gets.mean}, {gets.std}), and get the same images. Give the teacher its own: "
-        "teacher_input=vkd_kernels.renormalize(images, from_=student, to=teacher); or teacher_input=images, if they "
-        "are as the teacher expects them"
+        f"teacher_input={own}; or teacher_input={same}, if they are as the teacher expects them"
     )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .ops import checks
 from .pairs import Pair, Side
 
+MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens of known models
 LAYOUTS_OF_POOLINGS = {
     None: "(N, C)",
     "class_token": "(N, tokens, C)",
@@ -64,6 +65,11 @@ def pooled(side: Side, output: Any, mask: torch.Tensor | None) -> Rows:
         values = side.pool(output)
         checks.check_tensor(f"what {side.side}_pool of pair {side.pair!r} returns", values)
         return Rows(values, _mask_beside(side, values, mask), grid_of(side, values))
+    if output.is_nested:
+        raise TypeError(
+            f"{side.where} is a nested tensor, which nn.TransformerEncoder makes of padded inputs in eval mode: build "
+            "the encoder with enable_nested_tensor=False, or tap the encoder itself"
+        )
     mask = _mask_beside(side, output, mask)
     layout = LAYOUTS_OF_POOLINGS[side.pool]
     if output.dim() != layout.count(",") + 1:
@@ -201,7 +207,7 @@ def _on_one_grid(pair: Pair, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
         raise ValueError(
             f"pair {pair.name!r}: student and teacher must have the same positions; got student rows of shape "
             f"{tuple(student.values.shape)} and teacher rows of shape {tuple(teacher.values.shape)} (channels last)"
-            f"{_hint_of_grids(student, x, teacher, y)}"
+            f"{_hint_of_tokens(student, teacher) or _hint_of_grids(student, x, teacher, y)}"
         )
     sizes = x.values.shape[1:3], y.values.shape[1:3]
     if sizes[0] == sizes[1]:
@@ -213,6 +219,19 @@ def _on_one_grid(pair: Pair, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
             f"resample='student' or 'teacher' makes them equal, as maps of {tuple(sizes[0])} and {tuple(sizes[1])}"
         )
     return (resampled(x, y.values), y) if pair.resample == "student" else (x, resampled(y, x.values))
+
+
+def _hint_of_tokens(student: Rows, teacher: Rows) -> str:
+    """A few tokens more on one side are most likely class and register tokens."""
+    if student.values.dim() == teacher.values.dim() == 3:
+        more = student.values.shape[1] - teacher.values.shape[1]
+        if 0 < abs(more) <= MOST_PREFIX_TOKENS:
+            side = "student" if more > 0 else "teacher"
+            return (
+                f"; {side}_skip={abs(more)} (or so many more) leaves out what may be class and register tokens: see "
+                "num_prefix_tokens of timm's models"
+            )
+    return ""
 
 
 def _hint_of_grids(student: Rows, student_map: Rows | None, teacher: Rows, teacher_map: Rows | None) -> str:

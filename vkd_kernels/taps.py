@@ -207,7 +207,12 @@ def selected(output: Any, key: int | str | tuple | None, *, where: str, option: 
     if isinstance(output, torch.Tensor) and steps and isinstance(steps[0], int):
         raise TypeError(
             f"{where} is a tensor already, of which {option}={key!r} would take one sample of the batch: leave "
-            f"{option} out. Some modules return a tuple in training and a tensor in eval mode: tap one that does not"
+            f"{option} out. If it is a tuple in training and a tensor in eval mode, "
+            + (
+                f"give a function: {option}=lambda output: output[0] if isinstance(output, tuple) else output"
+                if option.endswith("_logits")
+                else "tap a module that is not"
+            )
         )
     for step in steps:
         entries = entries_of(value)
@@ -222,6 +227,7 @@ def selected(output: Any, key: int | str | tuple | None, *, where: str, option: 
             raise TypeError(
                 f"{where} has no entry {step!r} of {option}={key!r}; {type(value).__name__}"
                 + (f" has the entries {', '.join(map(repr, entries))}" if entries else " has no entries")
+                + (". Call it with output_hidden_states=True" if step == "hidden_states" else "")
             )
     return value
 
@@ -274,6 +280,7 @@ def find_module(side: str, model: nn.Module, name: str) -> nn.Module:
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     raise ValueError(
         f"{side} has no module {name!r}; it has, nearest first, {', '.join(map(repr, names[:NAMES_SHOWN]))}{more}"
+        + (". 'name:module' is for several teachers" if ":" in name else "")
     )
 
 

@@ -281,7 +281,7 @@ class ModelTeachers(TeacherSource):
         if self.several and not (by_name and all(isinstance(name, str) and name for name in by_name)):
             raise ValueError(f"teacher must be a model or map names to models; got {checks.describe(models)}")
         self.teachers = {name: FrozenTeacher(name, model, student) for name, model in by_name.items()}
-        unlike = {name: different_normalization(student, model) for name, model in by_name.items()}
+        unlike = {name: different_normalization(student, model, name) for name, model in by_name.items()}
         self.unlike = {name: message for name, message in unlike.items() if message}  # said once, in training
         self.by_pair: dict[str, tuple[FrozenTeacher, Tap]] = {}
         for pair in pairs:

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .ops import checks
 from .ops.tracing import constant_result
 
+PART = 64  # values of a parameter by which changes are told
 PATIENCE = 20  # steps of an optimizer that leave the projection alone
 NODES_SEARCHED = 2000  # of the student's graph, for a parameter by which an optimizer's steps can be counted
 
@@ -17,8 +19,8 @@ NODES_SEARCHED = 2000  # of the student's graph, for a parameter by which an opt
 class TrainingWatch:
     """Watches a loss's student features and its projection: features without a graph, a projection that never moves.
 
-    It looks at version counters, which count changes in place, and reads values only right before it warns. Copies and
-    pickles of a module start a watch of their own.
+    It looks at version counters, which count changes in place, and at a few values where these stand still: between two
+    steps, and under fused optimizers. Copies and pickles of a module start a watch of their own.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,7 @@ class TrainingWatch:
         self.settled = False  # the projection moves, it has been said that it does not, or nothing can be told
         self.student: weakref.ref[torch.Tensor] | None = None  # a parameter of the student
         self.versions = 0, 0  # of that parameter and of the projection's
-        self.start: torch.Tensor | None = None  # a part of the projection's parameter at the first step
+        self.values: tuple[torch.Tensor, ...] = ()  # a part of that parameter, and of the projection's at first
         self.hook: RemovableHandle | None = None  # on that parameter; its .grad may be cleared before the next look
         self.received_gradient = False
         self.idle_steps = 0
@@ -57,7 +59,7 @@ class TrainingWatch:
             if leaf is None:
                 self._settle()
                 return
-            self.student, self.start = weakref.ref(leaf), parameter.detach()[:1].clone()
+            self.student, self.values = weakref.ref(leaf), (part_of(leaf), part_of(parameter))
             self.versions = leaf._version, parameter._version
             self.hook = parameter.register_hook(self._note_gradient)
             return
@@ -65,30 +67,42 @@ class TrainingWatch:
         if leaf is None or parameter._version != self.versions[1]:
             self._settle()
             return
-        if leaf._version != self.versions[0] and self.received_gradient:
-            self.idle_steps += 1
-            self.received_gradient = False
-        self.versions = leaf._version, parameter._version
-        if self.idle_steps < PATIENCE:
+        if not (self.received_gradient and checks.can_be_read(leaf)):
             return
-        # Optimizers that write through .data leave the version counter alone.
-        if self.start is not None and torch.equal(self.start, parameter.detach()[:1]):
+        changed = leaf._version != self.versions[0]
+        if not changed or self.idle_steps + 1 == PATIENCE:
+            if not torch.equal(self.values[1], part_of(parameter)):
+                self._settle()
+                return
+            changed = changed or not torch.equal(self.values[0], part_of(leaf))
+        if not changed:  # the same step
+            return
+        self.idle_steps += 1
+        self.received_gradient = False
+        self.versions, self.values = (leaf._version, parameter._version), (part_of(leaf), self.values[1])
+        if self.idle_steps == PATIENCE:
             warnings.warn(
                 f"{where}: in {PATIENCE} steps that changed the student its projection received gradients and did not "
                 "move. Give the optimizer the loss's parameters too, without weight decay: those of the distiller, or "
                 "[*student.parameters(), *loss.parameters()]",
                 stacklevel=2,
             )
-        self._settle()
+            self._settle()
 
     def _note_gradient(self, gradient: torch.Tensor) -> None:
         self.received_gradient = True
 
     def _settle(self) -> None:
-        self.settled, self.start = True, None
+        self.settled, self.values = True, ()
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
+
+
+def part_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A few of its values, of this rank's shard."""
+    local: torch.Tensor = parameter.to_local() if checks.is_sharded(parameter) else parameter  # type: ignore[operator]
+    return local.detach().flatten()[:PART].clone()
 
 
 @constant_result  # said while torch.compile traces, at no cost afterwards

@@ -141,6 +141,7 @@ def test_a_difference_that_the_models_show():
         timm.create_model(name) for name in ("resnet18", "vit_tiny_patch16_224", "deit_tiny_patch16_224")
     )
     assert "vkd_kernels.renormalize(images, from_=student, to=teacher)" in different_normalization(resnet, vit)
+    assert "teacher_input={'vit': vkd_kernels.renormalize(images, " in different_normalization(resnet, vit, "vit")
     assert different_normalization(resnet, deit) == ""
     assert different_normalization(resnet, torch.nn.Linear(2, 2)) == ""
 

@@ -72,8 +72,8 @@ def test_validation_without_gradients_is_no_mistake():
 # --------------------------------------------------------------------------------- a projection that no optimizer has
 
 
-def loop(parameters, loss_of, steps=3 * PATIENCE, accumulate=1, skip=lambda step: False):
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+def loop(parameters, loss_of, steps=3 * PATIENCE, accumulate=1, skip=lambda step: False, fused=False):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
     for step in range(steps):
         loss_of().backward()
         if (step + 1) % accumulate == 0 and not skip(step):
@@ -81,12 +81,16 @@ def loop(parameters, loss_of, steps=3 * PATIENCE, accumulate=1, skip=lambda step
             optimizer.zero_grad()
 
 
-def test_a_projection_left_out_of_the_optimizer_is_warned_of_once():
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": True, "accumulate": 3, "steps": 4 * PATIENCE}])
+def test_a_projection_left_out_of_the_optimizer_is_warned_of_once(options):
+    """Fused optimizers change no version counter."""
     student, loss, teacher = nn.Linear(6, 8), vk.OrthoProjLoss(8, 32), torch.randn(5, 32)
-    (message,) = messages(lambda: loop(student.parameters(), lambda: loss(student(FEATURES), teacher)))
+    (message,) = messages(lambda: loop(student.parameters(), lambda: loss(student(FEATURES), teacher), **options))
     assert message.startswith(f"OrthoProjLoss: in {PATIENCE} steps that changed the student its projection received")
     distiller = distiller_of_layers()
-    (message,) = messages(lambda: loop(distiller.student.parameters(), lambda: distiller(FEATURES)[1]["total"]))
+    (message,) = messages(
+        lambda: loop(distiller.student.parameters(), lambda: distiller(FEATURES)[1]["total"], **options)
+    )
     assert message.startswith("pair 'x': ") and "Give the optimizer the loss's parameters too" in message
 
 
@@ -132,14 +136,16 @@ def test_an_affine_loss_trains_whose_matrix_does_not(projection):
 
 
 @pytest.mark.parametrize(
-    "case", ["trained", "accumulation", "frozen", "skipped steps", "not in the loss", "through .data", "late"]
+    "case", ["trained", "fused", "accumulation", "frozen", "skipped steps", "not in the loss", "through .data", "late"]
 )
 def test_loops_that_are_right_are_not_warned_of(case):
     distiller = distiller_of_layers()
     parameters = list(distiller.parameters())
     projection = distiller.pair_losses.of("x").projection.unconstrained
     options = {}
-    if case == "accumulation":
+    if case == "fused":
+        options = {"fused": True, "accumulate": 2}
+    elif case == "accumulation":
         options = {"accumulate": 2 * PATIENCE, "steps": 6 * PATIENCE}
     elif case == "frozen":
         projection.requires_grad_(False)

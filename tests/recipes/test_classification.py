@@ -168,6 +168,7 @@ def test_the_student_of_a_run_in_a_program_of_ones_own(folder, monkeypatch):
     words = ["distill", "classification", "data.name=folder", f"data.root={folder}", "data.size=64", "--arms", "vkd"]
     words += ["teacher.name=resnet10t", f"teacher.weights={folder}/teacher.safetensors", "distill.logit_weight=0"]
     words += ["student.name=resnet10t", "optim.batch_size=8", "optim.steps=3", "--seeds", "1", "--jobs", "0", "--quiet"]
+    words += ["--output", "runs/photos"]
     teacher = timm.create_model("resnet10t", num_classes=2)
     runs.save_safetensors(folder / "teacher.safetensors", teacher.state_dict())
     monkeypatch.chdir(folder)
@@ -178,7 +179,7 @@ def test_the_student_of_a_run_in_a_program_of_ones_own(folder, monkeypatch):
         edited = code.replace("num_classes=3", "num_classes=2").replace("photos/val/beech/7.jpg", str(path))
         exec(edited, names)
         right += int(names["logits"].argmax()) == int(path.parent.name[-1])
-    assert 100 * right / 6 == pytest.approx(runs.load(Path("runs/classification/vkd/seed-00/result.json"))["accuracy"])
+    assert 100 * right / 6 == pytest.approx(runs.load(Path("runs/photos/vkd/seed-00/result.json"))["accuracy"])
 
 
 def test_stored_answers_are_those_of_the_teacher(folder):

@@ -94,7 +94,8 @@ def stored_mask(pair: Pair, features: torch.Tensor, mask: torch.Tensor | None) -
     if pool in ("mean_tokens", "spatial_mean"):
         raise ValueError(
             f"masks[{pair.name!r}]: the teacher's means were taken when the store was built, so that a mask of their "
-            f"positions comes too late: give mask= to FeatureStore.build; got {checks.describe(mask)}"
+            f"positions comes too late. Give mask= to FeatureStore.build, and here (mask, None): the student's alone; "
+            f"got {checks.describe(mask)}"
         )
     return mask[:, pair.teacher_skip :] if pool == "tokens" else mask
 
