@@ -214,7 +214,7 @@ def test_what_a_user_got_wrong_is_said(tmp_path, images):
         distiller(images, indices=range(SAMPLES))
     live, stored = pair_of_distillers(tmp_path / "c", images, PAIRS, ViT(), trained_teacher(CNN(stride=1), images))
     with pytest.raises(
-        ValueError, match=r"means were taken when the store was built.*give mask= to FeatureStore.build"
+        ValueError, match=r"means were taken when the store was built.*Give mask= to FeatureStore.build"
     ):
         stored(
             images, indices=range(SAMPLES), masks={"norm->relu": (None, torch.ones(SAMPLES, 8, 8, dtype=torch.bool))}
