@@ -21,7 +21,7 @@ import vkd_kernels as vk
 from tests.helpers import processes
 from tests.helpers.stored_teachers import BATCH, SAMPLES, SHARD, TAPS, Images, Teacher, build, live_tokens
 from vkd_kernels.store.options import Options
-from vkd_kernels.store.teacher import FrozenTeacher, teacher_taps
+from vkd_kernels.store.teacher import TappedTeacher, teacher_taps
 
 SHARDS = -(-SAMPLES // SHARD)
 
@@ -92,7 +92,7 @@ class OnTwoDevices(nn.Linear):
 def test_a_mask_goes_where_the_features_are():
     taps = teacher_taps([{"teacher": "", "teacher_pool": "mean_tokens"}])
     options = Options(mask=lambda batch: batch[..., 0] > 0)
-    with FrozenTeacher(OnTwoDevices(4, 6), taps, options) as teacher:
+    with TappedTeacher(OnTwoDevices(4, 6), taps, options) as teacher:
         features = teacher(torch.randn(3, 5, 4), 3).features[""]
     assert features.is_meta and features.shape == (3, 6)
 

@@ -16,6 +16,7 @@ from torch import nn
 from ..files import abandoned_files, partial_file
 from ..ops.float64 import as_float64
 from ..pairs import Pair
+from ..taps import tensors_in
 from .functions import weights_fingerprint
 from .manifest import (
     MANIFEST,
@@ -30,7 +31,7 @@ from .manifest import (
 from .options import Options
 from .progress import Progress, duration, in_words
 from .samples import Samples
-from .teacher import Answer, FrozenTeacher
+from .teacher import Answer, TappedTeacher
 
 SHARD_BYTES, MOST_SHARD_SAMPLES = 256 * 2**20, 8192
 PROBE_TOLERANCE = 0.05  # relative: another device or precision stays below it, another transform or pool does not
@@ -42,7 +43,7 @@ def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], option
     rank, ranks = options.share()
     samples = Samples.of(data, options)
     check_folder(folder)
-    with FrozenTeacher(teacher, pairs, options) as frozen:
+    with TappedTeacher(teacher, pairs, options) as frozen:
         manifest = open_manifest(folder, frozen, samples, options)
         missing = missing_shards(folder, manifest)
         if missing:
@@ -67,7 +68,7 @@ def build(folder: Path, teacher: nn.Module, data: Any, pairs: list[Pair], option
 
 
 def compute_shard(
-    frozen: FrozenTeacher,
+    frozen: TappedTeacher,
     manifest: Manifest,
     shard: int,
     batches: Iterator[tuple[list[int], Any]],
@@ -110,7 +111,7 @@ def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Seq
     return converted.cpu()
 
 
-def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options: Options) -> Manifest:
+def open_manifest(folder: Path, frozen: TappedTeacher, samples: Samples, options: Options) -> Manifest:
     """The manifest of the store in the folder, which must be of this teacher and these data; or a new one."""
     wanted, probe = planned(frozen, samples, options)
     if not (folder / MANIFEST).exists():
@@ -124,7 +125,7 @@ def open_manifest(folder: Path, frozen: FrozenTeacher, samples: Samples, options
     return manifest
 
 
-def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[Manifest, Answer]:
+def planned(frozen: TappedTeacher, samples: Samples, options: Options) -> tuple[Manifest, Answer]:
     """The manifest of a new store, and the teacher's answer to a few samples, which shows the features' shapes."""
     probe = frozen(samples.batch(samples.probed), len(samples.probed))
     manifest = Manifest(
@@ -133,7 +134,7 @@ def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[
         dtype=str(options.dtype).removeprefix("torch."),
         taps={
             key: dataclasses.replace(tap, shape=tuple(probe.features[key].shape[1:]))
-            for key, tap in zip(frozen.keys, frozen.taps, strict=True)
+            for key, tap in zip(frozen.keys, frozen.stored_taps, strict=True)
         },
         teacher=type(frozen.model).__qualname__,  # without its module, which is __main__ in a script
         weights=weights_fingerprint(frozen.model),
@@ -148,11 +149,11 @@ def planned(frozen: FrozenTeacher, samples: Samples, options: Options) -> tuple[
     return manifest, probe
 
 
-def check_views(frozen: FrozenTeacher, samples: Samples, probe: Answer) -> None:
+def check_views(frozen: TappedTeacher, samples: Samples, probe: Answer) -> None:
     """An error if the same samples are others at their second visit."""
     batch = samples.batch(samples.probed)
     if probe.only_tensors:
-        changed = largest_difference(probe.inputs, frozen.tensors(frozen.arguments(batch))) > 0
+        changed = largest_difference(probe.inputs, tensors_in(frozen.arguments(batch))) > 0
     else:  # arrays, images and texts: what the teacher makes of them is compared, too
         again = frozen(batch, len(samples.probed))
         changed = largest_difference(probe.inputs, again.inputs) > 0
@@ -212,9 +213,9 @@ def check_fresh(folder: Path, manifest: Manifest, wanted: Manifest, probe: Answe
         )
 
 
-def check_all_taps(folder: Path, manifest: Manifest, frozen: FrozenTeacher) -> None:
+def check_all_taps(folder: Path, manifest: Manifest, frozen: TappedTeacher) -> None:
     """An error if shards that are missing need more than is asked for now."""
-    lacking = [tap for tap in manifest.taps.values() if not any(tap.same_as(asked) for asked in frozen.taps)]
+    lacking = [tap for tap in manifest.taps.values() if not any(tap.same_as(asked) for asked in frozen.stored_taps)]
     if lacking:
         raise ValueError(
             f"the store in {folder} is incomplete, and the shards that are missing need more taps: give "

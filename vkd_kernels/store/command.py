@@ -18,7 +18,7 @@ from .build import build, planned
 from .options import Options
 from .progress import in_words
 from .samples import Samples
-from .teacher import FrozenTeacher, teacher_taps
+from .teacher import TappedTeacher, teacher_taps
 
 DTYPES = ("float16", "bfloat16", "float32")
 LIBRARIES = ("timm", "transformers")
@@ -107,7 +107,7 @@ def cache(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         build(arguments.folder, teacher, data, taps, options)
         return 0
-    with FrozenTeacher(teacher, taps, options) as frozen:
+    with TappedTeacher(teacher, taps, options) as frozen:
         manifest, _ = planned(frozen, Samples.of(data, options), options)
     for tap in manifest.taps.values():
         print(f"{tap}: {tap.shape} per image")

@@ -40,7 +40,7 @@ class StoredTap:
     layout: str = "NCHW"
 
     @classmethod
-    def of(cls, pair: Pair, shape: tuple[int, ...] = ()) -> "StoredTap":
+    def of(cls, pair: Pair) -> "StoredTap":
         pool = pair.teacher_pool
         if callable(pool):
             pool = f"function {function_text(pool)}"
@@ -50,7 +50,6 @@ class StoredTap:
             pool=pool,
             skip=skip,
             output=pair.teacher_output,
-            shape=shape,
             call=pair.teacher_call,
             layout=pair.teacher_layout,
         )

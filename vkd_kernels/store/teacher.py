@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     only_tensors: bool  # whether the inputs are all that the teacher was given
 
 
-class FrozenTeacher:
+class TappedTeacher:
     """In eval mode inside the ``with`` block, and as it was before at its end."""
 
     def __init__(self, teacher: nn.Module, pairs: list[Pair], options: Options):
@@ -34,21 +34,21 @@ class FrozenTeacher:
                 raise ValueError(f"teacher must be whole and have values on every rank; its {name} {kind}")
         self.teacher, self.model = teacher, getattr(teacher, "_orig_mod", teacher)  # compiled, and the model itself
         self.options = options
-        self.taps = [StoredTap.of(pair) for pair in pairs]
-        self.keys = tap_keys(self.taps)
-        self.hooks = [Tap(pair.side("teacher")) for pair in pairs]
-        hooks_of("teacher", teacher, self.hooks)  # are the names right?
+        self.stored_taps = [StoredTap.of(pair) for pair in pairs]
+        self.keys = tap_keys(self.stored_taps)
+        self.taps = [Tap(pair.side("teacher")) for pair in pairs]
+        hooks_of("teacher", teacher, self.taps)  # are the names right?
         first = next((p for p in teacher.parameters() if p.is_floating_point()), None)
         self.device: torch.device | None = None if first is None else first.device
         self.dtype: torch.dtype | None = None if first is None else first.dtype
         self.undo = contextlib.ExitStack()
 
-    def __enter__(self) -> "FrozenTeacher":
+    def __enter__(self) -> "TappedTeacher":
         with contextlib.ExitStack() as undo:
             undo.enter_context(KeptModes(modules_with_a_mode(self.teacher)))
             set_eval_mode(self.teacher)
-            for module, hook in hooks_of("teacher", self.teacher, self.hooks):
-                undo.callback(module.register_forward_hook(hook).remove)
+            for module, tap in hooks_of("teacher", self.teacher, self.taps):
+                undo.callback(module.register_forward_hook(tap).remove)
             self.undo = undo.pop_all()
         return self
 
@@ -58,16 +58,16 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, batch: Any, count: int) -> Answer:
         args, kwargs = arguments = self.arguments(batch)
-        inputs = self.tensors(arguments)  # now: a teacher may write its output into the dict that it is given
+        inputs = tensors_in(arguments)  # now: a teacher may write its output into the dict that it is given
         whole = only_tensors(arguments)
         mask = self.mask(batch, count)
-        _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.hooks, strict=True)))
+        _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.taps, strict=True)))
         rows = {}
-        for key, hook in zip(self.keys, self.hooks, strict=True):
-            returned = hook.chosen(calls[key])
+        for key, tap in zip(self.keys, self.taps, strict=True):
+            returned = tap.chosen(calls[key])
             if returned is None:
-                raise RuntimeError(hook.missing(self.teacher, calls[key]))
-            rows[key] = hook.rows(returned, mask).values
+                raise RuntimeError(tap.missing(self.teacher, calls[key]))
+            rows[key] = tap.rows(returned, mask).values
         for key, features in rows.items():
             if features.dim() < 2 or len(features) != count:
                 raise ValueError(
@@ -94,10 +94,6 @@ class FrozenTeacher:
                 f"{checks.describe(mask)}"
             )
         return mask
-
-    @staticmethod
-    def tensors(arguments: tuple[tuple, dict]) -> list[torch.Tensor]:
-        return tensors_in(arguments)
 
 
 def only_tensors(value: Any) -> bool:
