@@ -163,7 +163,8 @@ def grid_of(side: Side, values: torch.Tensor) -> tuple[int, int] | None:
 def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> ComparedRows:
     """Both sides with the same positions, on the student's device; a row counts where both masks let it through.
 
-    ``one_mask``: both sides were given the same mask, which then counts once, for the side that it fits.
+    ``one_mask``: both sides were given the same mask, which then counts for the side that it fits, its weights once.
+    Where its means are taken, a side may have no row of a sample, for its positions or its skip are others.
     """
     teacher = _beside(student.values, teacher)
     if _shape(student) != _shape(teacher):
@@ -171,8 +172,11 @@ def compared(pair: Pair, student: Rows, teacher: Rows, *, one_mask: bool) -> Com
     x, y = student.values, teacher.values
     x_mask, y_mask = student.mask, teacher.mask
     if one_mask and x_mask is not None and y_mask is not None:
-        fits_teacher_only = y_mask.shape == x.shape[:-1] != x_mask.shape
-        x_mask, y_mask = (None, y_mask) if fits_teacher_only else (x_mask, None)
+        fits_student, fits_teacher = (mask.shape == x.shape[:-1] for mask in (x_mask, y_mask))
+        if fits_teacher and not fits_student:
+            x_mask = None
+        elif not (fits_teacher and torch.bool in (x_mask.dtype, y_mask.dtype)):
+            y_mask = None
     if x_mask is not None:
         checks.check_same_device(f"masks[{pair.name!r}]", x_mask, "the student's features", x)
     mask = _both_masks(pair, x_mask, y_mask)

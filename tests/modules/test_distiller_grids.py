@@ -126,6 +126,20 @@ def test_masks_of_both_sides_and_one_mask_for_both():
     torch.testing.assert_close(loss, reference(as_map(x, 3, 3), whole, compared))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("pool", ["mean_tokens", "class_token"])
+def test_under_one_mask_a_sample_without_positions_on_one_side_is_no_row(pool, weighted):
+    """The only position of the second sample is a prefix token of the teacher."""
+    x, y = torch.randn(3, 5, S), torch.randn(3, 5, T)
+    kept = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]) > 0
+    weights = torch.tensor([0.5, 3.0, 2.0])
+    mask = kept * weights[:, None] if weighted else kept
+    loss, reference = distill(x, y, mask, student_pool=pool, teacher_pool="mean_tokens", teacher_skip=1)
+    x, y = x[::2, :3].mean(1) if pool == "mean_tokens" else x[::2, 0], y[::2, 1:3].mean(1)
+    counted = weighted and pool == "class_token"  # a mean has the weights of its positions in it
+    torch.testing.assert_close(loss, reference(x, y, weights[::2] if counted else None))
+
+
 def test_negative_weights_are_refused_before_two_masks_are_multiplied():
     x, y, negative = torch.randn(4, S), torch.randn(4, T), torch.tensor([1.0, -1.0, 1.0, 1.0])
     for mask in (negative, (negative, None), (negative, negative.clone())):
