@@ -467,13 +467,13 @@ def _dims_of(pair: Pair, rows: ComparedRows | None) -> tuple[int, int]:
     return rows.student.shape[-1], rows.teacher.shape[-1]
 
 
-def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module) -> TeacherSource:
-    """What a caller gave as the teacher, as the source of the pairs' targets."""
+def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module, name: str = "") -> TeacherSource:
+    """What a caller gave as the teacher, or as that of this name, as the source of the pairs' targets."""
     if isinstance(teacher, FeatureStore):
         return StoredTeacher(teacher, pairs)
     if isinstance(teacher, Mapping) and any(isinstance(one, FeatureStore) for one in teacher.values()):
-        return SeveralSources(teacher, pairs, lambda one, own: as_source(one, own, student))
-    return ModelTeachers(teacher, pairs, student)
+        return SeveralSources(teacher, pairs, lambda name, one, own: as_source(one, own, student, name))
+    return ModelTeachers(teacher, pairs, student, name)
 
 
 class Turn:

@@ -273,22 +273,27 @@ class ModelAnswer(TeacherAnswer):
 
 
 class ModelTeachers(TeacherSource):
-    """Frozen models that run on the student's arguments or on inputs of their own."""
+    """Frozen models that run on the student's arguments or on inputs of their own.
 
-    def __init__(self, models: nn.Module | Mapping[str, nn.Module], pairs: Sequence[Pair], student: nn.Module):
+    ``name``: what messages call a single model, where others beside it are stored.
+    """
+
+    def __init__(
+        self, models: nn.Module | Mapping[str, nn.Module], pairs: Sequence[Pair], student: nn.Module, name: str = ""
+    ):
         self.several = isinstance(models, Mapping)
         by_name = dict(models) if isinstance(models, Mapping) else {"": models}
         if self.several and not (by_name and all(isinstance(name, str) and name for name in by_name)):
             raise ValueError(f"teacher must be a model or map names to models; got {checks.describe(models)}")
-        self.teachers = {name: FrozenTeacher(name, model, student) for name, model in by_name.items()}
-        unlike = {name: different_normalization(student, model, name) for name, model in by_name.items()}
+        self.teachers = {key: FrozenTeacher(key or name, model, student) for key, model in by_name.items()}
+        unlike = {key: different_normalization(student, model, key or name) for key, model in by_name.items()}
         self.unlike = {name: message for name, message in unlike.items() if message}  # said once, in training
         self.by_pair: dict[str, tuple[FrozenTeacher, Tap]] = {}
         for pair in pairs:
-            name, module = teacher_and_module(pair, [*by_name]) if self.several else ("", pair.teacher)
+            key, module = teacher_and_module(pair, [*by_name]) if self.several else ("", pair.teacher)
             side = dataclasses.replace(pair.side("teacher"), module=module)
-            check_pool(side, by_name[name])
-            self.by_pair[pair.name] = self.teachers[name], Tap(side)
+            check_pool(side, by_name[key])
+            self.by_pair[pair.name] = self.teachers[key], Tap(side)
 
     def teacher_of(self, pair: Pair) -> str:
         return self.by_pair[pair.name][0].name

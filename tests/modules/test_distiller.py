@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import vkd_kernels as vk
 from tests.helpers.distillers import (
     CNN,
+    FEATURES,
     IMAGES,
     OPTIONS,
     SEVERAL,
@@ -218,6 +220,35 @@ def test_several_pairs_equal_separate_losses(monkeypatch):
             compared += 1
     assert compared
     torch.testing.assert_close(got["pair_losses.[c].scale"], modules["c"].scale.grad)
+
+
+def test_pairs_of_equal_shape_that_differ_in_one_option_each_have_their_own():
+    whiten = {"normalization": "whiten"}
+    options = [{}, {"beta": 0.1}, {"scale": 3.0}, {**whiten, "eps": 0.1}, {**whiten, "eps": 0.5}]
+    pairs = [{"student": "", "teacher": "", "name": str(i), **own} for i, own in enumerate(options)]
+    distiller = vk.FeatureDistiller(nn.Identity(), nn.Linear(6, 9), pairs, example_input=FEATURES)
+    losses = distiller(FEATURES)[1]
+    for name, own in zip("01234", options, strict=True):
+        expected = vk.functional.ortho_proj_loss(
+            FEATURES, distiller.teacher(FEATURES), distiller.projection(name), **own
+        )
+        torch.testing.assert_close(losses[name], expected)
+
+
+def test_pairs_of_one_group_each_learn_their_own_scale():
+    pairs = [{"student": "", "teacher": "", "name": name, "scale": "learned", "loss": "mse"} for name in "abc"]
+    distiller = vk.FeatureDistiller(nn.Identity(), nn.Linear(6, 9), pairs, example_input=FEATURES)
+    for factor, name in enumerate("abc", start=1):
+        nn.init.constant_(distiller.pair_losses.of(name).scale, factor)
+    losses = distiller(FEATURES)[1]
+    losses["total"].backward()
+    target = distiller.teacher(FEATURES)
+    for factor, name in enumerate("abc", start=1):
+        scale = torch.tensor(float(factor), requires_grad=True)
+        expected = vk.functional.ortho_proj_loss(FEATURES, target, distiller.projection(name), scale=scale, loss="mse")
+        expected.backward()
+        torch.testing.assert_close(losses[name], expected)
+        torch.testing.assert_close(distiller.pair_losses.of(name).scale.grad, scale.grad.reshape(1))
 
 
 def test_projections_start_orthonormal_and_differ():

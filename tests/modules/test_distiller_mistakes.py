@@ -385,8 +385,8 @@ def test_a_channels_last_map_that_is_read_as_channels_first_is_warned_of(side):
 class ChangesItsInput(nn.Linear):
     """As models do that normalize images themselves, or that begin with a layer in place."""
 
-    def forward(self, batch, **_):
-        return super().forward(batch.mul_(0.5))
+    def forward(self, input):
+        return super().forward(input.mul_(0.5))
 
 
 @pytest.mark.parametrize("logits_alone", [True, False])
@@ -395,6 +395,8 @@ def test_a_student_that_changes_what_the_teacher_is_given_is_an_error(logits_alo
     distiller = vk.FeatureDistiller(ChangesItsInput(6, 8), nn.Linear(6, 8), pairs, logit_weight=1.0)
     with pytest.raises(RuntimeError, match="the batch was changed in place before teacher saw it, by the student or"):
         distiller(FEATURES.clone())
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher saw it"):
+        distiller(input=FEATURES.clone())
     with pytest.raises(RuntimeError, match="changed in place"):
         x = FEATURES.clone()
         distiller(x, teacher_input=x)

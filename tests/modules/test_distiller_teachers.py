@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vkd_kernels as vk
-from tests.helpers.distillers import CNN, IMAGES, TOKENS_TO_MAP, ViT, gradients, loss_like, make, outputs_of
+from tests.helpers.distillers import CNN, FEATURES, IMAGES, TOKENS_TO_MAP, ViT, gradients, loss_like, make, outputs_of
 from vkd_kernels.balance import LossBalance, LossTerm
 
 POOLED = {"student_pool": "mean_tokens", "student_skip": 1}
@@ -181,6 +181,21 @@ def test_running_means_stay_exact_in_a_distiller_that_is_cast(dtype):
         torch.testing.assert_close(balance({"a": loss})[0], exact({"a": loss})[0])
 
 
+def test_losses_that_are_not_finite_leave_the_running_mean_alone():
+    balance = LossBalance([LossTerm("a", "", 1.0)], "running_mean", 0.0)
+    for value in (2.0, float("inf"), float("nan"), 2.0):
+        factor = balance({"a": torch.tensor(value)})[0]["a"]
+        assert factor == 0.5
+
+
+def test_reset_parameters_starts_the_balance_anew():
+    distiller = two_teachers(balance="running_mean", drop_best=0.5)
+    for buffer in distiller.balance.buffers():
+        buffer.fill_(7)
+    distiller.reset_parameters()
+    assert not any(buffer.any() for buffer in distiller.balance.buffers())
+
+
 def test_a_masked_batch_leaves_the_running_mean_alone():
     distiller = two_teachers(balance="running_mean")
     distiller(IMAGES)
@@ -245,6 +260,17 @@ def test_an_exported_student_gives_vectors_in_the_teachers_space(scale):
     torch.testing.assert_close(module(IMAGES), expected)  # a copy
     with pytest.raises(ValueError, match="name must be one of 'x'; got 'y'"):
         distiller.export("y")
+
+
+def test_an_exported_student_is_in_eval_mode_and_the_distillers_stays_in_training_mode():
+    student = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    pair = {"student": "", "teacher": "", "dims": (8, 9), "name": "x"}
+    distiller = vk.FeatureDistiller(student, nn.Linear(6, 9), [pair])
+    module = distiller.export("x")
+    before = [buffer.clone() for buffer in module.buffers()]
+    assert torch.equal(module(FEATURES), module(FEATURES))
+    assert all(torch.equal(*buffers) for buffers in zip(module.buffers(), before, strict=True))
+    assert all(part.training for part in distiller.student.modules())
 
 
 @pytest.mark.parametrize("projection", ["orthogonal", "linear"])

@@ -125,6 +125,11 @@ def test_gray_images_and_compiled():
         ({"to": (0.5, 0.0)}, ValueError, "to: std must be positive"),
         ({"to": ("a", 1.0)}, TypeError, "to: mean and std must be a number"),
         ({"to": ((0.5, 0.5), 1.0)}, ValueError, "to has 2 means or stds, and images 3 channels"),
+        (
+            {"to": {"image_mean": [0.5], "image_std": [0.5], "do_rescale": False}},
+            ValueError,
+            "to is a processor that does not rescale images by 1/255",
+        ),
         ({"size": "large"}, TypeError, r"size must be \(height, width\)"),
         ({"size": (0, 8)}, ValueError, "size must be at least 1"),
         ({"interpolation": "area"}, ValueError, "interpolation must be one of"),

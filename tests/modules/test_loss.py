@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vkd_kernels as vk
+from tests.helpers.distillers import FEATURES, LAYERS, layers
 from vkd_kernels.ops.ortho_proj_loss import chunked, dispatch
 
 
@@ -206,13 +207,16 @@ def test_defect_4_batch_statistics_have_an_eps_and_leave_padding_out():
     torch.testing.assert_close(padded, module(x[mask], y[mask]))
 
 
-@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0)])
-def test_defect_5_a_loss_weight_of_zero_is_a_loss_weight(weights):
-    module, student = vk.OrthoProjLoss(6, 20), nn.Linear(10, 6)
-    features = student(torch.randn(7, 10))
-    total = weights[0] * module(features, torch.randn(7, 20)) + weights[1] * features.square().mean()
-    total.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+@pytest.mark.parametrize(("weight", "logit_weight"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_defect_5_a_loss_weight_of_zero_is_a_loss_weight(weight, logit_weight):
+    distiller = vk.FeatureDistiller(layers(8), layers(32), [{**LAYERS, "weight": weight}], logit_weight=logit_weight)
+    losses = distiller(FEATURES)[1]
+    losses["total"].backward()
+    torch.testing.assert_close(losses["total"], weight * losses["x"] + logit_weight * losses["logits"])
+    trained = dict(distiller.named_parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    assert trained["student.2.weight"].grad.any() == (logit_weight > 0)
+    assert trained["pair_losses.[x].projection.unconstrained"].grad.any() == (weight > 0)
 
 
 def test_defect_6_the_transform_is_of_a_skew_symmetric_matrix():

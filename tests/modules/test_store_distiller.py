@@ -261,6 +261,47 @@ def test_several_teachers_of_which_some_are_stored(tmp_path, images, stored):
         mixed(images, teacher_input=images)
 
 
+def test_a_live_teacher_beside_a_stored_one_is_not_given_what_the_student_changed(tmp_path):
+    class ChangesItsInput(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch.mul_(0.5))
+
+    live, data = nn.Linear(4, 3), torch.randn(SAMPLES, 4)
+    store = vk.FeatureStore.build(tmp_path, nn.Linear(4, 3), data, OUTPUT, progress=False)
+    weights = {"a": 1.0, "b": 1.0}
+    distiller = vk.FeatureDistiller(ChangesItsInput(4, 3), {"a": store, "b": live}, [], logit_weight=weights)
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher 'b' saw it"):
+        distiller(data[:2], indices=[0, 1])
+
+
+def test_every_call_of_a_module_is_a_feature_of_its_own(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    teacher, data = Twice(), torch.randn(SAMPLES, 4)
+    pairs = [{"student": "", "teacher": "layer", "teacher_call": call, "name": str(call)} for call in (0, 1)]
+    store = vk.FeatureStore.build(tmp_path, teacher, data, pairs, dtype=torch.float32, progress=False)
+    with torch.no_grad():
+        first = teacher.layer(data)
+        expected = [first, teacher.layer(first)]
+    for pair, features in zip(vk.distiller.as_pairs(pairs), expected, strict=True):
+        torch.testing.assert_close(store[:][store.key_of(pair)], features)
+
+
+def test_a_map_is_stored_in_its_layout(tmp_path):
+    pair = {"student": "", "teacher": "", "teacher_pool": "spatial"}
+    data = torch.randn(SAMPLES, 2, 3, 4)
+    store = vk.FeatureStore.build(tmp_path, nn.Identity(), data, [{**pair, "teacher_layout": "NHWC"}], progress=False)
+    assert store.key_of(vk.Pair(**pair, teacher_layout="NHWC")) in store[:]
+    with pytest.raises(ValueError, match="no features of teacher module '' with teacher_pool='spatial'; it has"):
+        store.key_of(vk.Pair(**pair))
+
+
 def test_an_hf_like_output_by_name(tmp_path, images):
     class Model(nn.Module):
         def __init__(self):

@@ -1,5 +1,7 @@
 """FixedViews, and a FeatureStore of several views of every image."""
 
+import random
+
 import numpy
 import pytest
 import torch
@@ -108,6 +110,18 @@ def test_fixed_views_are_the_same_at_every_visit_and_in_workers(tmp_path):
         assert torch.allclose(features["2"], live_tokens(teacher, image.float()), atol=1e-5)
     assert not torch.equal(views[4][0], views[4 + SAMPLES][0])
     assert not torch.equal(views[4][0], FixedViews(Images(), augment, views=3, seed=1)[4][0])
+
+
+def test_fixed_views_go_through_all_images_view_by_view():
+    views = FixedViews(torch.arange(10.0), lambda image: image, views=3)
+    assert [int(views[item]) for item in range(30)] == [*range(10)] * 3
+
+
+def test_fixed_views_leave_pythons_generator_as_it_was():
+    views = FixedViews(torch.zeros(4), lambda image: image + random.random(), views=2)
+    state = random.getstate()
+    assert views[5] == views[5] and views[5] != views[1]
+    assert random.getstate() == state
 
 
 def test_fixed_views_of_another_seed_are_other_data(tmp_path):

@@ -117,7 +117,10 @@ class SeveralSources(TeacherSource):
     """Several teachers, of which some are stored: ``{"dino": store, "clip": model}``."""
 
     def __init__(
-        self, teachers: Mapping[str, Any], pairs: Sequence[Pair], source_of: Callable[[Any, list[Pair]], TeacherSource]
+        self,
+        teachers: Mapping[str, Any],
+        pairs: Sequence[Pair],
+        source_of: Callable[[str, Any, list[Pair]], TeacherSource],
     ):
         self.teachers = dict(teachers)
         self.pairs: dict[str, tuple[str, Pair]] = {}
@@ -125,7 +128,7 @@ class SeveralSources(TeacherSource):
             name, module = teacher_and_module(pair, [*teachers])
             self.pairs[pair.name] = name, dataclasses.replace(pair, teacher=module)
         own = {name: [pair for teacher, pair in self.pairs.values() if teacher == name] for name in teachers}
-        self.sources = {name: source_of(teacher, own[name]) for name, teacher in teachers.items()}
+        self.sources = {name: source_of(name, teacher, own[name]) for name, teacher in teachers.items()}
 
     @property
     def teacher(self) -> dict[str, Any]:
