@@ -340,6 +340,21 @@ def test_report_judges_targets():
     assert of_768.targets()[0].shown(device) == ("50 %", "**no**")  # of the 56 % that the model says
 
 
+def test_a_graphs_time_is_judged_in_microseconds():
+    row = {"candidate": report.GRAPH, "pass": "both", "median_s": 180e-6}
+    device = a_record("cayley", {"3024 x 192": [row]})
+    assert report.graph_time("3024 x 192", 150).shown(device) == ("180 µs", "**no**")
+    assert report.graph_time("3024 x 192", 200).shown(device) == ("180 µs", "yes")
+
+
+def test_one_case_on_a_busy_machine_makes_the_record_doubtful():
+    def record(*shares):
+        return {"cases": [{"others_cpu_share": share} for share in shares]}
+
+    assert report.is_of_busy_machine(record(0.0, 0.2))
+    assert not report.is_of_busy_machine(record(0.0, None)) and not report.is_of_busy_machine({})
+
+
 def test_every_target_is_of_a_case_and_candidate_that_the_benchmarks_have():
     """A renamed case or candidate would leave its target silently unmeasured."""
     listed = {

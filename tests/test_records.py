@@ -31,6 +31,17 @@ def test_no_record_is_published_from_a_changed_tree(tmp_path, monkeypatch):
     records.Record("cayley", tmp_path, RATES).add({"case": "5 x 3", "rows": []})
 
 
+def test_the_committed_page_says_what_the_records_say():
+    devices = records.read(records.RESULTS)
+    plots = {
+        device: [
+            f"{device}/{title}.png" for title in report.FIGURES if (records.RESULTS / device / f"{title}.png").exists()
+        ]
+        for device in devices
+    }
+    assert (records.RESULTS / "README.md").read_text() == report.markdown(devices, plots)
+
+
 def test_every_record_is_of_a_commit():
     for path in records.RESULTS.glob("*/*.json"):
         assert json.loads(path.read_text())["environment"]["dirty"] in (False, None), path

@@ -6,6 +6,7 @@ Every check compares with one process that holds all rows. Gradients of single s
 import copy
 import re
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -93,10 +94,15 @@ def sharded(module, separately=False, **options):
     return fully_shard(module, **options)
 
 
+class TakesLabels(nn.Sequential):
+    def forward(self, x, **_):
+        return super().forward(x)
+
+
 def feature_distiller(group=None, device="cpu"):
     torch.manual_seed(0)
     with torch.device(device):
-        student, teacher = (nn.Sequential(nn.Linear(6, n), nn.GELU(), nn.Linear(n, 4)).double() for n in (5, 9))
+        student, teacher = (TakesLabels(nn.Linear(6, n), nn.GELU(), nn.Linear(n, 4)).double() for n in (5, 9))
     pairs = [{"student": "0", "teacher": "0", "scale": "learned", "eps": 1e-2}]
     return vk.FeatureDistiller(student, teacher, pairs, example_input=batch()[0].to(device), process_group=group)
 
@@ -199,6 +205,32 @@ def ddp_diagnostics_are_those_of_all_rows():
         theirs = module(x, masks={"0->0": mine}, metrics=True)[2]
         assert theirs.keys() == metrics.keys()
         same(theirs.values(), metrics.values())
+
+
+def ddp_total_rows_are_those_of_all_ranks():
+    expected = feature_distiller()(batch()[0])[1]["total"] / 2
+    for first in FIRST.values():
+        module = DistributedDataParallel(feature_distiller(dist.group.WORLD))
+        same([module(part(batch(), first)[0], total_rows=2 * ROWS)[1]["total"]], [expected])
+
+
+def ddp_items_are_those_of_all_ranks():
+    """Trainer multiplies the loss by the number of ranks, because DDP averages their gradients."""
+    x, labels = batch()[0], torch.where(batch()[2], 1, -100)
+    given = {"num_items_in_batch": 2 * ROWS}
+    expected = feature_distiller()(x, labels=labels, **given)[1]["total"] / 2
+    for first in FIRST.values():
+        module = DistributedDataParallel(feature_distiller(dist.group.WORLD))
+        mine, of_mine = part((x, labels), first)
+        same([module(mine, labels=of_mine, **given)[1]["total"]], [expected])
+
+
+def ddp_evaluation_has_no_collective():
+    module, (x,) = feature_distiller(dist.group.WORLD).eval(), part(batch()[:1], 4)
+    with mock.patch.object(dist, "all_reduce", side_effect=AssertionError("a collective")):
+        losses = module(x, total_rows=2 * ROWS, metrics=True)[1]
+        module(x, labels=torch.ones(len(x)), num_items_in_batch=2 * ROWS)
+    same([losses["total"]], [feature_distiller().eval()(x, total_rows=2 * ROWS)[1]["total"]])
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2

@@ -10,10 +10,10 @@ import toy_task
 from torch import nn
 
 import vkd_kernels
-from tests.recipes.toy import ARMS, TOY, VKD, distill, outcome, start, train, wait_for
+from tests.recipes.toy import ARMS, TOY, VKD, distill, outcome, start, stopped_before, train, wait_for
 from vkd_kernels.files import partial_files
 from vkd_kernels.recipes import config as configs
-from vkd_kernels.recipes import engine, runs, task
+from vkd_kernels.recipes import engine, jobs, runs, task
 from vkd_kernels.recipes.runs import RunError
 
 STUDENT = "vkd/seed-00/student.safetensors"
@@ -120,6 +120,15 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert "minus linear" in (folder / "table.txt").read_text()
 
 
+def test_a_resumed_training_goes_on_with_its_clocks(tmp_path):
+    with stopped_before(10), pytest.raises(jobs.Interrupted):
+        train(tmp_path)
+    path = tmp_path / "vkd/seed-00/checkpoint.pt"
+    runs.save_tensors(path, runs.load(path) | {"seconds": 1e6, "cpu_seconds": 2e6})
+    result = train(tmp_path)
+    assert 1e6 < result["seconds"] < 2e6 < result["cpu_seconds"]
+
+
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +154,14 @@ def test_two_ranks_are_stopped_resumed_and_give_what_one_process_gives(tmp_path)
     theirs, weights = (runs.load_weights(f / STUDENT) for f in (two, one))
     for name, value in weights.items():
         torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_every_rank_draws_its_own_numbers(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(engine, "seed_all", lambda *numbers: seeds.append(numbers))
+    monkeypatch.setattr(engine.Fabric, "global_rank", property(lambda fabric: 1))
+    train(tmp_path, optim__steps=2)
+    assert seeds[-2:] == [(0, 0, 1), (0, 1, 1)]  # seed, step, rank
 
 
 # ---- pieces of the loop ----------------------------------------------------------------------------------------------
@@ -209,6 +226,32 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end():
     assert task.Optim(schedule="constant", steps=9, warmup=2).rate(8, 9) == 1.0
 
 
+def test_clipping_and_betas_reach_the_optimizer(tmp_path):
+    options = {"plain": {}, "clipped": {"optim__clip_norm": 1e-3}, "betas": {"optim__betas": "0.1,0.2"}}
+    errors = {name: train(tmp_path / name, optim__steps=5, **values)["error"] for name, values in options.items()}
+    assert len({*errors.values()}) == 3, errors
+
+
+def of_epochs(**data):
+    return configs.replace(toy_task.Config(), {"optim.steps": 0, "optim.epochs": 4, **data})
+
+
+def test_an_incomplete_batch_of_an_epoch_is_left_out(tmp_path):
+    config = of_epochs(**{"data.rows": 60})  # of batches of 8
+    context = task.Context(engine.make_fabric(config.run, config.optim), tmp_path, seed=0)
+    assert toy_task.Toy(config, context).steps == 4 * 7
+
+
+def test_an_arm_that_trains_longer_has_more_epochs():
+    assert toy_task.Toy.arms["longer"].apply(of_epochs(), {}).optim.epochs == 6
+
+
+@pytest.mark.parametrize(("normalization", "eps"), [("whiten", 1e-3), ("batch_norm", 1e-5)])
+def test_the_default_eps_is_that_of_the_normalization(normalization, eps):
+    assert task.DistillConfig(normalization=normalization).feature_loss(2, 3).eps == eps
+    assert task.DistillConfig(normalization=normalization, eps=0.5).feature_loss(2, 3).eps == 0.5
+
+
 def test_the_moving_average_warms_up_or_is_a_copy_until_its_start():
     def decays(**values):
         average = engine.moving_average(nn.Linear(1, 1), task.Optim(steps=1, ema=0.9999, **values))
@@ -232,3 +275,8 @@ def test_weight_decay_spares_the_projection_biases_and_what_modules_say():
     groups = task.parameter_groups(nn.ModuleDict({"student": Student(), "loss": loss}), 0.3)
     decayed = [tuple(p.shape) for group in groups if group["weight_decay"] for p in group["params"]]
     assert decayed == [(4, 3)]
+
+
+def test_weights_of_a_checkpoint_that_has_an_average_are_those_of_the_average(tmp_path):
+    torch.save({"model": {"w": torch.zeros(1)}, "model_ema": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "x.pth")
+    assert runs.load_weights(tmp_path / "x.pth") == {"w": 1}

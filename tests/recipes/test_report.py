@@ -49,3 +49,13 @@ def test_the_table_compares_seed_by_seed_with_the_baseline(higher):
     assert f"{'higher' if higher else 'lower'} is better" in text and "3 seeds" in text
     alone = report.summarize(results({"a": [1.0]}), {"a": "a"}, metric, "a")
     assert "no test" in report.table(alone, metric, "a")
+
+
+def test_a_summary_has_the_worst_diagnostics_and_means_of_the_curves_and_costs():
+    of_seeds = results({"a": [1.0, 2.0, 3.0]})
+    for result, x in zip(of_seeds, (1.0, 5.0, 3.0), strict=True):
+        result |= {"diagnostics": {"error": x}, "curve": [(1, x), (2, 2 * x)], "seconds": 10 * x, "cpu_seconds": 20 * x}
+    summary = report.summarize(of_seeds, {"a": "a"}, Metric("m", "a metric"), "a")["a"]
+    assert summary["diagnostics"] == {"error": 5.0}
+    assert summary["curve"] == [(1, 3.0), (2, 6.0)]
+    assert (summary["seconds"], summary["cpu_seconds"]) == (30.0, 60.0)
