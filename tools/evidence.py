@@ -58,6 +58,7 @@ class Family:
 
 FASHION_MNIST = ["fashion-mnist-8seeds.json", "fashion-mnist-projectors-8seeds.json"]
 WEIGHTS, FURTHER = "fashion-mnist-weights-8seeds.json", "fashion-mnist-further-8seeds.json"
+LABELS = "fashion-mnist-labels-8seeds.json"
 FAMILIES = [
     Family(
         "fashion-mnist",
@@ -243,6 +244,32 @@ FAMILIES = [
                 "+8",
             )
         ],
+    ),
+    Family(
+        "fashion-mnist-labels",
+        "More labels",
+        ["c1eeab9", "dee3dfd"],
+        "Fashion-MNIST, labels for 6000 images: difference of test accuracy, points, eight seeds",
+        [LABELS],
+        [
+            Claim(
+                "20",
+                "popular belief",
+                "10 % of labels: features help beyond logits.",
+                "linear-10pct",
+                "logits-10pct",
+                "+1",
+            ),
+            Claim(
+                "20",
+                "this library",
+                '10 % of labels: `scale="match"` is better than linear.',
+                "match-10pct",
+                "linear-10pct",
+                "+0.3",
+            ),
+        ],
+        waiting=2,  # the same with all labels
     ),
     Family(
         "detection",
