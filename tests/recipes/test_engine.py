@@ -277,6 +277,9 @@ def test_weight_decay_spares_the_projection_biases_and_what_modules_say():
     assert decayed == [(4, 3)]
 
 
-def test_weights_of_a_checkpoint_that_has_an_average_are_those_of_the_average(tmp_path):
-    torch.save({"model": {"w": torch.zeros(1)}, "model_ema": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "x.pth")
+@pytest.mark.parametrize("names", [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_weights_of_a_checkpoint_that_has_an_average_are_those_of_the_average(names, tmp_path):
+    """DeiT's and timm's."""
+    model, average = names
+    torch.save({model: {"w": torch.zeros(1)}, average: {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "x.pth")
     assert runs.load_weights(tmp_path / "x.pth") == {"w": 1}

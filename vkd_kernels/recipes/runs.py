@@ -90,8 +90,8 @@ def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for inside in ("state_dict", "model_ema", "model"):
-            state = state.get(inside, state)
+        known = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's and DeiT's: the average, where there is one
+        state = next((state[key] for key in known if key in state), state)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:  # as many types as kinds of damage; SafetensorError is no public name
         raise RunError(f"{option}cannot read tensors from {path} ({type(error).__name__}: {error})") from error
