@@ -90,7 +90,7 @@ def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's and DeiT's: the average, where there is one
+        known = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's and DeiT's: the average first
         state = next((state[key] for key in known if key in state), state)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:  # as many types as kinds of damage; SafetensorError is no public name
