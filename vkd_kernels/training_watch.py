@@ -3,6 +3,7 @@
 import itertools
 import warnings
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,9 @@ class TrainingWatch:
 
 def part_of(parameter: torch.Tensor) -> torch.Tensor:
     """A few of its values, of this rank's shard."""
-    local: torch.Tensor = parameter.to_local() if checks.is_sharded(parameter) else parameter  # type: ignore[operator]
+    local: Any = parameter
+    if checks.is_sharded(parameter):
+        local = local.to_local()
     return local.detach().flatten()[:PART].clone()
 
 
