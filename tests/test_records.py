@@ -76,7 +76,13 @@ def test_a_record_in_pieces(tmp_path, monkeypatch):
 
 def write(folder, name, **content):
     """A record as a call on a GPU writes it, into <folder>/gpu."""
-    environment = {"commit": "a" * 40, "dirty": False, "torch": "2.14", "extension": "built", "time": str(folder)}
+    environment = {
+        "commit": "a" * 40,
+        "dirty": False,
+        "torch": "2.14",
+        "extension": {"compiler": "GNU 12.2.0"},
+        "time": str(folder),
+    }
     facts = environment | {"device": "some GPU", "cores": 16, "threads": 8} | content.pop("environment", {})
     records.write(folder / "gpu" / f"{name}.json", {"benchmark": name, "environment": facts, **content})
 

@@ -29,7 +29,7 @@ class TrainingWatch:
         self.settled = False  # the projection moves, it has been said that it does not, or nothing can be told
         self.student: weakref.ref[torch.Tensor] | None = None  # a parameter of the student
         self.versions = 0, 0  # of that parameter and of the projection's
-        self.values: tuple[torch.Tensor, ...] = ()  # a part of that parameter, and of the projection's at first
+        self.values: tuple[torch.Tensor | None, ...] = ()  # a part of that parameter, and of the projection's at first
         self.hook: RemovableHandle | None = None  # on that parameter; its .grad may be cleared before the next look
         self.received_gradient = False
         self.idle_steps = 0
@@ -53,7 +53,7 @@ class TrainingWatch:
 
     def _watch_projection(self, where: str, student: torch.Tensor, projection: nn.Module) -> None:
         parameter = next((p for p in projection.parameters() if p.requires_grad), None)
-        if parameter is None:
+        if parameter is None or not checks.can_be_read(parameter):
             return
         if self.student is None:
             leaf = parameter_behind(student)
@@ -68,14 +68,14 @@ class TrainingWatch:
         if leaf is None or parameter._version != self.versions[1]:
             self._settle()
             return
-        if not (self.received_gradient and checks.can_be_read(leaf)):
+        if not self.received_gradient:
             return
         changed = leaf._version != self.versions[0]
         if not changed or self.idle_steps + 1 == PATIENCE:
-            if not torch.equal(self.values[1], part_of(parameter)):
+            if differ(self.values[1], part_of(parameter)):
                 self._settle()
                 return
-            changed = changed or not torch.equal(self.values[0], part_of(leaf))
+            changed = changed or differ(self.values[0], part_of(leaf))
         if not changed:  # the same step
             return
         self.idle_steps += 1
@@ -100,12 +100,18 @@ class TrainingWatch:
             self.hook = None
 
 
-def part_of(parameter: torch.Tensor) -> torch.Tensor:
-    """A few of its values, of this rank's shard."""
+def part_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """A few of its values, of this rank's shard; None while FSDP has freed them."""
     local: Any = parameter
     if checks.is_sharded(parameter):
         local = local.to_local()
-    return local.detach().flatten()[:PART].clone()
+    freed = local.numel() > 0 and local.untyped_storage().nbytes() == 0
+    return None if freed else local.detach().flatten()[:PART].clone()
+
+
+def differ(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
+    """Whether both are known, and unlike."""
+    return before is not None and now is not None and not torch.equal(before, now)
 
 
 @constant_result  # said while torch.compile traces, at no cost afterwards

@@ -166,14 +166,23 @@ def test_trainer_with_a_wrapped_distiller_that_takes_any_argument(tmp_path, labe
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
 
 
-def class_of_the_page():
-    """docs/integrations.md's class around a FeatureDistiller."""
+def class_of_the_page(head="Distilled(PreTrainedModel)"):
+    """docs/integrations.md's class around a FeatureDistiller, or its Trainer."""
     transformers = needs("transformers")
     page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-    code = page[page.index("class Distilled(PreTrainedModel)") :].split("```")[0]
-    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedConfig")}
+    code = page[page.index(f"class {head}") :].split("```")[0]
+    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedConfig", "Trainer")}
     exec(code, names)
-    return names["Distilled"]
+    return names[head.partition("(")[0]]
+
+
+def test_the_pages_trainer_decays_no_projection():
+    model = class_of_the_page()(vk.FeatureDistiller(*pair_of_models(), [{**TOKENS, "scale": "learned"}]))
+    options = needs("transformers").TrainingArguments("build/decay", report_to="none", use_cpu=True)
+    trainer = class_of_the_page("DistillationTrainer(Trainer)")(model, options)
+    plain, known = needs("transformers").Trainer(model, options), dict(model.named_parameters())
+    ours, theirs = ({*t.get_decay_parameter_names(model)} & known.keys() for t in (trainer, plain))
+    assert theirs - ours == {f"distiller.pair_losses.[tokens].{name}" for name in ("projection.unconstrained", "scale")}
 
 
 def test_the_page_wrapper_keeps_the_weights_of_modules_that_transformers_did_not_make():
