@@ -181,8 +181,8 @@ def differentiable(
     """Gives an operator its gradient: ``save(ctx, inputs, output)`` after the forward pass, inputs by their names, and
     ``backward(ctx, *grad_outputs) -> {name of an input: its gradient}``, called where there is a gradient at all.
 
-    This is what torch.library.register_autograd does, which takes 40 µs longer a call for 17 arguments: 60 against
-    17 µs forward in results/cpu/operators.json, measured by benchmarks/bench_operators.py. A list of tensors has a list
+    This is what torch.library.register_autograd does, which takes 90 µs longer a call for 17 arguments: 132 against
+    42 µs forward in results/cpu/operators.json, measured by benchmarks/bench_operators.py. A list of tensors has a list
     of gradients. Where PyTorch has moved a private name, register_autograd serves.
     """
     if not CAN_TELL:
