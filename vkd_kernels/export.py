@@ -9,7 +9,7 @@ from torch import nn
 from .ops import checks
 from .ops.normalization.reference import mean_and_variance, without_masked_rows
 from .pairs import Pair
-from .pooling import Rows, masks_of_sides, of_positions, pooled
+from .pooling import Rows, masks_of_sides, of_positions
 from .taps import Tap, hooks_of, run_tapped
 
 
@@ -64,4 +64,4 @@ class TeacherSpace(nn.Module):
         returned = self._tap.chosen(calls[""])
         if returned is None:
             raise RuntimeError(self._tap.missing(self.student, calls[""]))
-        return pooled(self._tap.side, returned.value, mask)
+        return self._tap.rows(returned, mask)

@@ -15,7 +15,7 @@ from .ops.float64 import as_float64
 from .ops.implementations import no_autocast
 
 ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
-SEMI_ORTHOGONAL_16_BIT = 5e-2  # max |PᵀP - I| of what passes for it
+SEMI_ORTHOGONAL_16_BIT = 5e-2  # max |PᵀP - I| of what passes for semi-orthogonal in 16 bit
 
 
 @torch.no_grad()

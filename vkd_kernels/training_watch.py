@@ -29,7 +29,8 @@ class TrainingWatch:
         self.settled = False  # the projection moves, it has been said that it does not, or nothing can be told
         self.student: weakref.ref[torch.Tensor] | None = None  # a parameter of the student
         self.versions = 0, 0  # of that parameter and of the projection's
-        self.values: tuple[torch.Tensor | None, ...] = ()  # a part of that parameter, and of the projection's at first
+        self.student_part: torch.Tensor | None = None  # of that parameter, at the last step
+        self.start: torch.Tensor | None = None  # a part of the projection's parameter at the first step
         self.hook: RemovableHandle | None = None  # on that parameter; its .grad may be cleared before the next look
         self.received_gradient = False
         self.idle_steps = 0
@@ -60,7 +61,7 @@ class TrainingWatch:
             if leaf is None:
                 self._settle()
                 return
-            self.student, self.values = weakref.ref(leaf), (part_of(leaf), part_of(parameter))
+            self.student, self.student_part, self.start = weakref.ref(leaf), part_of(leaf), part_of(parameter)
             self.versions = leaf._version, parameter._version
             self.hook = parameter.register_hook(self._note_gradient)
             return
@@ -72,15 +73,15 @@ class TrainingWatch:
             return
         changed = leaf._version != self.versions[0]
         if not changed or self.idle_steps + 1 == PATIENCE:
-            if differ(self.values[1], part_of(parameter)):
+            if differ(self.start, part_of(parameter)):
                 self._settle()
                 return
-            changed = changed or differ(self.values[0], part_of(leaf))
+            changed = changed or differ(self.student_part, part_of(leaf))
         if not changed:  # the same step
             return
         self.idle_steps += 1
         self.received_gradient = False
-        self.versions, self.values = (leaf._version, parameter._version), (part_of(leaf), self.values[1])
+        self.versions, self.student_part = (leaf._version, parameter._version), part_of(leaf)
         if self.idle_steps == PATIENCE:
             warnings.warn(
                 f"{where}: in {PATIENCE} steps that changed the student its projection received gradients and did not "
@@ -94,7 +95,7 @@ class TrainingWatch:
         self.received_gradient = True
 
     def _settle(self) -> None:
-        self.settled, self.values = True, ()
+        self.settled, self.student_part, self.start = True, None, None
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
