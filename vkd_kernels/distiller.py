@@ -22,10 +22,11 @@ from .ops.tracing import not_traced
 from .pair_losses import PairLosses, convert_when_loading, converted_state_dict
 from .pairs import Pair, as_pairs, check_pool
 from .pooling import ComparedRows, compared, masks_of_sides
+from .several_teachers import SeveralTeachers
 from .store import FeatureStore
-from .store.source import SeveralSources, StoredTeacher
+from .store.source import StoredTeacher
 from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped, versions_of
-from .teachers import KeptModes, ModelTeachers, TeacherAnswer, TeacherCall, TeacherSource
+from .teachers import KeptModes, ModelTeacher, TeacherAnswer, TeacherCall, TeacherSource
 
 
 @dataclass(frozen=True)
@@ -467,13 +468,15 @@ def _dims_of(pair: Pair, rows: ComparedRows | None) -> tuple[int, int]:
     return rows.student.shape[-1], rows.teacher.shape[-1]
 
 
-def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module, name: str = "") -> TeacherSource:
-    """What a caller gave as the teacher, or as that of this name, as the source of the pairs' targets."""
-    if isinstance(teacher, FeatureStore):
-        return StoredTeacher(teacher, pairs)
-    if isinstance(teacher, Mapping) and any(isinstance(one, FeatureStore) for one in teacher.values()):
-        return SeveralSources(teacher, pairs, lambda name, one, own: as_source(one, own, student, name))
-    return ModelTeachers(teacher, pairs, student, name)
+def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module) -> TeacherSource:
+    """What a caller gave as the teacher, as the source of the pairs' targets."""
+
+    def one_source(name: str, one: Any, own: Sequence[Pair]) -> TeacherSource:
+        return StoredTeacher(one, own) if isinstance(one, FeatureStore) else ModelTeacher(one, own, student, name)
+
+    return (
+        SeveralTeachers(teacher, pairs, one_source) if isinstance(teacher, Mapping) else one_source("", teacher, pairs)
+    )
 
 
 class Turn:

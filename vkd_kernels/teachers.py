@@ -1,7 +1,6 @@
 """Where the teacher's side of the pairs comes from: ``TeacherSource``, and the frozen models that are one."""
 
 import abc
-import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +59,8 @@ class TeacherSource(abc.ABC):
     @abc.abstractmethod
     def answer(self, call: TeacherCall) -> TeacherAnswer:
         """The features of a batch, without gradients."""
+
+    stored = False  # whether it reads features by ``indices``
 
     @property
     @abc.abstractmethod
@@ -255,105 +256,62 @@ def dispatched(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class ModelAnswer(TeacherAnswer):
-    outputs: Mapping[str, Any]  # by the teacher's name
-    taps: Mapping[str, tuple[FrozenTeacher, Tap]]  # by the pair's name
+    model: nn.Module
+    returned: Any
+    taps: Mapping[str, Tap]  # by the pair's name
     calls: Mapping[str, list[Returned]]  # by the pair's name
 
     def rows(self, pair: Pair, mask: torch.Tensor | None) -> Rows | None:
-        teacher, tap = self.taps[pair.name]
-        returned = tap.chosen(self.calls[pair.name])
+        tap, calls = self.taps[pair.name], self.calls[pair.name]
+        returned = tap.chosen(calls)
         if returned is not None:
             return tap.rows(returned, mask)
         if pair.optional:
             return None
-        raise RuntimeError(tap.missing(teacher.model, self.calls[pair.name]))
+        raise RuntimeError(tap.missing(self.model, calls))
 
     def output(self, teacher: str) -> Any:
-        return self.outputs[teacher]
+        return self.returned
 
 
-class ModelTeachers(TeacherSource):
-    """Frozen models that run on the student's arguments or on inputs of their own.
+class ModelTeacher(TeacherSource):
+    """A frozen model that runs on the student's arguments or on inputs of its own.
 
-    ``name``: what messages call a single model, where others beside it are stored.
+    ``name``: what messages call it, where there are others beside it.
     """
 
-    def __init__(
-        self, models: nn.Module | Mapping[str, nn.Module], pairs: Sequence[Pair], student: nn.Module, name: str = ""
-    ):
-        self.several = isinstance(models, Mapping)
-        by_name = dict(models) if isinstance(models, Mapping) else {"": models}
-        if self.several and not (by_name and all(isinstance(name, str) and name for name in by_name)):
-            raise ValueError(f"teacher must be a model or map names to models; got {checks.describe(models)}")
-        self.teachers = {key: FrozenTeacher(key or name, model, student) for key, model in by_name.items()}
-        unlike = {key: different_normalization(student, model, key or name) for key, model in by_name.items()}
-        self.unlike = {name: message for name, message in unlike.items() if message}  # said once, in training
-        self.by_pair: dict[str, tuple[FrozenTeacher, Tap]] = {}
-        for pair in pairs:
-            key, module = teacher_and_module(pair, [*by_name]) if self.several else ("", pair.teacher)
-            side = dataclasses.replace(pair.side("teacher"), module=module)
-            check_pool(side, by_name[key])
-            self.by_pair[pair.name] = self.teachers[key], Tap(side)
-
-    def teacher_of(self, pair: Pair) -> str:
-        return self.by_pair[pair.name][0].name
-
-    def names(self) -> list[str]:
-        return [*self.teachers]
+    def __init__(self, model: nn.Module, pairs: Sequence[Pair], student: nn.Module, name: str = ""):
+        self.frozen = FrozenTeacher(name, model, student)
+        self.unlike = different_normalization(student, model, name)  # said once, in training
+        sides = {pair.name: pair.side("teacher") for pair in pairs}
+        for side in sides.values():
+            check_pool(side, model)
+        self.pair_taps = {name: Tap(side) for name, side in sides.items()}
 
     @property
-    def teacher(self) -> nn.Module | dict[str, nn.Module]:
-        """The model, or the models by name."""
-        models = {name: teacher.model for name, teacher in self.teachers.items()}
-        return models if self.several else models[""]
+    def teacher(self) -> nn.Module:
+        return self.frozen.model
 
     def taps(self) -> list[tuple[nn.Module, Tap]]:
-        hooks: list[tuple[nn.Module, Tap]] = []
-        for name, teacher in self.teachers.items():
-            hooks += hooks_of("teacher", teacher.model, self.taps_of(name).values())
-        return hooks
-
-    def taps_of(self, name: str) -> dict[str, Tap]:
-        """The taps on the teacher of that name, by the pair's name."""
-        teacher = self.teachers[name]
-        return {pair: tap for pair, (owner, tap) in self.by_pair.items() if owner is teacher}
+        return hooks_of("teacher", self.teacher, self.pair_taps.values())
 
     def compiled(self) -> bool:
-        return any(is_compiled(module) for teacher in self.teachers.values() for module in teacher.modules())
+        return any(is_compiled(module) for module in self.frozen.modules())
 
     def answer(self, call: TeacherCall) -> ModelAnswer:
+        given = call.teacher_input
         if call.indices is not None:
             raise TypeError("indices are for stored features; this teacher is a model")
-        self._check_input(call.teacher_input)
-        outputs: dict[str, Any] = {}
-        calls: dict[str, list[Returned]] = {}
-        for name, teacher in self.teachers.items():
-            outputs[name], of_teacher = self._run(name, teacher, call)
-            calls |= of_teacher
-        return ModelAnswer(outputs, self.by_pair, calls)
-
-    def _check_input(self, teacher_input: Any) -> None:
-        if not self.several or teacher_input is None:
-            return
-        names = ", ".join(map(repr, self.teachers))
-        if not isinstance(teacher_input, Mapping):
-            raise TypeError(f"teacher_input must map {names} to inputs; got {checks.describe(teacher_input)}")
-        for name in teacher_input:
-            checks.check_choice("a key of teacher_input", name, [*self.teachers])
-
-    def _run(self, name: str, teacher: FrozenTeacher, call: TeacherCall) -> tuple[Any, dict[str, list[Returned]]]:
-        given = call.teacher_input
-        if self.several and given is not None:
-            given = given.get(name)
-        if name in self.unlike and given is None and torch.is_grad_enabled():
-            warn_of_images(self.unlike.pop(name))
+        if self.unlike and given is None and torch.is_grad_enabled():
+            warn_of_images(self.unlike)
+            self.unlike = ""
         args, kwargs = call.arguments if given is None else as_arguments(given)
-        call.check_unchanged((args, kwargs), teacher.where)
-        return run_tapped(lambda: teacher.answer(args, kwargs), self.taps_of(name))
+        call.check_unchanged((args, kwargs), self.frozen.where)
+        returned, calls = run_tapped(lambda: self.frozen.answer(args, kwargs), self.pair_taps)
+        return ModelAnswer(self.teacher, returned, self.pair_taps, calls)
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
-        for teacher in self.teachers.values():
-            teacher.move(fn, of_student)
+        self.frozen.move(fn, of_student)
 
 
 @constant_result  # said while torch.compile traces, at no cost afterwards
@@ -369,14 +327,3 @@ def warn_of_a_teacher_left_behind(name: str, device: str) -> None:
         f"in every step. distiller.teacher{of_name}.to(device) moves it; fully_shard and student.to(device) don't",
         stacklevel=2,
     )
-
-
-def teacher_and_module(pair: Pair, names: Sequence[str]) -> tuple[str, str]:
-    """``"dino:norm"`` -> ``("dino", "norm")``; ``"dino:"`` is the model itself."""
-    name, colon, module = pair.teacher.partition(":")
-    if not colon or name not in names:
-        raise ValueError(
-            f"pair {pair.name!r}: teacher must be 'name:module' with one of the names {', '.join(map(repr, names))} "
-            f"('name:' is the model itself); got {pair.teacher!r}"
-        )
-    return name, module

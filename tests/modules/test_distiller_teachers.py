@@ -69,6 +69,8 @@ def test_every_teacher_has_its_own_input_and_dtype():
         distiller(IMAGES, teacher_input={"siglip": large})
     with pytest.raises(TypeError, match="teacher_input must map 'dino', 'clip' to inputs; got a float32 tensor"):
         distiller(IMAGES, teacher_input=large)
+    with pytest.raises(TypeError, match="indices are for stored features; these teachers are models"):
+        distiller(IMAGES, indices=[0, 1])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,17 @@ def test_every_teacher_has_its_own_input_and_dtype():
             ValueError,
             "a key of teacher_weights must be one of 'dino', 'clip'; got 'x'",
         ),
-        ({"teachers": {"dino": 3}}, TypeError, r"teacher\['dino'\] must be a torch.nn.Module; got int 3"),
+        (
+            {"teachers": {"dino": 3, "clip": CNN(10)}},
+            TypeError,
+            r"teacher\['dino'\] must be a torch.nn.Module; got int 3",
+        ),
+        ({"teachers": {"": CNN(10)}}, ValueError, "teacher must be a model or map names to models"),
+        (
+            {"teachers": {"dino": {"a": CNN(9)}, "clip": CNN(10)}},
+            TypeError,
+            r"teacher\['dino'\] must be a torch.nn.Mod",
+        ),
         ({"balance": "mean"}, ValueError, "balance must be one of None, 'running_mean'; got 'mean'"),
         ({"drop_best": 2.0}, ValueError, "drop_best must be .*<= 1"),
         ({"balance": "running_mean", "reduction": "sum"}, ValueError, "they need reduction='mean'; got 'sum'"),

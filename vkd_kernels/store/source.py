@@ -1,19 +1,17 @@
 """A store in the teacher's place: the features of a batch come from the disk, by the samples' indices."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..ops import checks
 from ..ops.tracing import not_traced
 from ..pairs import Pair
 from ..pooling import Rows, check_samples_of, grid_of, of_positions
-from ..taps import Tap, tensors_in
-from ..teachers import TeacherAnswer, TeacherCall, TeacherSource, teacher_and_module
+from ..taps import tensors_in
+from ..teachers import TeacherAnswer, TeacherCall, TeacherSource
 from .functions import check_one_function
 from .reader import FeatureStore
 
@@ -40,6 +38,8 @@ class StoredAnswer(TeacherAnswer):
 
 class StoredTeacher(TeacherSource):
     """What ``store[indices]`` gives, or features that a ``DataLoader`` has read, as ``teacher_input``."""
+
+    stored = True
 
     def __init__(self, store: FeatureStore, pairs: Sequence[Pair]):
         self.store = store
@@ -98,69 +98,3 @@ def stored_mask(pair: Pair, features: torch.Tensor, mask: torch.Tensor | None) -
             f"got {checks.describe(mask)}"
         )
     return mask[:, pair.teacher_skip :] if pool == "tokens" else mask
-
-
-@dataclass(frozen=True)
-class SeveralAnswers(TeacherAnswer):
-    answers: Mapping[str, TeacherAnswer]  # by the teacher's name
-    pairs: Mapping[str, tuple[str, Pair]]  # by the pair's name: its teacher, and the pair as that teacher knows it
-
-    def rows(self, pair: Pair, mask: torch.Tensor | None) -> Rows | None:
-        teacher, own = self.pairs[pair.name]
-        return self.answers[teacher].rows(own, mask)
-
-    def output(self, teacher: str) -> Any:
-        return self.answers[teacher].output("")
-
-
-class SeveralSources(TeacherSource):
-    """Several teachers, of which some are stored: ``{"dino": store, "clip": model}``."""
-
-    def __init__(
-        self,
-        teachers: Mapping[str, Any],
-        pairs: Sequence[Pair],
-        source_of: Callable[[str, Any, list[Pair]], TeacherSource],
-    ):
-        self.teachers = dict(teachers)
-        self.pairs: dict[str, tuple[str, Pair]] = {}
-        for pair in pairs:
-            name, module = teacher_and_module(pair, [*teachers])
-            self.pairs[pair.name] = name, dataclasses.replace(pair, teacher=module)
-        own = {name: [pair for teacher, pair in self.pairs.values() if teacher == name] for name in teachers}
-        self.sources = {name: source_of(name, teacher, own[name]) for name, teacher in teachers.items()}
-
-    @property
-    def teacher(self) -> dict[str, Any]:
-        return self.teachers
-
-    def names(self) -> list[str]:
-        return [*self.teachers]
-
-    def teacher_of(self, pair: Pair) -> str:
-        return self.pairs[pair.name][0]
-
-    def answer(self, call: TeacherCall) -> SeveralAnswers:
-        inputs = {} if call.teacher_input is None else call.teacher_input
-        if not isinstance(inputs, Mapping) or not {*inputs} <= {*self.teachers}:
-            names = ", ".join(map(repr, self.teachers))
-            raise TypeError(f"teacher_input must map {names} to inputs or features; got {checks.describe(inputs)}")
-        answers = {}
-        for name, source in self.sources.items():
-            stored = isinstance(source, StoredTeacher) and name not in inputs
-            indices = call.indices if stored else None
-            answers[name] = source.answer(dataclasses.replace(call, teacher_input=inputs.get(name), indices=indices))
-        return SeveralAnswers(answers, self.pairs)
-
-    def example(self, call: TeacherCall) -> TeacherCall:
-        return dataclasses.replace(call, indices=[0] * len(tensors_in(call.arguments)[0]))
-
-    def taps(self) -> list[tuple[nn.Module, Tap]]:
-        return [tap for source in self.sources.values() for tap in source.taps()]
-
-    def compiled(self) -> bool:
-        return any(source.compiled() for source in self.sources.values())
-
-    def move(self, fn: Callable[[torch.Tensor], torch.Tensor], of_student: Collection[torch.device]) -> None:
-        for source in self.sources.values():
-            source.move(fn, of_student)
