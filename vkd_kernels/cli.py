@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
                 return missing(error)
             recipe.add_arguments(command)
             command.set_defaults(command=recipe.command, parser=command)
-    info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
+    info = commands.add_parser(
+        "info", help="versions, devices, which implementation serves each operation, and why not the others"
+    )
     info.add_argument("--json", action="store_true", help="for programs")
     info.set_defaults(command=show_info)
 

@@ -159,9 +159,9 @@ def metrics(
     mask: torch.Tensor | None = None,  # (...)
     process_group: ProcessGroup | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All of them for one pair of features and its projection, for a logger; see the functions for the arguments.
+    """Orthogonality error, effective rank of both sides and CKA, of one pair of features and its projection.
 
-    Of a batch of more than 4096 rows at most as many are looked at, evenly spaced: the first and every second, say.
+    For a logger; the functions below explain each. Of more than 4096 rows at most as many are used, evenly spaced.
     With a process group every rank must call.
 
     Returns:

@@ -59,7 +59,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
 
     Args:
         student: any module.
-        teacher: any module, frozen in place; ``{name: module}``, whose pairs say ``"name:module"``; a ``FeatureStore``.
+        teacher: any module, frozen in place; a ``FeatureStore``; ``{name: either}``, whose pairs say ``"name:module"``.
         pairs: dicts of the fields of ``Pair``, or ``Pair`` objects.
         example_input, example_teacher_input: a tensor, a tuple of arguments or a dict of keyword arguments: one pass
             in eval mode finds the channels. Or give every pair ``dims``.
@@ -67,7 +67,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             attributes ``weights``, ``{loss: weight}``, and ``temperature`` may be changed from step to step.
         student_logits, teacher_logits: which entry of an output that is no tensor (by default ``"logits"``), or a
             function of the output.
-        teacher_weights, balance, drop_best: for several teachers: ``{name: weight}``, and see ``LossBalance``.
+        balance: ``"running_mean"`` divides every loss by its running mean.
+        teacher_weights, drop_best: ``{name: weight}``; the share of steps without the teacher of the smallest loss.
         reduction, process_group, backend: see ``OrthoProjLoss``; the logit loss is global, too.
         device, dtype: of the projections, float32 or float64; by default as the student's (16 bit: float32).
 
@@ -207,8 +208,9 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         feature is, give it the same ones: ``module(**batch, masks={name: mask})``.
 
         Args:
-            calibration_input: where that is batch_norm, which standardizes the student's channels too: a batch, given
-                as ``example_input`` is, over which their mean and variance are taken. ValueError without one.
+            name: of the pair.
+            calibration_input: for ``normalization="batch_norm"``, which standardizes the student's channels, and no
+                other: a batch, given as ``example_input`` is, over which their mean and variance are taken.
         """
         checks.check_choice("name", name, [pair.name for pair in self.pairs])
         loss = self.pair_losses.of(name)

@@ -53,7 +53,7 @@ def renormalize(
         from_, to: a pair (mean, std) of numbers or sequences, of images in [0, 1]; or what knows them: a timm model
             (``pretrained_cfg``) or its configuration, a transformers image processor or its configuration, a
             torchvision transform with ``mean`` and ``std``.
-        size: (H, W), or the shorter side; by default what ``to`` says; (mean, std) alone leave the images theirs.
+        size: (H, W), or the shorter side; by default what ``to`` says; a bare (mean, std) leaves the size as it is.
         interpolation: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``; by default what ``to`` says, else bicubic.
 
     Returns:

@@ -66,11 +66,12 @@ class OrthoProjLoss(HasProcessGroup, nn.Module):
         normalization, loss, beta, reduction, eps, process_group, backend: see ``functional.ortho_proj_loss``.
         scale: a number, ``"match"`` or ``"learned"``.
         affine: a gain and a bias per teacher channel.
-        orthogonal_map: see ``orthogonal``.
+        orthogonal_map: ``"cayley"``, or PyTorch's ``"matrix_exp"`` or ``"householder"``: see ``orthogonal``.
         projection: ``"orthogonal"``; to compare with it, ``"linear"`` (any trained matrix; ``affine`` adds its bias) or
             ``"identity"`` (nothing is trained: equal channels are compared, of unequal numbers the first ones, and the
             teacher's other channels with 0, which adds a constant to the loss and nothing to its gradient).
-        device, dtype: of the projection; float32 or float64. It stays there under autocast.
+        device, dtype: of the projection, float32 or float64, under autocast too; by default PyTorch's dtype, or float32
+            where that has 16 bit.
 
     Attributes:
         projection: the ``OrthogonalLinear`` (or what was asked for); ``projection.weight`` is P ``(T, S)``.

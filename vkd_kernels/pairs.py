@@ -176,5 +176,8 @@ def as_pairs(pairs: Sequence[Mapping[str, Any] | Pair]) -> tuple[Pair, ...]:
     names = [pair.name for pair in checked]
     reserved = [name for name in names if name in ("logits", "total") or name.startswith("logits:")]
     if len({*names}) < len(names) or reserved:
-        raise ValueError(f"pairs must have names of their own, other than 'logits' and 'total'; got {names}")
+        raise ValueError(
+            "pairs must have names of their own, other than 'logits', 'total' and those that begin with 'logits:'; got "
+            f"{names}"
+        )
     return checked

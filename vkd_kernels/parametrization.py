@@ -15,6 +15,7 @@ from .ops.float64 import as_float64
 from .ops.implementations import no_autocast
 
 ORTHOGONAL_MAPS = ("cayley", "matrix_exp", "householder")
+NO_PART_OF_ITS_OWN = 10  # times the rounding of a column's norm: so small a part counts as none
 SEMI_ORTHOGONAL_16_BIT = 5e-2  # max |PᵀP - I| of what passes for semi-orthogonal in 16 bit
 
 
@@ -264,7 +265,23 @@ def assign(
     if parameter.is_meta:
         return
     matrix = whole_as(at_least_float32(matrix.to(device=parameter.device)), parameter)
+    _check_rank(matrix)
     parameter.copy_(sharded_as(orthogonal_map.right_inverse(matrix).to(parameter.dtype), parameter))
+
+
+def _check_rank(matrix: torch.Tensor) -> None:  # (..., T, S)
+    """An error for a matrix that decides no orthonormal factor, such as the zeros of a projection that collapsed."""
+    if not checks.can_be_read(matrix) or not torch.isfinite(matrix).all():
+        return  # orthonormal_factor says the latter
+    tall = as_float64(matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT)
+    own_parts = torch.linalg.qr(tall, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()  # of the columns
+    dependent = own_parts <= NO_PART_OF_ITS_OWN * torch.finfo(matrix.dtype).eps * tall.norm(dim=-2)
+    if dependent.any():
+        raise ValueError(
+            "the matrix assigned to an orthogonal weight must have full rank, or it has no orthonormal factor of its "
+            f"own: {int(dependent.sum(-1).max())} of its columns (rows, if wide) are zero or depend on the others; got "
+            f"{checks.describe(matrix)}. Assign another matrix, or keep the weight that is there"
+        )
 
 
 @torch.no_grad()

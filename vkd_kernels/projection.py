@@ -82,13 +82,13 @@ class OrthogonalLinear(nn.Module):
         in_features: S.
         out_features: T.
         affine: a gain and a bias per output channel.
-        orthogonal_map: see ``orthogonal``.
+        orthogonal_map: ``"cayley"``, or PyTorch's ``"matrix_exp"`` or ``"householder"``: see ``orthogonal``.
         dtype: float32 or float64; by default PyTorch's, or float32 where that has 16 bit.
 
     Attributes:
         weight: P ``(T, S)``: orthonormal columns for T >= S, orthonormal rows for T < S.
         unconstrained: the trained parameter ``(T, S)``; ``no_weight_decay()`` names it. P also needs the buffer
-            ``map.signs``, which assigning a matrix sets: state dicts have both, ``parameters()`` has not.
+            ``map.signs``, which assigning a matrix sets: state dicts have both, ``parameters()`` the first only.
 
     Shape:
         ``(..., S) -> (..., T)``.

@@ -85,8 +85,8 @@ class TrainingWatch:
         if self.idle_steps == PATIENCE:
             warnings.warn(
                 f"{where}: in {PATIENCE} steps that changed the student its projection received gradients and did not "
-                "move. Give the optimizer the loss's parameters too, without weight decay: those of the distiller, or "
-                "[*student.parameters(), *loss.parameters()]",
+                "move. Give the optimizer the loss's parameters too, without weight decay: "
+                "distiller.parameter_groups(weight_decay), or a group {'params': loss.parameters(), 'weight_decay': 0}",
                 stacklevel=2,
             )
             self._settle()

@@ -64,6 +64,23 @@ def test_a_refused_assignment_changes_nothing(wrong, orthogonal_map):
 
 
 @pytest.mark.parametrize("orthogonal_map", MAPS)
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
+def test_a_matrix_without_full_rank_is_refused(shape, orthogonal_map):
+    """Of zeros, as of a collapsed projection, or of dependent columns nothing can be kept; of small ones it can."""
+    full = torch.randn(7, 4)
+    dependent, small = full.clone(), full * torch.tensor([1e-12, 1.0, 1.0, 1e12])
+    dependent[:, 2] = dependent[:, 0] - 3 * dependent[:, 1]
+    wide = shape[0] < shape[1]
+    for layer in (layer_of(*shape, orthogonal_map), vk.OrthoProjLoss(shape[1], shape[0]).projection):
+        before = copy.deepcopy(layer.state_dict())
+        for wrong, count in ((torch.zeros(7, 4), 4), (dependent, 1)):
+            with pytest.raises(ValueError, match=f"full rank, .*: {count} of its columns .* are zero or depend"):
+                layer.weight = wrong.T if wide else wrong
+        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+        layer.weight = small.T if wide else small
+
+
+@pytest.mark.parametrize("orthogonal_map", MAPS)
 def test_the_weight_of_an_old_layer_is_assigned_as_the_migration_page_shows(orthogonal_map):
     old = nn.Linear(4, 7, bias=False)
     nn.init.orthogonal_(old.weight)

@@ -71,9 +71,7 @@ def test_a_stale_extension_is_diagnosed_and_not_loaded(monkeypatch):
     monkeypatch.setattr(implementations, "_build_record", lambda: {"torch": "2.0.1"})
     module, reason = implementations.extension.__wrapped__()
     assert module is None
-    start = (
-        f"the extension was built with PyTorch 2.0.1 and this is {torch.__version__}: install the package anew, with "
-    )
+    start = f"the extension was built with PyTorch 2.0.1 and this is {torch.__version__}: install the package anew: pip"
     assert reason.startswith(start) and "--no-cache-dir" in reason
 
 

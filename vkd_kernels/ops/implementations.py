@@ -99,7 +99,8 @@ def extension() -> tuple[ModuleType, None] | tuple[None, str]:
         # Loading it could crash the process: the C++ interface of PyTorch is not stable between versions.
         return None, (
             f"the extension was built with PyTorch {built_with} and this is {torch.__version__}: install the package "
-            "anew, with --no-build-isolation, --force-reinstall and --no-cache-dir (pip may keep what it built before)"
+            "anew: pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir . (pip may keep what it "
+            "built before)"
         )
     try:
         return importlib.import_module("vkd_kernels._C"), None

@@ -118,8 +118,9 @@ class FeatureStore:
 
         Raises:
             FileExistsError: the folder holds other files and no store.
-            ValueError: the store there is of other weights, taps, transform or number of samples, or its three samples
-                differ; functions of two taps can't be told apart by name; features are not finite.
+            ValueError: the store there is of another class of teacher, other weights, taps, dtype, transform or number
+                of samples, or its three samples differ; functions of two taps can't be told apart by name; features are
+                not finite.
             OSError: the disk has not enough room for the store, said before the start.
             TimeoutError: shards of other ranks are missing, and nobody has worked on one for 30 minutes.
         """

@@ -54,7 +54,7 @@ def ortho_proj_loss(
         student, teacher: float32, bfloat16, float16 or float64; rows are all dimensions but the last. The teacher is a
             constant.
         weight: any matrix; gradients are those of any matrix.
-        scale, bias: multiply and shift Z; with the loss cosine alone any ``scale`` of all channels but 1.0 is an error.
+        scale, bias: multiply and shift Z; with the cosine alone a ``scale`` of all channels must be 1.0.
         mask: bool, or finite float weights of at least 0, a constant. Rows of weight 0 count nowhere, whatever they
             hold; with no row left the loss is 0 with zero gradients. Other weights are an error on a CPU; on a GPU and
             in a compiled graph, where looking would stall, a negative one counts as 0, and NaN makes the loss NaN.
