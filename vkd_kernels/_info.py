@@ -31,7 +31,7 @@ def info() -> dict[str, Any]:
         triton_version = None
     module, reason = implementations.extension()
     ops = {
-        op: {device: implementations.served_by(op, device) for device in ("cpu", "cuda")}
+        op: {device: implementations.served_by(op, torch.device(device)) for device in ("cpu", "cuda")}
         for op in implementations.CANDIDATES
     }
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -79,7 +79,7 @@ def launched(name: str, chip: str) -> list[tuple[Any, dict[str, Any], dict[str, 
         return list(aot.record(name, chip).values())
     launches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
     aot.prepare(name, chip, lambda *launch: launches.append(launch))
-    implementations._why_not_triton = lambda device_type, dtype: None  # nothing is launched
+    implementations._why_not_triton = lambda device, dtype: None  # nothing is launched
     programs()[name]()
     return launches
 

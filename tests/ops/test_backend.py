@@ -118,7 +118,7 @@ def test_reasons(monkeypatch, cuda, op, implementation, device, dtype, reason):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (7, 5))
     monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
-    told = implementations.why_not(op, Implementation(implementation), device, dtype)
+    told = implementations.why_not(op, Implementation(implementation), torch.device(device), dtype)
     assert told is None if reason is None else re.search(reason, told)
 
 
@@ -141,10 +141,11 @@ def test_gpus_that_are_too_old_for_triton_have_the_loss_in_pytorch(monkeypatch, 
     monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
     implementations._warn_once.cache_clear()
     both = (Implementation.TRITON, Implementation.CHUNKED)
-    asked = "ortho_proj_loss", "triton", "cuda", torch.float32, both
+    device = torch.device("cuda")
+    asked = "ortho_proj_loss", "triton", device, torch.float32, both
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        chosen = [implementations.decide("ortho_proj_loss", None, "cuda", torch.float32, both) for _ in range(2)]
+        chosen = [implementations.decide("ortho_proj_loss", None, device, torch.float32, both) for _ in range(2)]
     implementations._warn_once.cache_clear()
     assert chosen == [Implementation.TRITON if serves else Implementation.CHUNKED] * 2
     if serves:
@@ -154,6 +155,24 @@ def test_gpus_that_are_too_old_for_triton_have_the_loss_in_pytorch(monkeypatch, 
     assert len(seen) == 1 and reason in str(seen[0].message)
     with pytest.raises(RuntimeError, match="requested for ortho_proj_loss, but .* need compute capability 8.0"):
         implementations.decide(*asked)
+
+
+def test_the_tensors_gpu_is_asked_and_not_the_current_one(monkeypatch):
+    built = types.SimpleNamespace(build_info=lambda: {"cuda": "13.0", "cuda_architectures": "80-real"})
+    capabilities = {0: (7, 5), 1: (8, 0)}  # a T4, the current one, beside an A100
+    monkeypatch.setattr(implementations, "extension", lambda: (built, None))
+    monkeypatch.setattr(implementations, "why_no_triton", lambda: None)
+    monkeypatch.setattr(implementations, "why_no_launches", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[getattr(device, "index", device) or 0]
+    )
+    monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
+    for op, implementation in (("ortho_proj_loss", Implementation.TRITON), ("cayley", Implementation.EXTENSION)):
+        for device, serves in (("cuda:1", True), ("cuda:0", False), ("cuda", False)):
+            told = implementations.why_not(op, implementation, torch.device(device), torch.float32)
+            assert (told is None) == serves, told
 
 
 def test_the_least_capability_is_that_of_the_tiles():
@@ -188,7 +207,7 @@ def test_where_triton_cannot_launch_kernels_it_does_not_serve(monkeypatch, error
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(implementations, "why_not_on_gpu", implementations.why_not_on_gpu.__wrapped__)
     implementations.why_no_launches.cache_clear()
-    reason = implementations.why_not("ortho_proj_loss", Implementation.TRITON, "cuda", torch.float32)
+    reason = implementations.why_not("ortho_proj_loss", Implementation.TRITON, torch.device("cuda"), torch.float32)
     implementations.why_no_launches.cache_clear()
     assert reason.startswith("Triton can't launch kernels, which needs a C compiler") and str(error) in reason
 
@@ -222,7 +241,7 @@ def test_environment_asks_for_a_backend(monkeypatch):
     x, y = torch.randn(4, 3), torch.randn(4, 5)
     monkeypatch.setenv(implementations.ENVIRONMENT, "torch")
     both = (Implementation.EXTENSION, Implementation.REFERENCE)
-    assert implementations.decide("cayley", None, "cpu", torch.float32, both) is Implementation.REFERENCE
+    assert implementations.decide("cayley", None, weight.device, torch.float32, both) is Implementation.REFERENCE
     monkeypatch.setenv(implementations.ENVIRONMENT, "triton")  # binds the loss; cayley has no such backend
     vk.cayley(weight)
     with pytest.raises(RuntimeError, match="VKD_KERNELS_BACKEND='triton' was requested for ortho_proj_loss, but"):
@@ -245,7 +264,9 @@ def test_triton_serves_cpu_tensors_where_it_interprets_if_asked_for(monkeypatch)
         value = vk.functional.ortho_proj_loss(x, y, weight, backend="triton")
         torch.testing.assert_close(value, vk.functional.ortho_proj_loss(x, y, weight))
         candidates = (Implementation.TRITON, Implementation.REFERENCE)
-        assert implementations.decide("ortho_proj_loss", None, "cpu", x.dtype, candidates) is Implementation.REFERENCE
+        assert (
+            implementations.decide("ortho_proj_loss", None, x.device, x.dtype, candidates) is Implementation.REFERENCE
+        )
 
 
 def test_an_explicit_request_never_falls_back(monkeypatch):

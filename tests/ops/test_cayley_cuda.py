@@ -135,7 +135,7 @@ def test_a_request_overrules_the_choice(monkeypatch):
     decide = functools.partial(
         implementations.decide,
         "cayley",
-        device_type="cuda",
+        device=torch.device("cuda"),
         dtype=torch.float32,
         candidates=(Implementation.REFERENCE,),
     )

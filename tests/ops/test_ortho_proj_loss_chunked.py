@@ -224,6 +224,26 @@ def test_16_bit_products_as_on_a_gpu(dtype, monkeypatch):
         Case((130, 40, 200), dtype, **option).check(one_row_chunks, slack=1.5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"loss": {"smooth_l1": 1e5}}, {"loss": {"smooth_l1": 1e-6}}, {"beta": 1e9}], ids=str
+)
+def test_float16_products_of_a_gradient_that_float16_does_not_hold(options, monkeypatch):
+    monkeypatch.setattr(chunked, "operand_dtype", lambda x: x.dtype)
+    case = Case((130, 40, 200), torch.float16, **options)
+    case.grad_output = torch.tensor(1.0 / (options["loss"]["smooth_l1"] if "loss" in options else 1e-9))
+    case.check(one_row_chunks, slack=1.5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-8])
+def test_float16_products_of_a_small_scatter(weight, monkeypatch):
+    monkeypatch.setattr(chunks, "operand_dtype", lambda x: x.dtype)
+    student = (1e-3 * torch.randn(4000, 8)).half()
+    row_weight = torch.full((4000,), weight)
+    _, covariance = mean_and_covariance(student, row_weight)
+    _, exact = mean_and_covariance(student.double(), row_weight.double())
+    assert error(covariance, exact) <= 1e-5
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_column_statistics(dtype, weighted, small_chunks):

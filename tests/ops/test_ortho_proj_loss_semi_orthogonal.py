@@ -147,6 +147,38 @@ def test_large_teacher_mean(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channel", [0, 7])
+def test_an_outlier_among_the_teachers_channels(channel, form):
+    arguments = Arguments((20, 16, 1024), torch.float32)
+    arguments.teacher[:, channel] += 100
+    arguments.check(form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["cosine", "mse"])
+def test_float16_holds_the_gradient_of_faint_targets(loss, form):
+    """x over the length of the target, or over its deviation, is more than float16 has."""
+    for normalization in ("none", "l2") if loss == "cosine" else ("layer_norm",):
+        arguments = Arguments((37, 20, 45), torch.float16, normalization=normalization, loss=loss)
+        arguments.teacher[5] = 0
+        arguments.teacher[5, 7] = 1e-4 if loss == "cosine" else 0.003
+        arguments.student[5, 3] = 300
+        arguments.check(form, slack=3.0 if loss == "cosine" else 100.0)  # rounds a G that is nearly normal to P
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "none"])
+def test_tf32_with_layer_norm_takes_the_plain_form(normalization, monkeypatch):
+    """There the error of a product of raw targets goes with their mean."""
+    triton = pytest.importorskip("vkd_kernels.ops.ortho_proj_loss.triton", reason="needs Triton")
+    monkeypatch.setattr(triton.entry, "tf32_allowed", lambda: True)
+    monkeypatch.setattr(triton.entry, "fused_semi_orthogonal_loss", lambda **arguments: ["without Z"])
+    arguments = Arguments((37, 20, 45), torch.float32, normalization=normalization)
+    inputs = arguments.inputs(arguments.student, arguments.weight, arguments.scale)
+    with_z = fused(arguments.spec, inputs) != "without Z"
+    assert with_z == (normalization == "layer_norm")
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_masked_rows_may_hold_anything(form):
     arguments = Arguments((37, 20, 45), torch.float32, weights=True)
     clean = arguments.run(form)

@@ -350,8 +350,8 @@ def test_opcheck_backward(monkeypatch):
         "column_sums": torch.randn(1, 7, device=DEVICE),
         **dict.fromkeys(("need_student", "need_weight", "need_bias"), True),
     }
-    for scale in (None, torch.tensor(0.25, device=DEVICE)):
-        torch.library.opcheck(OPS.pooled_loss_backward.default, (), arguments | {"gradient_scale": scale})
+    for scale in ({}, {"gradient_scale": torch.tensor(0.25, device=DEVICE), "row_unit": torch.ones(6, device=DEVICE)}):
+        torch.library.opcheck(OPS.pooled_loss_backward.default, (), arguments | scale)
     of_bias = {"need_student": False, "need_weight": False, "gradient": None}
     torch.library.opcheck(OPS.pooled_loss_backward.default, (), arguments | of_bias)
 

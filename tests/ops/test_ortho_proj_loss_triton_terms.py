@@ -152,6 +152,35 @@ def test_nan_and_inf_go_through(where, normalization, value, form, loss):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", ["cosine", "all"])
+def test_float16_holds_the_cosine_of_nearly_dead_rows(loss, form):
+    """Its gradient goes with 1 / ‖z‖, which no loss scale makes smaller."""
+    case = Case((70, 20, 45), torch.float16, loss=MIXTURES[loss], weights=True, device=DEVICE)
+    for row, size in enumerate((0.0, 1e-6, 1e-4, 1e-3, 1e-2), 1):
+        case.student[row] *= size
+    case.student[6], case.row_weight[6] = torch.nan, 0
+    case.grad_output = torch.tensor(2.0**-10, device=DEVICE)
+    _, gradients = case.run(form)
+    case.student[6] = 0
+    _, truth = case.truth(reference.loss)
+    assert error(gradients["weight"], truth["weight"]) <= 1e-3
+    wrong = (gradients["student"].double() - truth["student"]).norm(dim=1)
+    assert (wrong <= 2e-3 * truth["student"].norm(dim=1) + 1e-6).all(), wrong  # 1e-6: what float16 rounds the others by
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_standardized_targets_of_a_large_teacher_in_float16(form):
+    """The squared error of these needs no scale of the raw teacher's."""
+    case = Case((37, 20, 45), torch.float16, loss="mse", normalization="none", channels=True, device=DEVICE)
+    case.teacher = case.teacher.float() * 1e10
+    case.channel_shift *= 1e10
+    case.channel_scale /= 1e10
+    _, gradients = case.run(form)
+    _, truth = case.truth(reference.loss)
+    assert all(error(gradients[name], truth[name]) <= 1e-3 for name in gradients)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_the_other_channels_of_a_teacher_with_nan_or_inf(value, form):
     """Squared error in float16 scales its gradient by the largest of the teacher: by the largest finite one."""

@@ -168,40 +168,40 @@ def implementations_of(op: str) -> tuple[Implementation, ...]:
     return tuple(implementation for implementation, _ in CANDIDATES[op])
 
 
-def why_not(op: str, implementation: Implementation, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(op: str, implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why it can't serve ``op`` for tensors of this device and dtype, or None when it can."""
     if implementation not in implementations_of(op):
         words = [word for word, asked in BACKENDS.items() if asked in implementations_of(op)]
         return f"{op} has no {implementation.value!r} backend; it has {', '.join(map(repr, words))}"
     if implementation is Implementation.TRITON:
-        return _why_not_triton(device_type, dtype)
+        return _why_not_triton(device, dtype)
     if implementation is Implementation.EXTENSION:
-        return _why_not_extension(device_type)
+        return _why_not_extension(device)
     return None
 
 
-def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if why_no_triton():
         return why_no_triton()
-    if device_type != "cuda" and not (device_type == "cpu" and triton_interprets()):
-        return f"Triton kernels take CUDA tensors (CPU tensors with TRITON_INTERPRET=1); got a tensor on {device_type}"
+    if device.type != "cuda" and not (device.type == "cpu" and triton_interprets()):
+        return f"Triton kernels take CUDA tensors (CPU tensors with TRITON_INTERPRET=1); got a tensor on {device.type}"
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16; got float64"
-    if device_type == "cuda" and torch.cuda.is_available():
-        return why_not_on_gpu(torch.cuda.current_device())
+    if device.type == "cuda" and torch.cuda.is_available():
+        return why_not_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
     return None
 
 
-def _why_not_extension(device_type: str) -> str | None:
+def _why_not_extension(device: torch.device) -> str | None:
     module, reason = extension()
     if module is None:
         return reason
-    if device_type not in ("cpu", "cuda"):
-        return f"the extension takes CPU and CUDA tensors; got a tensor on {device_type}"
-    if device_type == "cuda" and module.build_info()["cuda"] is None:
+    if device.type not in ("cpu", "cuda"):
+        return f"the extension takes CPU and CUDA tensors; got a tensor on {device.type}"
+    if device.type == "cuda" and module.build_info()["cuda"] is None:
         return "the extension was built without CUDA: " + (_build_record().get("reason") or "unknown reason")
-    if device_type == "cuda" and torch.cuda.is_available():
-        built, (major, minor) = module.build_info()["cuda_architectures"], torch.cuda.get_device_capability()
+    if device.type == "cuda" and torch.cuda.is_available():
+        built, (major, minor) = module.build_info()["cuda_architectures"], torch.cuda.get_device_capability(device)
         if not has_code_for(built, (major, minor)):
             return f"the extension was built for the GPU architectures {built} and this GPU is {major}.{minor}"
     return None
@@ -237,18 +237,18 @@ def _under_torch_func() -> bool:
     return active is not None and active()
 
 
-def _is_meant_for(implementation: Implementation, device_type: str, dtype: torch.dtype) -> bool:
+def _is_meant_for(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether its absence there would be worth a warning."""
     if implementation is Implementation.TRITON:
-        return device_type == "cuda" and dtype != torch.float64
-    return implementation is not Implementation.EXTENSION or device_type in ("cpu", "cuda")
+        return device.type == "cuda" and dtype != torch.float64
+    return implementation is not Implementation.EXTENSION or device.type in ("cpu", "cuda")
 
 
 @constant_result  # what is installed and asked for does not change under a compiled graph
 def decide(
     op: str,
     backend: str | None,
-    device_type: str,
+    device: torch.device,
     dtype: torch.dtype,
     candidates: Sequence[Implementation],
 ) -> Implementation:
@@ -259,7 +259,7 @@ def decide(
     """
     asked, source = requested(op, backend)
     if asked is not None:
-        reason = why_not(op, asked, device_type, dtype)
+        reason = why_not(op, asked, device, dtype)
         if reason:
             raise RuntimeError(f"{source}={_word(asked)!r} was requested for {op}, but {reason}")
         return asked
@@ -267,22 +267,22 @@ def decide(
         return Implementation.REFERENCE
     *preferred, last = candidates
     for candidate in preferred:
-        if _is_meant_for(candidate, device_type, dtype):
-            reason = why_not(op, candidate, device_type, dtype)
+        if _is_meant_for(candidate, device, dtype):
+            reason = why_not(op, candidate, device, dtype)
             if reason is None:
                 return candidate
             _warn_once(op, last, reason)
     return last
 
 
-def served_by(op: str, device_type: str) -> dict[str, Any]:
+def served_by(op: str, device: torch.device) -> dict[str, Any]:
     """The row of info() for float32 on a device: the candidates that can serve, when, and why not the others."""
     rows: dict[str, Any] = {"served_by": [], "not": {}}
     for implementation, when in CANDIDATES[op]:
-        reason = why_not(op, implementation, device_type, torch.float32)
+        reason = why_not(op, implementation, device, torch.float32)
         if reason is not None:
             rows["not"][implementation.value] = reason
-        elif _is_meant_for(implementation, device_type, torch.float32):
+        elif _is_meant_for(implementation, device, torch.float32):
             rows["served_by"].append({"implementation": implementation.value, "when": when})
     return rows
 

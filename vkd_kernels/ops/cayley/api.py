@@ -67,8 +67,8 @@ def cayley(weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     _check_weight("weight", weight)
     if weight.shape[-2] < weight.shape[-1]:
         return cayley(weight.mT, backend=backend).mT
-    device = weight.device.type
-    chosen = implementations.decide("cayley", backend, device, weight.dtype, candidates(device, weight.shape[-1]))
+    device = weight.device
+    chosen = implementations.decide("cayley", backend, device, weight.dtype, candidates(device.type, weight.shape[-1]))
     if chosen is Implementation.EXTENSION and has_tangent([weight]):
         if implementations.requested("cayley", backend)[0] is chosen:
             raise RuntimeError('the extension has no forward-mode derivative of cayley: use backend="torch"')

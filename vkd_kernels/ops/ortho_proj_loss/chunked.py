@@ -139,8 +139,9 @@ def chunked_loss(
     n, t = teacher.shape
     acc = acc_dtype(student.dtype)
     coefficients = Coefficients(mse=mse, smooth_l1=smooth_l1, cosine=cosine)
-    # Only smooth L1 keeps G within [-1, 1], where float16 can hold it.
-    operand = acc if student.dtype == torch.float16 and (mse or cosine) else operand_dtype(student)
+    # Smooth L1 by itself, and with a beta that is not huge, has a G of up to 1, which float16 holds.
+    holds = student.dtype != torch.float16 or (not (mse or cosine) and smooth_l1 == 1.0 and beta <= 2**12)
+    operand = operand_dtype(student) if holds else acc
     p = weight.to(student.dtype).to(operand)
     _, grad_student, grad_weight, grad_bias = unscaled_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_bias=need_bias

@@ -66,7 +66,7 @@ def loss(
     """The loss of arguments that api.py has checked."""
     product_dtype = _product_dtype(student)
     differentiable = (student, weight, scale, bias)
-    implementation = choose(execution, student.device.type, product_dtype, [teacher], differentiable)
+    implementation = choose(execution, student.device, product_dtype, [teacher], differentiable)
     spec = _with_beta_in_range(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(student.device.type):
         spec, (teacher,) = _targets_of_module(spec, [teacher], [mask])
@@ -110,7 +110,7 @@ def group_loss(
     """The losses of arguments that api.py has checked."""
     product_dtype = _product_dtype(students[0])
     differentiable = (*students, weights, scale, bias)
-    implementation = choose(execution, students[0].device.type, product_dtype, teachers, differentiable)
+    implementation = choose(execution, students[0].device, product_dtype, teachers, differentiable)
     spec = _with_beta_in_range(spec, acc_dtype(product_dtype))
     with implementations.no_autocast(students[0].device.type):
         spec, teachers = _targets_of_module(spec, teachers, masks)
@@ -155,7 +155,7 @@ def _with_beta_in_range(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
 
 def choose(
     execution: Execution,
-    device_type: str,
+    device: torch.device,
     product_dtype: torch.dtype,
     teachers: Sequence[torch.Tensor],
     differentiable: Sequence[torch.Tensor | float | None],
@@ -170,7 +170,7 @@ def choose(
     candidates: tuple[Implementation, ...] = (Implementation.TRITON, in_torch)
     if has_tangent(x for x in differentiable if isinstance(x, torch.Tensor)):
         candidates = (Implementation.REFERENCE,)
-    return implementations.decide("ortho_proj_loss", execution.backend, device_type, product_dtype, candidates)
+    return implementations.decide("ortho_proj_loss", execution.backend, device, product_dtype, candidates)
 
 
 def _module(implementation: Implementation) -> ModuleType:

@@ -108,6 +108,7 @@ def student_scatter(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (S,), (S, S)
     """The sums and Σ_n w_n (x_n - mean)(x_n - mean)ᵀ."""
     operand = chunks.operand_dtype(student)
+    operand = torch.bfloat16 if operand == torch.float16 else operand  # where d and small weights do not underflow
     s = student.shape[1]
     total = mean.new_zeros((s, s))
     with ieee_products():
@@ -117,7 +118,7 @@ def student_scatter(
                 d = d * w.sqrt()[:, None]
             if operand == d.dtype:
                 total.addmm_(d.T, d)
-            else:  # 16-bit products of d = high + low, which has as many bits as d
+            else:  # 16-bit products of d = high + low
                 high = d.to(operand)
                 both = torch.cat([high, (d - high).to(operand)], 1)
                 total += chunks.product(both.T, both).view(2, s, 2, s).sum((0, 2))

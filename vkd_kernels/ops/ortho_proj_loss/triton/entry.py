@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from ...library import needs_gradient
+from ...tf32 import tf32_allowed
+from ...tracing import constant_result
 from ..chunks import WORKSPACE_BYTES, balanced
 from ..spec import LossGroup, LossInputs, LossSpec
 from . import tiles
@@ -69,12 +71,14 @@ def semi_orthogonal_loss(
 ) -> torch.Tensor:  # ()
     """The loss for weightᵀ weight = I, in two reads of the teacher; differentiable once in student, weight and scale.
 
-    The gradient of the weight leaves out its part normal to the manifold; see spec.py. Few rows, which the launches
-    bound, and mixed dtypes, for which the teacher would have to be rounded first, take the plain form.
+    The gradient of the weight leaves out its part normal to the manifold; see spec.py. The plain form serves few rows,
+    which the launches bound; mixed dtypes, for which the teacher would have to be rounded first; float16, which does
+    not hold x / ‖y‖; and TF32 with layer norm, whose large means a product of raw targets would carry along.
     """
     n, t = inputs.teacher.shape
     dtype = inputs.student.dtype
-    if inputs.teacher.dtype != dtype or n == 0 or tiles.is_pooled(n, t, dtype, workspace_bytes):
+    plain = inputs.teacher.dtype != dtype or n == 0 or tiles.is_pooled(n, t, dtype, workspace_bytes)
+    if plain or dtype == torch.float16 or (spec.normalization == "layer_norm" and _is_in_tf32(dtype)):
         return loss(spec, inputs.folded(), workspace_bytes=workspace_bytes)
     row_weight, denominator, factor = balanced(inputs)
     scale = inputs.scale
@@ -95,6 +99,11 @@ def semi_orthogonal_loss(
         need_weight=needs_gradient(inputs.weight),
         need_scale=needs_gradient(scale),
     )[0]
+
+
+@constant_result  # PyTorch's setting as it is when a graph is compiled
+def _is_in_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and tf32_allowed()
 
 
 def semi_orthogonal_group_loss(spec: LossSpec, group: LossGroup) -> torch.Tensor:  # (G,)

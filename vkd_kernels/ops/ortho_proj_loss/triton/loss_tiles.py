@@ -24,7 +24,7 @@ GROUP_N = 8  # blocks of rows that walk the columns together, so that the weight
 SUM_BLOCK = 4096
 TERMS = ("mse", "smooth_l1", "cosine", "beta")  # the arguments of Terms.of, which operators take by these names
 _CANCELS_BELOW = tl.constexpr(1 / 32)  # of Σ energy, in float32; without_z.py, which adds up in float64, has 1 / 64
-COSINE_UNIT = 64.0  # G of the cosine is about 1 / (‖z‖ √T): times this, float16 neither under- nor overflows
+COSINE_UNIT = 64.0  # G of the cosine is about 1 / (‖z‖ √T): times this, float16 does not underflow
 
 
 class Terms(NamedTuple):
@@ -48,9 +48,10 @@ class Terms(NamedTuple):
     def several(self) -> bool:
         return sum(term > 0 for term in (self.smooth_l1, self.mse, self.cosine)) > 1
 
-    def may_overflow_float16(self, normalization: str) -> bool:
+    def may_overflow_float16(self, normalization: str, channel_scale: torch.Tensor | None) -> bool:
         """Whether G can be as large as a teacher that nothing normalizes."""
-        return normalization == "none" and (self.mse > 0 or (self.smooth_l1 > 0 and self.beta > 2**12))
+        raw = normalization == "none" and channel_scale is None  # the latter standardizes, too
+        return raw and (self.mse > 0 or (self.smooth_l1 > 0 and self.beta > 2**12))
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "partials"])
@@ -68,6 +69,7 @@ def loss_tile(
     teacher_factor,
     gradient,
     gradient_scale,
+    row_unit,
     column_sums,
     partial,
     counter,
@@ -214,6 +216,8 @@ def loss_tile(
         if gradient is not None:
             if gradient_scale is not None:
                 grad *= tl.load(gradient_scale)
+            if row_unit is not None:
+                grad *= tl.load(row_unit + offs_n, mask=mask_n, other=0.0)[:, None]
             chunk_row = tile_row - first_row
             if DESCRIPTOR:
                 gradient.store([chunk_row, tile_column], grad.to(gradient.dtype))
@@ -315,6 +319,7 @@ class LossTiles:
         rows_of_teacher: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,  # normalization's, if known
         gradient: torch.Tensor | None = None,  # (chunk, T), for G
         gradient_scale: torch.Tensor | None = None,  # (), what G is multiplied by
+        row_unit: torch.Tensor | None = None,  # (N,), what its rows are, for the cosine in float16; written
         column_sums: torch.Tensor | None = None,  # (blocks of the chunk's rows, T), for sums of G
         denominator: torch.Tensor | None = None,  # () or (G,)
         factors: tuple[float, ...] = (1.0,),  # G
@@ -349,7 +354,7 @@ class LossTiles:
         student_factor = teacher_factor = None
         if terms.cosine:
             student_factor, teacher_factor, self.partial = rows.cosine(
-                tiles.cosine_tile(student.dtype, s, t, chip), terms.cosine, loss_tiles, group, tensors, sizes
+                tiles.cosine_tile(student.dtype, s, t, chip), terms.cosine, loss_tiles, group, tensors, sizes, row_unit
             )
         else:
             self.partial = student.new_empty((len(group), loss_tiles), dtype=torch.float32)
@@ -372,6 +377,7 @@ class LossTiles:
             teacher_factor=teacher_factor,
             gradient=gradient_tiles,
             gradient_scale=gradient_scale,
+            row_unit=row_unit,
             column_sums=column_sums,
             partial=self.partial,
             partials=self.partial.shape[1],

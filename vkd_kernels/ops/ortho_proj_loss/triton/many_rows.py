@@ -80,11 +80,13 @@ def fused_loss(
             n, s, t, dtype, workspace_bytes=workspace_bytes, block_n=tile.block_n, processors=chip.processors
         )
         chunk = min(chunk, n)
-        gradient = gradient_scale = column_sums = None
+        gradient = gradient_scale = row_unit = column_sums = None
         if need_student or need_weight:
             gradient = empty_gradient(student, chunk, t)
-            if dtype == torch.float16 and terms.may_overflow_float16(normalization):
+            if dtype == torch.float16 and terms.may_overflow_float16(normalization, channel_scale):
                 gradient_scale = rows.gradient_scale(teacher, row_weight)
+            if dtype == torch.float16 and terms.cosine:
+                row_unit = student.new_empty((n, 1), dtype=torch.float32)
         if need_bias:
             column_sums = student.new_empty((blocks(chunk, tile.block_n), t), dtype=torch.float32)
         stationary = None
@@ -119,6 +121,7 @@ def fused_loss(
                 eps=eps,
                 gradient=gradient,
                 gradient_scale=gradient_scale,
+                row_unit=row_unit,
                 column_sums=column_sums,
             )
         for first_row in range(0, n, chunk):
@@ -128,9 +131,13 @@ def fused_loss(
                 g = gradient if last_row - first_row == chunk else gradient[: last_row - first_row]
             if need_student and isinstance(launches, LossTiles):
                 product(g, weight, out=grad_student[first_row:last_row])
+                if row_unit is not None:
+                    grad_student[first_row:last_row].div_(row_unit[first_row:last_row])
             if need_weight:
                 w = None if row_weight is None else row_weight[first_row:last_row]
                 x = without_masked_rows(student[first_row:last_row], w)
+                if row_unit is not None:
+                    x = x.div(row_unit[first_row:last_row]).to(dtype)
                 if first_row == 0:
                     product(g.T, x, out=grad_weight)
                 else:
@@ -163,8 +170,8 @@ def scale_gradients(
 ):
     """grad = alpha · the unscaled gradient, in float32, of three tensors: alpha = grad_output factor / denominator."""
     pid = tl.program_id(0).to(tl.int64)
-    blocks_student = tl.cdiv(student_size, BLOCK)
-    blocks_weight = tl.cdiv(weight_size, BLOCK)
+    blocks_student = tl.cdiv(student_size.to(tl.int64), BLOCK)  # cdiv adds BLOCK - 1
+    blocks_weight = tl.cdiv(weight_size.to(tl.int64), BLOCK)
     alpha = tl.load(grad_output).to(tl.float32) * over(factor, denominator, 0)
     if pid < blocks_student:
         index = pid * BLOCK + tl.arange(0, BLOCK)

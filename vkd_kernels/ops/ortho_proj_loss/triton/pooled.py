@@ -25,6 +25,7 @@ from .primitives import dot, entry, load_tile, over, rows_of
 def gradient_tiles(
     gradient,
     gradient_scale,
+    row_unit,
     student,
     weight,
     row_weight,
@@ -109,6 +110,8 @@ def gradient_tiles(
                     dx = dot(grad, p.to(grad.dtype), dx, PRECISION)
                 offs_n = first_row.to(tl.int64) + tl.arange(0, STUDENT_N)
                 offs_s = first_column + tl.arange(0, STUDENT_S)
+                if row_unit is not None:
+                    dx /= tl.load(row_unit + offs_n, mask=offs_n < group_last, other=1.0)[:, None]
                 tl.store(
                     grad_student + offs_n[:, None] * S + offs_s[None, :],
                     (alpha_products * dx).to(grad_student.dtype.element_ty),
@@ -132,6 +135,10 @@ def gradient_tiles(
                     offs_n = start + tl.arange(0, WEIGHT_N)
                     w = tl.load(row_weight + offs_n, mask=offs_n < group_last, other=0.0)
                     x = tl.where((w == 0)[:, None], 0.0, x)
+                if row_unit is not None:
+                    offs_n = start + tl.arange(0, WEIGHT_N)
+                    unit = tl.load(row_unit + offs_n, mask=offs_n < group_last, other=1.0)
+                    x = (x.to(tl.float32) / unit[:, None]).to(x.dtype)
                 dp = dot(tl.trans(grad), x, dp, PRECISION)
             offs_t = first_row + tl.arange(0, WEIGHT_T)
             offs_s = first_column + tl.arange(0, WEIGHT_S)
@@ -160,33 +167,48 @@ def _largest(group: list[int]) -> Any:
     return largest
 
 
-def _outputs(
+def _kept(
     *,
     student: torch.Tensor,
-    weight: torch.Tensor,
-    group: list[int],
     normalization: str,
     mse: float,
     smooth_l1: float,
     cosine: float,
     beta: float,
+    channel_scale: torch.Tensor | None,
     need_student: bool,
     need_weight: bool,
     need_bias: bool,
     **others: Any,
+) -> list[str]:
+    """Of the outputs of pooled_loss, what the backward pass needs."""
+    names = []
+    if need_student or need_weight:
+        names.append("gradient")
+    if need_bias:
+        names.append("column_sums")
+    if student.dtype == torch.float16 and (need_student or need_weight):
+        terms = Terms.of(mse=mse, smooth_l1=smooth_l1, cosine=cosine, beta=beta)
+        if terms.may_overflow_float16(normalization, channel_scale):
+            names.append("gradient_scale")
+        if terms.cosine:
+            names.append("row_unit")
+    return names
+
+
+def _outputs(
+    *, student: torch.Tensor, weight: torch.Tensor, group: list[int], **others: Any
 ) -> dict[str, torch.Tensor]:
     """The outputs of pooled_loss, to be written: the losses, and what the backward pass needs."""
     *entries, t, _ = weight.shape
     outputs = {"losses": student.new_empty(entries, dtype=torch.float32)}
-    if need_student or need_weight:
-        outputs["gradient"] = empty_gradient(student, student.shape[0], t)
-    if need_bias:
+    for name in _kept(student=student, **others):
+        if name == "gradient":
+            outputs[name] = empty_gradient(student, student.shape[0], t)
+            continue
         blocks_n = blocks(_largest(group), tiles.tile("pooled", student.dtype).block_n)  # all entries have as many
-        outputs["column_sums"] = student.new_empty((*entries, blocks_n, t), dtype=torch.float32)
-    if student.dtype == torch.float16 and (need_student or need_weight):
-        terms = Terms.of(mse=mse, smooth_l1=smooth_l1, cosine=cosine, beta=beta)
-        if terms.may_overflow_float16(normalization):
-            outputs["gradient_scale"] = student.new_empty((), dtype=torch.float32)
+        shapes = {"column_sums": (*entries, blocks_n, t), "gradient_scale": (), "row_unit": student.shape[:1]}
+        outputs[name] = student.new_empty(shapes[name], dtype=torch.float32)
     return outputs
 
 
@@ -217,8 +239,8 @@ def pooled_loss(
     need_weight: bool,
     need_bias: bool,
 ) -> list[torch.Tensor]:
-    """[losses () or (G,), G (N, T), sums of G over blocks of rows, what G is multiplied by ()]: of the last three those
-    that the backward pass needs."""
+    """[losses () or (G,), G (N, T), sums of G over blocks of rows, what G () and its rows (N,) are multiplied by]: of
+    the last four those that the backward pass needs."""
     terms = Terms.of(mse=mse, smooth_l1=smooth_l1, cosine=cosine, beta=beta)
     outputs = _outputs(
         student=student,
@@ -229,6 +251,7 @@ def pooled_loss(
         smooth_l1=smooth_l1,
         cosine=cosine,
         beta=beta,
+        channel_scale=channel_scale,
         need_student=need_student,
         need_weight=need_weight,
         need_bias=need_bias,
@@ -256,6 +279,7 @@ def pooled_loss(
             losses=outputs["losses"],
             gradient=outputs.get("gradient"),
             gradient_scale=outputs.get("gradient_scale"),
+            row_unit=outputs.get("row_unit"),
             column_sums=outputs.get("column_sums"),
         )
         launches.launch(0, max(group))
@@ -337,6 +361,7 @@ def pooled_loss_backward(
     denominator: torch.Tensor | None = None,  # () or (G,)
     gradient: torch.Tensor | None = None,  # (N, T), for student and weight
     gradient_scale: torch.Tensor | None = None,  # ()
+    row_unit: torch.Tensor | None = None,  # (N,)
     column_sums: torch.Tensor | None = None,  # (blocks of rows, T) or (G, blocks of rows, T), for the bias
 ) -> list[torch.Tensor]:
     """Of [dX, dP, db] those that are needed; alpha is read on the device."""
@@ -369,6 +394,7 @@ def pooled_loss_backward(
             (programs, len(group)),
             gradient=gradient,
             gradient_scale=gradient_scale,
+            row_unit=row_unit,
             student=student,
             weight=weight,
             row_weight=row_weight,
@@ -390,11 +416,7 @@ def _save(ctx: Any, inputs: dict[str, Any], outputs: list[torch.Tensor]) -> None
     need = {"student": inputs["need_student"], "weight": inputs["need_weight"], "bias": inputs["need_bias"]}
     ctx.names = ["student", "weight", "row_weight", "denominator"]
     ctx.save_for_backward(*(inputs[name] for name in ctx.names), *outputs[1:])
-    if need["student"] or need["weight"]:
-        ctx.names.append("gradient")
-    if need["bias"]:
-        ctx.names.append("column_sums")
-    ctx.names.append("gradient_scale")  # which need not be there
+    ctx.names += _kept(**inputs)
     unit = Terms.of(**{name: inputs[name] for name in TERMS}).unit
     ctx.factors, ctx.group, ctx.need = [unit * factor for factor in inputs["factors"]], inputs["group"], need
 
@@ -407,7 +429,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor, *unused: Any) -> dict[str, to
         need_student=ctx.need["student"],
         need_weight=ctx.need["weight"],
         need_bias=ctx.need["bias"],
-        **dict(zip(ctx.names, ctx.saved_tensors, strict=False)),
+        **dict(zip(ctx.names, ctx.saved_tensors, strict=True)),
     )
     return dict(zip((name for name, need in ctx.need.items() if need), gradients, strict=True))
 

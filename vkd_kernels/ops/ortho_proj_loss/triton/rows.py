@@ -12,6 +12,7 @@ from . import tiles
 from .launch import Launch, blocks, precision, prepared
 from .primitives import projected_tile, rows_of, target_tile, weighted
 
+_LARGEST = tl.constexpr(2.0**14)  # of G in float16, but for a factor of 2
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
 
@@ -159,6 +160,7 @@ def cosine_rows(
     channel_scale,
     student_factor,
     teacher_factor,
+    row_unit,
     partial,
     group_rows,
     N,
@@ -181,7 +183,8 @@ def cosine_rows(
     """The cosine of BLOCK_N rows, c = ⟨z, t⟩ / (‖z‖ ‖t‖), whose gradient is -t / (‖z‖ ‖t‖) + z c / ‖z‖².
 
     Leaves teacher_factor (N,) = 1 / (‖z‖ ‖t‖), student_factor (N,) = c / ‖z‖² and the rows' share of the loss,
-    cosine Σ w (1 - c). Norms are at least NORM_FLOOR, and a norm that is raised to it has no gradient.
+    cosine Σ w (1 - c). Norms are at least NORM_FLOOR, and a norm that is raised to it has no gradient. row_unit (N,):
+    what the rows of G are multiplied by so that float16 holds them, 1 but for nearly dead rows; their x is as small.
     """
     first_row = tl.program_id(0) * BLOCK_N
     g = tl.program_id(1)
@@ -246,6 +249,8 @@ def cosine_rows(
     raised = tl.sqrt(zz) < _NORM_FLOOR
     tl.store(teacher_factor + offs_n, inverse, mask=mask_n)
     tl.store(student_factor + offs_n, tl.where(raised, 0.0, c / student_norm / student_norm), mask=mask_n)
+    if row_unit is not None:
+        tl.store(row_unit + offs_n, tl.minimum(student_norm * (_LARGEST / cosine), 1.0), mask=mask_n)
     loss = weighted(tl.where(mask_n, 1.0 - c, 0.0), row_weight, first_row, last_row, BLOCK_N)
     # The sum of a column: Triton 3.6 can't reduce a vector that a tensor-core layout was reduced to, on sm_100.
     tl.store(partial + g * partials + first_partial + tl.program_id(0), cosine * tl.sum(loss[:, None]))
@@ -258,6 +263,7 @@ def cosine(
     group: list[int],  # rows of each loss
     tensors: dict[str, Any],  # of cosine_rows, by name
     sizes: dict[str, int],
+    row_unit: torch.Tensor | None = None,  # (N,), written
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (N,), (N,), (G, first_partial + blocks of rows)
     """(student_factor, teacher_factor, partial), the rows' shares of the loss from entry first_partial on."""
     student: torch.Tensor = tensors["student"]
@@ -284,6 +290,7 @@ def cosine(
         **tensors,
         student_factor=student_factor,
         teacher_factor=teacher_factor,
+        row_unit=row_unit,
         partial=partial,
         first_partial=first_partial,
         partials=partial.shape[1],

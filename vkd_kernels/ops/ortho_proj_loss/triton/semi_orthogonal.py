@@ -66,13 +66,15 @@ def teacher_products(
     offs_n = tile_row.to(tl.int64) + tl.arange(0, BLOCK_N)
     mask_n = offs_n < last_row
     first_column = column_block * (BLOCKS * BLOCK_S)
-    # y P, and the row's moments about its first channel: sums of squares are sound about a value near the mean.
+    # y P, and the row's moments about its first block's mean: sums of squares are sound about a value near the mean.
     sums = ()
     for _ in tl.static_range(BLOCKS):
         sums += (tl.zeros((BLOCK_N, BLOCK_S), tl.float32),)  # type: ignore[assignment]  # tuples grow in Triton's loops
     origin = tl.zeros((BLOCK_N,), tl.float32)
     if NORMALIZATION == "layer_norm":
-        origin = tl.load(teacher + offs_n * stride_teacher, mask=mask_n, other=0.0).to(tl.float32)
+        start = tl.full((), 0, tl.int32)
+        y = load_tile(teacher, tile_row, start, stride_teacher, last_row, T, BLOCK_N, BLOCK_T, EVEN_T, False)
+        origin = tl.sum(y.to(tl.float32), 1) / tl.minimum(T, BLOCK_T)
     moment1 = tl.zeros((BLOCK_N,), tl.float32)
     moment2 = tl.zeros((BLOCK_N,), tl.float32)
     for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
@@ -201,7 +203,7 @@ def loss_rows(
         on_z += cosine * tl.where(norm < _NORM_FLOOR, 0.0, cos / raised / raised)
         on_t += cosine * inverse
         tl.store(cosines + share, tl.sum(tl.where(keep, w * (cosine * (1.0 - cos)), 0.0)))
-    on_t = tl.where(tt == 0, 0.0, on_t)  # such a target adds nothing, and this may be too large for float16
+    on_t = tl.where(tt == 0, 0.0, on_t)  # such a target adds nothing
     if scale_sums is not None:
         tl.store(scale_sums + share, tl.sum(tl.where(keep, w * (on_z * c * xx - on_t * xm), 0.0)))
 
@@ -308,7 +310,7 @@ def fused_semi_orthogonal_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, dX, dP, dc), the gradients unscaled and empty where they are not needed."""
     (n, s), t, dtype = student.shape, teacher.shape[1], student.dtype
-    weight = unit_stride(weight.to(dtype))
+    projection, weight = weight, unit_stride(weight.to(dtype))
     loss, grad_student, grad_weight, grad_scale = unscaled_shapes(
         student=student, weight=weight, need_student=need_student, need_weight=need_weight, need_scale=need_scale
     )
@@ -406,7 +408,7 @@ def fused_semi_orthogonal_loss(
         total: dict[str, Any] = {"factor": terms.unit * factor, "denominator": denominator, "others": others}
         launch_sum(summed, loss, **total, energy=buffers.energies, cancelled=cancelled)
         if cancelled is not None:
-            folded = unit_stride((weight * scale).to(dtype))
+            folded = unit_stride((projection * scale).to(dtype))
             anew = LossTiles(
                 tiles.loss_tile(dtype, s, chip, aligned=aligned(student, teacher, folded)),
                 Terms.of(mse=mse, smooth_l1=0.0, cosine=0.0, beta=1.0),

@@ -332,7 +332,8 @@ def scatter_gradients(
         d = _centered(x, stride, mean, row_weight, first_row, last_row, first, S, BLOCK_N, BLOCK_K)
         offs_k = first + tl.arange(0, BLOCK_K)
         mask = (offs_k < S)[:, None] & (offs_s < S)[None, :]
-        c = tl.load(grad_scatters + (g * S + offs_k[:, None]) * S + offs_s[None, :], mask=mask, other=0.0)
+        row_of_c = (g * S + offs_k[:, None]).to(tl.int64)
+        c = tl.load(grad_scatters + row_of_c * S + offs_s[None, :], mask=mask, other=0.0)
         dx = dot(d.to(c.dtype), c, dx, PRECISION)
     dx += tl.load(grad_sums + g * S + offs_s, mask=offs_s < S, other=0.0)[None, :]
     if row_weight is not None:
