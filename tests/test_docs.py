@@ -190,7 +190,8 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     for name, arms in {"record.json": ("zero", "a"), "further.json": ("zero", "b")}.items():
         chosen = [run for run in runs if run["arm"] in arms]
         (tmp_path / name).write_text(json.dumps({"teachers": teachers, "runs": chosen}))
-    (tmp_path / "other.json").write_text(json.dumps({"teachers": [{"seed": 0, "accuracy": 90.1}], "runs": []}))
+    elsewhere = {"teachers": [{"seed": 0, "accuracy": 90.1}], "runs": [run | {"arm": "c"} for run in runs[:8]]}
+    (tmp_path / "other.json").write_text(json.dumps(elsewhere))
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     records = ["record.json", "further.json"]
     claims = [evidence.Claim("", "", "", arm, over, "") for arm, over in [("a", "zero"), ("b", "zero"), ("zero", "a")]]
@@ -203,8 +204,11 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     assert holds.p_holm == pytest.approx(3 * holds.p) and doubtful.p_holm == doubtful.p
     half = evidence.outcomes(evidence.Family("", "", [], "", records, claims[:2], waiting=1))
     assert [outcome.p_holm for outcome in half] == pytest.approx([3 * holds.p, 2 * doubtful.p])
-    with pytest.raises(AssertionError, match="another teacher for seed 0"):
-        evidence.read(["record.json", "other.json"])
+    mixed = evidence.Family(
+        "", "", [], "", ["record.json", "other.json"], [evidence.Claim("", "", "", "c", "zero", "")]
+    )
+    with pytest.raises(AssertionError, match=r"c and zero: other teachers for the seeds \[0\]"):
+        evidence.outcomes(mixed)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
