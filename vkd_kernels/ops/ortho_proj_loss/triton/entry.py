@@ -72,13 +72,13 @@ def semi_orthogonal_loss(
     """The loss for weightᵀ weight = I, in two reads of the teacher; differentiable once in student, weight and scale.
 
     The gradient of the weight leaves out its part normal to the manifold; see spec.py. The plain form serves few rows,
-    which the launches bound; mixed dtypes, for which the teacher would have to be rounded first; float16, which does
-    not hold x / ‖y‖; and TF32 with layer norm, whose large means a product of raw targets would carry along.
+    which the launches bound; mixed dtypes, for which the teacher would have to be rounded first; and TF32 with layer
+    norm, where products of targets with large means would carry their rounding along.
     """
     n, t = inputs.teacher.shape
     dtype = inputs.student.dtype
     plain = inputs.teacher.dtype != dtype or n == 0 or tiles.is_pooled(n, t, dtype, workspace_bytes)
-    if plain or dtype == torch.float16 or (spec.normalization == "layer_norm" and _is_in_tf32(dtype)):
+    if plain or (spec.normalization == "layer_norm" and _is_in_tf32(dtype)):
         return loss(spec, inputs.folded(), workspace_bytes=workspace_bytes)
     row_weight, denominator, factor = balanced(inputs)
     scale = inputs.scale

@@ -26,6 +26,7 @@ from .many_rows import scale_unscaled
 from .primitives import dot, load_tile
 
 ROWS_BLOCK_N, ROWS_BLOCK_S = 32, 64
+_LARGEST = tl.constexpr(2.0**14)  # of operand in float16, but for targets so faint that no factor reaches them
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)
 
 
@@ -139,6 +140,7 @@ def loss_rows(
     squares,
     grad_student,
     operand,
+    teacher_factor,
     shift_sums,
     squared_errors,
     energies,
@@ -157,9 +159,10 @@ def loss_rows(
 ):
     """The loss and the gradients of BLOCK_N rows, from x, m (products), x (PᵀP - I) (off_identity) and ‖t‖² (squares).
 
-    products, off_identity, operand and shift_sums hold the chunk alone. Leaves dX, operand = w on_t row_scale c x, its
-    sums over the rows times row_shift, and the rows' shares of the loss (squared_errors, with the energies that they
-    are the difference of, and cosines) and of the gradient of the scale c.
+    products, off_identity, operand, teacher_factor and shift_sums hold the chunk alone. Leaves dX, operand = w on_t
+    row_scale c x, its sums over the rows times row_shift, and the rows' shares of the loss (squared_errors, with the
+    energies that they are the difference of, and cosines) and of the gradient of the scale c. In float16 operand is
+    divided by teacher_factor, a power of two, which is 1 but for faint targets.
     """
     block_n = tl.program_id(0)
     offs_chunk = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -170,6 +173,7 @@ def loss_rows(
         w = tl.load(row_weight + offs_n, mask=mask_n, other=0.0)
     keep = mask_n & (w != 0)  # NaN weights stay in
     c = tl.load(scale).to(tl.float32)
+    length = tl.zeros((BLOCK_N,), tl.float32)  # squared, of x
     xx = tl.zeros((BLOCK_N,), tl.float32)  # of x and x PᵀP
     xm = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, S, BLOCK_S):
@@ -180,6 +184,7 @@ def loss_rows(
         q = x
         if off_identity is not None:
             q += tl.load(off_identity + at, mask=mask, other=0.0)
+        length += tl.sum(x * x, 1)
         xx += tl.sum(x * q, 1)
         xm += tl.sum(x * tl.load(products + at, mask=mask, other=0.0), 1)
     tt = tl.load(squares + offs_n, mask=keep, other=0.0)
@@ -214,6 +219,12 @@ def loss_rows(
             shift = tl.load(row_shift + offs_n, mask=keep, other=0.0)
         if row_scale is not None:
             target_scale = tl.load(row_scale + offs_n, mask=keep, other=0.0)
+        on_operand = w * on_t * target_scale * c
+        unit = tl.full((BLOCK_N,), 1.0, tl.float32)
+        if teacher_factor is not None:
+            largest = tl.abs(on_operand) * tl.sqrt(length) / _LARGEST
+            unit = tl.exp2(tl.minimum(tl.ceil(tl.log2(tl.maximum(largest, 1.0))), 15.0))
+            tl.store(teacher_factor + offs_chunk, unit.to(teacher_factor.dtype.element_ty), mask=mask_n)
         for first in range(0, S, BLOCK_S):
             offs_s = first + tl.arange(0, BLOCK_S)
             mask = keep[:, None] & (offs_s < S)[None, :]
@@ -230,10 +241,10 @@ def loss_rows(
                 dx = tl.where(mask, dx, 0.0).to(grad_student.dtype.element_ty)
                 tl.store(grad_student + offs_n[:, None] * S + offs_s[None, :], dx, mask=written)
             if operand is not None:
-                scaled = tl.where(mask, (w * on_t * target_scale * c)[:, None] * x, 0.0).to(operand.dtype.element_ty)
+                scaled = tl.where(mask, (on_operand / unit)[:, None] * x, 0.0).to(operand.dtype.element_ty)
                 tl.store(operand + at, scaled, mask=written)
                 if shift_sums is not None:  # of the rounded operand, so that the mean drops out of dP exactly
-                    sums = tl.sum(tl.where(mask, scaled.to(tl.float32) * shift[:, None], 0.0), 0)
+                    sums = tl.sum(tl.where(mask, scaled.to(tl.float32) * (unit * shift)[:, None], 0.0), 0)
                     tl.store(shift_sums + block_n.to(tl.int64) * S + offs_s, sums, mask=offs_s < S)
 
 
@@ -262,6 +273,7 @@ class _Buffers:
         self.products = new((chunk, s), dtype=torch.float32)
         self.off_identity = new((chunk, s), dtype=torch.float32)
         self.operand = new((chunk, s)) if need_weight else None
+        self.teacher_factor = new((chunk, 1)) if need_weight and student.dtype == torch.float16 else None
         chunk_blocks, row_blocks = blocks(chunk, ROWS_BLOCK_N), blocks(n, ROWS_BLOCK_N)
         self.shift_sums = new((chunk_blocks, s), dtype=torch.float32) if need_weight and layer_norm else None
         self.squared_errors = new(row_blocks, dtype=torch.float32) if terms.mse else None
@@ -274,6 +286,8 @@ class _Buffers:
         """grad_weight += Yᵀ operand of a chunk, and the sums of operand times row_shift."""
         assert self.operand is not None
         operand = self.operand[: teacher.shape[0]]
+        if self.teacher_factor is not None:
+            teacher = teacher * self.teacher_factor[: teacher.shape[0]]
         if first:
             product(teacher.T, operand, out=grad_weight)
         else:
@@ -316,7 +330,8 @@ def fused_semi_orthogonal_loss(
     )
     with on(student.device):
         chip = tiles.chip(student.device)
-        bytes_per_row = 8 * s + dtype.itemsize * (s + (0 if row_weight is None else t))
+        copies = need_weight * ((row_weight is not None) + (dtype == torch.float16))  # of the chunk's teacher
+        bytes_per_row = 8 * s + dtype.itemsize * (s + copies * t)
         chunk = min(tiles.chunk_rows(bytes_per_row, n, workspace_bytes, tiles.CHUNK_BLOCK, chip.processors), n)
         terms = Terms.of(mse=mse, smooth_l1=0.0, cosine=cosine, beta=1.0)
         buffers = _Buffers(student, normalization, chunk, terms=terms, need_weight=need_weight, need_scale=need_scale)
@@ -379,6 +394,7 @@ def fused_semi_orthogonal_loss(
             squares=buffers.squares,
             grad_student=grad_student if need_student else None,
             operand=buffers.operand,
+            teacher_factor=buffers.teacher_factor,
             shift_sums=buffers.shift_sums,
             squared_errors=buffers.squared_errors,
             energies=buffers.energies,
