@@ -1,5 +1,6 @@
 """vkd cache: a teacher's features of a folder of images, from the command line."""
 
+import argparse
 import contextlib
 import io
 import os
@@ -77,6 +78,46 @@ def test_weights_from_a_file_and_another_dtype_to_compute_in(images, tmp_path):
     assert vk.FeatureStore(tmp_path / "a")[:]["layer4"].shape == (10, 2, 2, 512)
     torch.save(teacher.state_dict(), tmp_path / "other.pth")
     assert run(tmp_path / "b", *words, "--weights", tmp_path / "other.pth", *tap) == 2
+
+
+def test_of_a_checkpoint_of_timms_training_it_reads_the_averaged_weights(images, tmp_path):
+    """As the recipes do. Beside the weights stand the optimizer's state and the arguments of the run."""
+    model, average = (timm.create_model("resnet10t") for _ in range(2))
+    saver = timm.utils.CheckpointSaver(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        args=argparse.Namespace(model="resnet10t", lr=0.1),
+        model_ema=average,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(3, metric=0.5)
+    words = ["--teacher", "timm:resnet10t", "--images", images, "--workers", "0", "--size", "64", "--device", "cpu"]
+    words += ["--tap", "layer4,pool=spatial_mean", "--dtype", "float32"]
+    assert run(tmp_path / "a", *words, "--weights", tmp_path / "last.pth.tar") == 0
+    torch.save(average.state_dict(), tmp_path / "average.pth")
+    assert run(tmp_path / "a", *words, "--weights", tmp_path / "average.pth") == 0  # of other weights it is an error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], "it holds a list, where a dict of tensors by name is needed, as model.state_dict() gives"),
+        (torch.zeros(2), "it holds a Tensor, where a dict of tensors"),
+        ({"epoch": 3, "model_ema": None}, "it holds 'epoch', 'model_ema', and no tensors by name, neither there nor in"),
+        ({}, "it holds nothing, and no tensors by name"),
+        (b"no weights", "cannot read tensors from"),
+    ],
+)
+def test_files_without_weights_are_named(images, tmp_path, capsys, content, message):
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert run(tmp_path / "a", *TEACHER, "--images", images, "--weights", path) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vkd: error: --weights: cannot read tensors from") and message in said
 
 
 def test_a_transformers_model_in_a_folder(images, tmp_path):

@@ -1,5 +1,6 @@
 """`vkd distill` on a task of seconds: files, the same bits after any interruption, ranks, pieces of the loop."""
 
+import argparse
 import json
 import os
 import signal
@@ -281,5 +282,6 @@ def test_weight_decay_spares_the_projection_biases_and_what_modules_say():
 def test_weights_of_a_checkpoint_that_has_an_average_are_those_of_the_average(names, tmp_path):
     """DeiT's and timm's."""
     model, average = names
-    torch.save({model: {"w": torch.zeros(1)}, average: {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "x.pth")
+    content = {model: {"w": torch.zeros(1)}, average: {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1e-3)}
+    torch.save(content, tmp_path / "x.pth")
     assert runs.load_weights(tmp_path / "x.pth") == {"w": 1}

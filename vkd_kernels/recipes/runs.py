@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
+from ..checkpoints import read_weights
 from ..files import partial_files, whole_file
 
 
@@ -82,19 +83,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file, or of one of torch.save, read with weights_only."""
-    option = f"{option}: " if option else ""
-    if not path.is_file():
-        raise RunError(f"{option}there is no file {path}")
+    """The tensors of a file: see `read_weights`."""
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        known = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's and DeiT's: the average first
-        state = next((state[key] for key in known if key in state), state)
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    except Exception as error:  # as many types as kinds of damage; SafetensorError is no public name
-        raise RunError(f"{option}cannot read tensors from {path} ({type(error).__name__}: {error})") from error
+        return read_weights(path)
+    except ValueError as error:
+        raise RunError(f"{option}: {error}" if option else str(error)) from error
 
 
 def load_state(part: Any, state: Any, what: str, *, hint: str = "", assign: bool = False) -> None:

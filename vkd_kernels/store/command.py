@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints import read_weights
 from ..pairs import POOLINGS
 from .build import build, planned
 from .options import Options
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="pretrained (as the library finds them), a file (safetensors or torch.save), or random",
+        help="pretrained (as the library finds them), random, or a file of safetensors or torch.save: weights by name, "
+        "or a training checkpoint with state_dict_ema, model_ema, state_dict or model, of which the first is read",
     )
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="a folder per class (ImageFolder)")
     parser.add_argument(
@@ -193,19 +195,10 @@ class Processed:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    state: dict[str, Any]
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every kind of damage has its own
-        raise UsageError(f"--weights: cannot read {path}: {error}") from error
-    for key in ("state_dict", "model"):  # as training scripts wrap it
-        inner: Any = state.get(key)
-        state = inner if isinstance(inner, dict) else state
+        state = read_weights(path)
+    except ValueError as error:
+        raise UsageError(f"--weights: {error}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
