@@ -25,7 +25,7 @@ from .pooling import ComparedRows, compared, masks_of_sides
 from .several_teachers import SeveralTeachers
 from .store import FeatureStore
 from .store.source import StoredTeacher
-from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, run_tapped, versions_of
+from .taps import Returned, Tap, TapError, as_arguments, hooks_of, is_compiled, run_tapped, versions_of
 from .teachers import KeptModes, ModelTeacher, TeacherAnswer, TeacherCall, TeacherSource
 
 
@@ -391,7 +391,7 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         tap = self._taps[pair.name]
         returned = tap.chosen(calls)
         if returned is None and not pair.optional:
-            raise RuntimeError(tap.missing(self.student, calls))
+            raise TapError(tap.missing(self.student, calls))
         target = answer.rows(pair, teacher_mask)
         if returned is None or target is None:
             return None

@@ -10,7 +10,7 @@ from .ops import checks
 from .ops.normalization.reference import mean_and_variance, without_masked_rows
 from .pairs import Pair
 from .pooling import Rows, masks_of_sides, of_positions
-from .taps import Tap, hooks_of, run_tapped
+from .taps import WHERE_NEEDED, Tap, TapError, hooks_of, run_tapped
 
 
 class TeacherSpace(nn.Module):
@@ -63,5 +63,5 @@ class TeacherSpace(nn.Module):
         _, calls = run_tapped(lambda: self.student(*args, **known), {"": self._tap})
         returned = self._tap.chosen(calls[""])
         if returned is None:
-            raise RuntimeError(self._tap.missing(self.student, calls[""]))
+            raise TapError(self._tap.missing(self.student, calls[""], WHERE_NEEDED))
         return self._tap.rows(returned, mask)

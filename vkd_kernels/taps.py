@@ -14,6 +14,12 @@ from .pairs import Side
 from .pooling import Rows, pooled
 
 NAMES_SHOWN = 12
+WHERE_OPTIONAL = "optional=True counts the pair as 0 in such a step"
+WHERE_NEEDED = "It can't be left out here: tap a module around it, or one that runs"
+
+
+class TapError(RuntimeError):
+    """A tap did not see what it needs; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Tap:
         """The call that the pair is about; None if the module did not run that often."""
         side = self.side
         if side.call is None and len(calls) > 1:
-            raise RuntimeError(
+            raise TapError(
                 f"{side.where} is needed once; the module ran {len(calls)} times in this forward pass: say which call "
                 f"by {side.side}_call, 0 for the first or -1 for the last"
             )
@@ -73,15 +79,15 @@ class Tap:
     def rows(self, returned: Returned, mask: torch.Tensor | None) -> Rows:
         """The features pooled, the mask along with them."""
         if returned.changed():
-            raise RuntimeError(f"{self.side.where} was changed in place afterwards: tap the module that changed it")
+            raise TapError(f"{self.side.where} was changed in place afterwards: tap the module that changed it")
         return pooled(self.side, returned.value, mask)
 
-    def missing(self, model: nn.Module, calls: list[Returned]) -> str:
-        """The message for a module that did not run, with the likely cause."""
+    def missing(self, model: nn.Module, calls: list[Returned], remedy: str = WHERE_OPTIONAL) -> str:
+        """The message for a module that did not run, with the likely cause, and the remedy if no other is known."""
         call = f"call {self.side.call} of it is" if self.side.call is not None and calls else "it is"
         return (
             f"{self.side.where} was not seen: {call} needed in every forward pass, and the module ran {len(calls)} "
-            f"times in this one. {likely_cause(model, self.side)}"
+            f"times in this one. {likely_cause(model, self.side, remedy)}"
         )
 
 
@@ -91,7 +97,7 @@ def hooks_of(side: str, model: nn.Module, taps: Iterable[Tap]) -> list[tuple[nn.
     for tap in taps:
         module = find_module(side, model, tap.side.module)
         if isinstance(module, torch.jit.ScriptModule) and tap.side.module:
-            raise RuntimeError(f"{tap.side.where} can't be seen. {likely_cause(model, tap.side)}")
+            raise TapError(f"{tap.side.where} can't be seen. {likely_cause(model, tap.side, WHERE_NEEDED)}")
         if tap.side.module:
             hooks.append((module, tap))
     return hooks
@@ -111,7 +117,7 @@ def run_tapped(run: Callable[[], Any], taps: Mapping[str, Tap]) -> tuple[Any, di
     return output, calls
 
 
-def likely_cause(model: nn.Module, side: Side) -> str:
+def likely_cause(model: nn.Module, side: Side, remedy: str) -> str:
     """Why hooks on a module of the model saw nothing, and what to do."""
     bare = getattr(model, "_orig_mod", model)
     module = submodule(bare, side.module)
@@ -140,8 +146,8 @@ def likely_cause(model: nn.Module, side: Side) -> str:
             "torch.compiler.reset() once"
         )
     return (
-        "Another module does the work in this pass (LayerDrop, a branch, an early exit), or the model calls its "
-        "forward() directly, which runs no hooks. optional=True counts the pair as 0 in such a step"
+        "Another module does the work in this pass (LayerDrop, a branch, an early exit, fused attention), or the model "
+        f"calls its forward() directly, which runs no hooks. {remedy}"
     )
 
 

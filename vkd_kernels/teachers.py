@@ -15,7 +15,7 @@ from .ops import checks
 from .ops.tracing import constant_result
 from .pairs import Pair, check_pool
 from .pooling import Rows
-from .taps import Returned, Tap, as_arguments, hooks_of, is_compiled, moved, run_tapped, tensors_in
+from .taps import Returned, Tap, TapError, as_arguments, hooks_of, is_compiled, moved, run_tapped, tensors_in
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class ModelAnswer(TeacherAnswer):
             return tap.rows(returned, mask)
         if pair.optional:
             return None
-        raise RuntimeError(tap.missing(self.model, calls))
+        raise TapError(tap.missing(self.model, calls))
 
     def output(self, teacher: str) -> Any:
         return self.returned

@@ -169,6 +169,8 @@ def test_a_layer_that_layerdrop_left_out_counts_as_0_where_the_pair_is_optional(
     distiller.student.dropped = {0}
     with pytest.raises(RuntimeError, match=r"'layers.0' was not seen.*ran 0 times.*LayerDrop.*optional=True"):
         distiller(FEATURES)
+    with pytest.raises(RuntimeError, match="'layers.0' was not seen.*can't be left out here: tap a module around it"):
+        distiller.export("0")(FEATURES)
 
 
 def test_a_module_list_is_refused_with_the_name_of_an_entry():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import vkd_kernels as vk
 from tests.helpers import processes
 from vkd_kernels import cli
+from vkd_kernels.store import command
 
 Image = pytest.importorskip("PIL.Image")
 timm = pytest.importorskip("timm")
@@ -104,7 +105,7 @@ def test_of_a_checkpoint_of_timms_training_it_reads_the_averaged_weights(images,
     [
         ([torch.zeros(2)], "it holds a list, where a dict of tensors by name is needed, as model.state_dict() gives"),
         (torch.zeros(2), "it holds a Tensor, where a dict of tensors"),
-        ({"epoch": 3, "model_ema": None}, "it holds 'epoch', 'model_ema', and no tensors by name, neither there nor in"),
+        ({"epoch": 3, "model_ema": None}, "it holds 'epoch', 'model_ema', and no tensors by name, neither there nor"),
         ({}, "it holds nothing, and no tensors by name"),
         (b"no weights", "cannot read tensors from"),
     ],
@@ -208,15 +209,69 @@ def test_without_a_tap_it_lists_modules_and_a_dry_run_writes_nothing(images, tmp
         (["--weights", "missing.pth"], "--weights: pretrained, random, or a file; there is no file missing.pth"),
         (["--images", "nowhere"], "--images: there is no folder nowhere"),
         (["--tap", "norm,pool=max"], "pool is one of class_token, mean_tokens"),
-        (["--tap", "norm,size=3"], "after the module come pool=, skip= or output=; got 'size=3'"),
+        (["--tap", "norm,size=3"], "after the module come pool=, skip=, output=, call=, layout=; got 'size=3'"),
         (["--tap", "norm,pool=tokens,skip=-1"], "teacher_skip must be an int >= 0; got int -1"),
         (["--tap", "nrm"], "teacher has no module 'nrm'; it has, nearest first, 'norm'"),
+        (["--tap", "norm,pool=tokens,call=last"], "teacher_call must be None or an int; got str 'last'"),
+        (["--tap", "blocks.0.attn.attn_drop"], "ran 0 times in this one. Another module does the work"),
+        (
+            ["--tap", "blocks.0.attn.attn_drop"],
+            "one that runs; without --tap this command lists the modules that run",
+        ),
         (["--batch-size", "0", "--tap", "norm,pool=tokens"], "batch_size must be at least 1"),
+        (["--device", "gpu"], "--device gpu: Expected one of cpu, cuda"),
+        (["--device", "cuda:99"], "; --device cpu needs no accelerator"),
+        (["--device", "meta"], "--device meta: "),
     ],
 )
 def test_what_a_user_got_wrong_is_said(images, tmp_path, capsys, words, message):
     assert run(tmp_path / "a", *TEACHER, "--images", images, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_device_is_checked_before_the_teacher_is_loaded(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", None)
+    monkeypatch.setenv("LOCAL_RANK", "98")  # torchrun's: each rank has its own GPU
+    words = ["--images", images, "--device", "cuda", "--tap", "norm,pool=tokens"]
+    assert run(tmp_path / "a", *TEACHER, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vkd: error: --device cuda:98: ") and len(said.splitlines()) == 1
+
+
+def test_of_a_module_that_runs_several_times_the_tap_names_a_call(images, tmp_path, capsys, monkeypatch):
+    class Twice(torch.nn.Module):
+        pretrained_cfg = {"input_size": (3, 32, 32)}
+
+        def __init__(self):
+            super().__init__()
+            self.pool, self.part = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Linear(3, 3)
+
+        def forward(self, images):
+            return self.part(self.part(self.pool(images).flatten(1)))
+
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: Twice())
+    words = [tmp_path / "a", *TEACHER, "--images", images, "--workers", "0"]
+    assert run(*words, "--tap", "part") == 2
+    assert "the module ran 2 times in this forward pass: say which call" in capsys.readouterr().err
+    taps = ["--tap", "part,call=-1", "--tap", "part,call=0", "--tap", ""]
+    assert run(*words, *taps) == 0
+    features = vk.FeatureStore(tmp_path / "a")[3]
+    assert torch.equal(features["'part' with teacher_call=-1"], features[""])
+    assert not torch.equal(features["'part' with teacher_call=0"], features[""])
+
+
+def test_a_full_gpu_is_said_and_other_failures_keep_their_traceback(images, tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(command, "build", fails)
+    words = [tmp_path / "a", *TEACHER, "--images", images, "--tap", "norm,pool=class_token"]
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert run(*words) == 2
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB. A smaller --batch-size" in capsys.readouterr().err
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(*words)
 
 
 def test_its_help(capsys):

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoints import read_weights
 from ..pairs import POOLINGS
+from ..taps import TapError
 from .build import build, planned
 from .options import Options
 from .progress import in_words
@@ -23,6 +24,7 @@ from .teacher import TappedTeacher, teacher_taps
 
 DTYPES = ("float16", "bfloat16", "float32")
 LIBRARIES = ("timm", "transformers")
+TAP_OPTIONS = ("pool", "skip", "output", "call", "layout")  # as Pair has them with teacher_ before
 PRETRAINED, RANDOM = "pretrained", "random"
 EXAMPLES = """examples:
   vkd cache features --teacher timm:vit_small_patch14_dinov2.lvd142m --weights pretrained \\
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tap",
         action="append",
         default=[],
-        metavar="MODULE[,pool=POOL][,skip=N][,output=KEY]",
+        metavar="MODULE[,pool=POOL][,skip=N][,output=KEY][,call=N][,layout=NHWC]",
         help="a module's output, as Pair names it; '' is the model's own; may be given several times",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (default: %(default)s)")
@@ -67,17 +69,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: %(default)s)")
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", help="(default: cuda, if there is a GPU; of torchrun's ranks each its own)")
+    parser.add_argument("--device", help="(default: cuda, if there is a GPU; cuda is of torchrun's ranks each its own)")
     about = "images per file (default: what fits in 256 MiB, at most a rank's share)"
     parser.add_argument("--shard-samples", type=int, metavar="N", help=about)
     parser.add_argument("--dry-run", action="store_true", help="sizes and shapes; writes nothing")
 
 
 def command(arguments: argparse.Namespace) -> int:
+    """What a user can mend is one line. Another RuntimeError is a fault of a model, of PyTorch or of this library."""
     try:
         return cache(arguments)
     except (UsageError, ValueError, TypeError, OSError) as error:
         print(f"vkd: error: {error}", file=sys.stderr)
+        return 2
+    except TapError as error:
+        print(f"vkd: error: --tap: {error}; without --tap this command lists the modules that run", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"vkd: error: {error} A smaller --batch-size needs less", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"vkd: error: {error.name} is missing: pip install {error.name}", file=sys.stderr)
@@ -92,8 +101,8 @@ def cache(arguments: argparse.Namespace) -> int:
 
     if not arguments.images.is_dir():
         raise UsageError(f"--images: there is no folder {arguments.images}")
+    device = checked_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     teacher, transform = open_teacher(arguments)
-    device = arguments.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     teacher = teacher.to(device, getattr(torch, arguments.teacher_dtype)).eval()
     data = ImageFolder(str(arguments.images), transform)
     if not arguments.tap:
@@ -116,6 +125,17 @@ def cache(arguments: argparse.Namespace) -> int:
     size = in_words(manifest.samples * manifest.sample_bytes)
     print(f"{manifest.samples} images, {size} in {manifest.dtype}, {manifest.shards} shards")
     return 0
+
+
+def checked_device(name: str) -> str:
+    """The device, which must be able to compute; cuda is that of this rank of torchrun."""
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:  # each kind of device has its own
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name}: {reason}; --device cpu needs no accelerator") from error
+    return name
 
 
 def open_teacher(arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
@@ -210,8 +230,9 @@ def parsed_tap(text: str) -> dict[str, Any]:
     tap: dict[str, Any] = {"teacher": module}
     for option in options:
         key, _, value = option.partition("=")
-        if key not in ("pool", "skip", "output") or not value:
-            raise UsageError(f"--tap {text}: after the module come pool=, skip= or output=; got {option!r}")
+        if key not in TAP_OPTIONS or not value:
+            allowed = ", ".join(f"{name}=" for name in TAP_OPTIONS)
+            raise UsageError(f"--tap {text}: after the module come {allowed}; got {option!r}")
         if key == "pool" and value not in POOLINGS:
             raise UsageError(f"--tap {text}: pool is one of {', '.join(filter(None, POOLINGS))}; got {value!r}")
         tap[f"teacher_{key}"] = int(value) if value.removeprefix("-").isdecimal() else value

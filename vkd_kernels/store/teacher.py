@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ops import checks
 from ..pairs import Pair
-from ..taps import Tap, as_arguments, as_mapping, hooks_of, moved, run_tapped, tensors_in
+from ..taps import WHERE_NEEDED, Tap, TapError, as_arguments, as_mapping, hooks_of, moved, run_tapped, tensors_in
 from ..teachers import KeptModes, modules_with_a_mode, set_eval_mode
 from .functions import check_one_function
 from .manifest import StoredTap, tap_keys
@@ -66,7 +66,7 @@ class TappedTeacher:
         for key, tap in zip(self.keys, self.taps, strict=True):
             returned = tap.chosen(calls[key])
             if returned is None:
-                raise RuntimeError(tap.missing(self.teacher, calls[key]))
+                raise TapError(tap.missing(self.teacher, calls[key], WHERE_NEEDED))
             rows[key] = tap.rows(returned, mask).values
         for key, features in rows.items():
             if features.dim() < 2 or len(features) != count:
