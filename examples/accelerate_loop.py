@@ -19,20 +19,24 @@ def teachers_features(teacher, batch):
         return teacher(**known, output_hidden_states=True).hidden_states[-1]
 
 
+def counts_of(accelerator, batches):
+    """Labels and tokens of the average rank in these batches: DDP, and ``reduction="mean"``, divide by the ranks."""
+    counts = [count(batch["labels"], batch["attention_mask"]) for batch in batches]
+    local = torch.stack([torch.stack([c["labels"], c["tokens"]]) for c in counts]).sum(0)
+    labels, tokens = accelerator.reduce(local, reduction="sum") / accelerator.num_processes
+    return {"labels": labels, "tokens": tokens}
+
+
 def train(accelerator, model, optimizer, loader, teacher, *, micro_batches=1):
     """One epoch over a prepared loader; returns the loss of every step, the mean over all ranks."""
     model.train()
     batches, losses = iter(loader), []
     while step := list(islice(batches, micro_batches)):
-        counts = [count(batch["labels"], batch["attention_mask"]) for batch in step]
-        local = torch.stack([torch.stack([c["labels"], c["tokens"]]) for c in counts]).sum(0)
-        # DDP takes the mean over the ranks: the counts are those of the average rank.
-        labels, tokens = accelerator.reduce(local, reduction="sum") / accelerator.num_processes
-        total = 0.0
+        counts, total = counts_of(accelerator, step), 0.0
         for index, batch in enumerate(step):
             with accelerator.no_sync(model) if index < len(step) - 1 else nullcontext():
                 targets = teachers_features(teacher, batch)
-                loss = model(targets=targets, counts={"labels": labels, "tokens": tokens}, **batch)["loss"]
+                loss = model(targets=targets, counts=counts, **batch)["loss"]
                 accelerator.backward(loss)
                 total += loss.detach()
         optimizer.step()
@@ -43,9 +47,11 @@ def train(accelerator, model, optimizer, loader, teacher, *, micro_batches=1):
 
 @torch.no_grad()
 def evaluate(accelerator, model, loader, teacher):
+    """The loss over all batches of all ranks, as of one batch: the loader is read twice, to count first."""
     model.eval()
-    losses = [model(targets=teachers_features(teacher, batch), **batch)["loss"] for batch in loader]
-    return accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+    counts = counts_of(accelerator, loader)
+    losses = [model(targets=teachers_features(teacher, batch), counts=counts, **batch)["loss"] for batch in loader]
+    return accelerator.reduce(torch.stack(losses).sum(), reduction="mean").item()
 
 
 def optimizer_of(model, *, lr=1e-3, weight_decay=0.05):

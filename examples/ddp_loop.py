@@ -6,6 +6,7 @@ itself; where it must stand beside, wrap it too: ``DDP(OrthoProjLoss(..., proces
 
 import os
 from contextlib import nullcontext
+from itertools import islice
 
 import timm
 import torch
@@ -37,28 +38,32 @@ class Distilled(nn.Module):
 
 
 def train(model, teacher, optimizer, loader, *, accumulate=1):
-    """One epoch; ``accumulate`` micro-batches a step, reduced once. Returns this rank's losses."""
+    """One epoch; ``accumulate`` micro-batches a step, or what is left at the end. Returns this rank's losses."""
     model.train()
-    losses = []
-    for index, (images, labels) in enumerate(loader):
-        last = (index + 1) % accumulate == 0
-        with torch.no_grad():
-            target = teacher.forward_features(images).mean((2, 3))
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-            loss = model(images, labels, target)
-            (loss / accumulate).backward()
-        if last:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
+    batches, losses = iter(loader), []
+    while step := list(islice(batches, accumulate)):
+        total = sum(len(images) for images, _ in step)
+        for index, (images, labels) in enumerate(step):
+            last = index == len(step) - 1  # the ranks' gradients are reduced once a step
+            with torch.no_grad():
+                target = teacher.forward_features(images).mean((2, 3))
+            with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+                loss = model(images, labels, target)
+                (loss * len(images) / total).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
     return losses
 
 
 @torch.no_grad()
 def accuracy(student, loader):
     student.eval()
-    hits = [(student(images).argmax(1) == labels).float().mean() for images, labels in loader]
-    return torch.stack(hits).mean().item()
+    hits, count = 0, 0
+    for images, labels in loader:
+        hits += (student(images).argmax(1) == labels).sum()
+        count += len(labels)
+    return float(hits / count)
 
 
 def main(checkpoint="build/ddp.pt"):  # random weights and images; give pretrained=True and your data

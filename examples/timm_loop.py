@@ -16,6 +16,7 @@ def train(student, teacher, loader, *, epochs=1, lr=5e-4, weight_decay=0.05):
     groups.append({"params": distill.parameters(), "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=lr)
     losses = []
+    student.train()
     for _ in range(epochs):
         for images, labels in loader:
             tokens = student.forward_features(images)

@@ -46,6 +46,16 @@ def test_accelerate_accumulates_gradients_as_one_large_batch(accelerator, length
         assert_same(step, steps[0], rtol=1e-4, atol=1e-6)
 
 
+def test_accelerate_evaluates_as_one_large_batch(accelerator):
+    loop = example("accelerate_loop")
+    model, teacher = models()
+    one, several = (
+        loop.evaluate(accelerator, model, accelerator.prepare(loader([1, 3, 12, 7, 5, 11, 2], size)), teacher)
+        for size in (7, 2)
+    )
+    assert several == pytest.approx(one, rel=1e-5)
+
+
 def test_accelerate_saves_resumes_and_evaluates(accelerator, tmp_path):
     """Tied weights included; a run that was loaded goes on bit for bit."""
     loop = example("accelerate_loop")

@@ -41,6 +41,44 @@ def test_example_timm_loop():
     assert_same(teacher.state_dict().values(), before, rtol=0, atol=0)
 
 
+def test_the_timm_loop_trains_a_student_that_was_evaluated_before():
+    timm = needs("timm")
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10).eval()
+    modes = []
+    student.blocks[0].register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    example("timm_loop").train(student, timm.create_model("regnetx_002", num_classes=0), [images()])
+    assert modes == [True]
+
+
+def ddp_student_and_teacher():
+    timm = needs("timm")
+    torch.manual_seed(0)
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10)
+    return example("ddp_loop").Distilled(student, 368), timm.create_model("regnetx_002", num_classes=0).eval()
+
+
+def test_the_ddp_loops_last_group_of_an_epoch_has_fewer_micro_batches():
+    """It takes the steps of larger batches: here of four micro-batches and of one and a half."""
+    model, teacher = ddp_student_and_teacher()
+    data = [torch.randn(11, 3, 32, 32), torch.randint(10, (11,))]
+    weights = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        loader = list(zip(*(part.split(size) for part in data), strict=True))
+        losses = example("ddp_loop").train(trained, teacher, optimizer, loader, accumulate=accumulate)
+        assert len(losses) == len(loader) and all(p.grad is None for p in trained.parameters())
+        weights.append([p.detach() for p in trained.parameters()])
+    assert_same(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ddp_loops_accuracy_is_that_of_all_images():
+    accuracy = example("ddp_loop").accuracy
+    scores = torch.eye(4)[[0, 1, 2, 3, 0]]
+    loader = [(scores[:4], torch.tensor([0, 1, 2, 3])), (scores[4:], torch.tensor([1]))]
+    assert accuracy(torch.nn.Identity(), loader) == pytest.approx(0.8)
+
+
 def test_timm_loops_spare_what_the_student_says(monkeypatch):
     """Its class token and positions do not decay, nor does the projection; its weights do."""
     timm = needs("timm")
