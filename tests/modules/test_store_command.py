@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import shutil
 from unittest import mock
 
 import pytest
@@ -272,6 +273,24 @@ def test_a_full_gpu_is_said_and_other_failures_keep_their_traceback(images, tmp_
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(*words)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(images, tmp_path, capsys, workers):
+    """Here one that is cut off in the middle of the data, which is met when shards are finished already."""
+    shutil.copytree(images, tmp_path / "images")
+    path = tmp_path / "images" / "dog" / "2.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    words = [tmp_path / "a", *TEACHER, "--images", tmp_path / "images", "--tap", "norm,pool=class_token"]
+    words += ["--workers", workers, "--batch-size", 2, "--shard-samples", 2]
+    assert run(*words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"vkd: error: --images: cannot read {path} (") and "): mend this file" in said
+    assert len([*(tmp_path / "a").glob("shard-*.safetensors")]) == 3
+    path.write_bytes(whole)
+    assert run(*words) == 0  # it continues
+    assert "5 shards, 3 of them finished" in capsys.readouterr().err
 
 
 def test_its_help(capsys):

@@ -40,6 +40,10 @@ vkd_kernels.FeatureStore(folder).
 class UsageError(Exception):
     """Something the user can put right; the message says how."""
 
+    def __init__(self, message: str) -> None:
+        # PyTorch raises it again with the traceback of a DataLoader's worker, which ends in "Name: message".
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
@@ -104,7 +108,7 @@ def cache(arguments: argparse.Namespace) -> int:
     device = checked_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     teacher, transform = open_teacher(arguments)
     teacher = teacher.to(device, getattr(torch, arguments.teacher_dtype)).eval()
-    data = ImageFolder(str(arguments.images), transform)
+    data = ImageFolder(str(arguments.images), transform, loader=read_image)
     if not arguments.tap:
         print("--tap is needed; this teacher's modules, and the shapes of what they return:\n" + outputs(teacher, data))
         return 2
@@ -223,6 +227,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(f"--weights: {path} is of another model: {' '.join(str(error).split())[:400]}") from error
+
+
+def read_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # PIL has as many types as kinds of damage, and most of them do not say which file
+        raise UsageError(
+            f"--images: cannot read {path} ({error}): mend this file. Without it the images after it have other "
+            "indices, so that a store that was begun is to be built anew"
+        ) from error
 
 
 def parsed_tap(text: str) -> dict[str, Any]:
