@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Where a checkpoint of timm or DeiT holds weights, the average of training before the last ones.
+# Where a training checkpoint of timm or DeiT holds weights: the moving average, then those of the last step.
 WEIGHTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
