@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 configured = partial(setups.configured, "classification")
 recipe = partial(setups.recipe, "classification")
 job = partial(setups.job, "classification")
+NOT_PRETRAINED = {"pretrained": False}
 RECIPES = {"vkd-deit-ti-imagenet": "vkd_deit_tiny", "vkd-deit-s-imagenet": "vkd_deit_small"}
 
 
@@ -180,6 +181,21 @@ def test_the_student_of_a_run_in_a_program_of_ones_own(folder, monkeypatch):
         exec(edited, names)
         right += int(names["logits"].argmax()) == int(path.parent.name[-1])
     assert 100 * right / 6 == pytest.approx(runs.load(Path("runs/photos/vkd/seed-00/result.json"))["accuracy"])
+
+
+def test_the_documented_command_for_ones_own_images(folder, monkeypatch):
+    """A pretrained teacher of a thousand classes, and images of two; nothing is downloaded here."""
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create_model(*args, **options | NOT_PRETRAINED))
+    page = (ROOT / "docs" / "recipes.md").read_text().replace("\\\n", " ")
+    command = next(line.split() for line in page.splitlines() if "data.root=photos" in line)
+    (folder / "photos").mkdir()
+    for split in ("train", "val"):
+        (folder / split).rename(folder / "photos" / split)
+    monkeypatch.chdir(folder)
+    small = ["optim.batch_size=8", "optim.steps=2", "--seeds", "1", "--jobs", "0", "--quiet"]
+    assert cli.main([*command[1:], *small]) == 0
+    assert Path("runs/photos/figure.png").exists()
 
 
 def test_stored_answers_are_those_of_the_teacher(folder):

@@ -273,8 +273,9 @@ class Classification(Task):
         return "distilled" if self.config.needs_teacher else "alone"
 
     def make_model(self, student: nn.Module) -> nn.Module:
-        c, shape, distilled = self.config, models.Shape.of(self.data), self.learner == "distilled"
-        width = models.make_teacher(c.teacher, shape, empty=True).num_features if distilled and c.distill.weight else 0
+        c, shape, width, distilled = self.config, models.Shape.of(self.data), 0, self.learner == "distilled"
+        if distilled and c.distill.weight:
+            width = models.make_teacher(c.teacher, shape, logits=False, empty=True).num_features
         share = c.labeled_share if distilled else 1.0  # a student alone sees labeled images only
         return DistilledStudent(student, c.distill, width, labeled_share=share, group=self.context.process_group)
 
