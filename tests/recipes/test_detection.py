@@ -20,6 +20,7 @@ from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.detection import Detection, DistilledDetector
 from vkd_kernels.recipes.images import Source
+from vkd_kernels.recipes.loading import Key
 from vkd_kernels.recipes.runs import RunError
 
 pytest.importorskip("pycocotools", reason="needs the extra [detection]")
@@ -66,6 +67,7 @@ def test_boxes_are_tight_inside_and_hardly_overlap(composed):
         assert 1 <= len(boxes) == len(item["labels"]) <= 4 and item["image"].shape == (1, 64, 64)
         assert boxes.min() >= 0 and boxes.max() <= 64 and sides.amax(1).min() >= 4 and sides.max() <= 28
         assert (box_iou(boxes, boxes).fill_diagonal_(0) <= scenes.OVERLAP).all()
+        assert all(torch.equal(value, coco.cleaned(item)[name]) for name, value in item.items())
     again, other = scenes.Scenes(DIGITS, 0, 2, training=True)[1], scenes.Scenes(DIGITS, 1, 2, training=True)[1]
     assert torch.equal(again["image"], composed[0][1]["image"]) and torch.equal(again["boxes"], composed[0][1]["boxes"])
     assert not torch.equal(other["image"], again["image"])
@@ -124,8 +126,8 @@ BOX = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 10]}
 def opened(folder, images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "name": "x"}, {"id": 1, "name": "y"})):
     content = {"images": [*images], "annotations": [*annotations], "categories": [*categories]}
     for name in ("annotations", "some"):
-        (folder / name).mkdir()
-    coco.annotation_file(folder, "some").write_text(json.dumps(content))
+        (folder / name).mkdir(parents=True)
+    coco.annotation_file(folder, "some").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     Image.new("L", (64, 48)).save(folder / "some" / "a.png")
     return coco.CocoImages(folder, "some", channels=1)
 
@@ -145,6 +147,15 @@ def opened(folder, images=(IMAGE,), annotations=(BOX,), categories=({"id": 3, "n
 def test_annotations_that_contradict_themselves_are_errors(bad, tmp_path):
     with pytest.raises(RunError, match=r"instances_some\.json is no annotation file in COCO's format: "):
         opened(tmp_path, **bad)
+
+
+def test_ids_and_names_of_annotations(tmp_path):
+    with pytest.raises(RunError, match="two images have the id 7"):
+        opened(tmp_path / "twice", images=[IMAGE, {**IMAGE, "file_name": "b.png"}])
+    plain = Path.read_text
+    with pytest.MonkeyPatch.context() as patch:  # where another encoding is the system's
+        patch.setattr(Path, "read_text", lambda path, encoding="ascii": plain(path, encoding=encoding))
+        assert opened(tmp_path / "names", categories=[{"id": 3, "name": "Vögel"}]).names == {3: "Vögel"}
 
 
 def test_boxes_are_cut_at_the_border_and_crowds_are_set_apart(tmp_path):
@@ -287,10 +298,26 @@ def test_average_precision_of_perfect_and_of_no_detections_and_without_any_objec
     assert training.evaluate(Perfect(truth)) == {"AP": 100, "AP50": 100, "AP75": 100}
     nothing = [{name: value[:0] for name, value in answer.items()} for answer in truth]
     assert training.evaluate(Perfect(nothing)) == {"AP": 0, "AP50": 0, "AP75": 0}
-    for item in items:
-        item |= {name: item[name][:0] for name in ("boxes", "labels", "iscrowd")}
+    val = training.data[1]
+    val.items = [(image, objects[:0]) for image, objects in val.items]
     with pytest.raises(RunError, match="without any object there is no average precision"):
         training.evaluate(Perfect(nothing))
+
+
+def test_evaluation_keeps_no_tensor_that_loader_processes_have_sent(tmp_path, monkeypatch):
+    """Each is an open file for as long as it is kept, and a process may have a thousand."""
+    training = job(configured(*setups.TINY["detection"], "run.workers=1"), tmp_path)
+    items, kept = [training.data[1][i] for i in range(8)], []
+    truth = [{"boxes": i["boxes"], "scores": torch.ones(len(i["labels"])), "labels": i["labels"]} for i in items]
+    monkeypatch.setattr(detection, "gathered", lambda answers, ranks: kept.extend(answers) or answers)
+    training.evaluate(Perfect(truth))
+    assert len(kept) == 8 and not any(x.is_shared() for pair in kept for image in pair for x in image.values())
+
+
+def test_batches_hold_copies_because_loader_processes_share_what_they_send(composed):
+    item = composed[0][0]
+    (target,) = coco.collate([(item, Key(0))], torch.zeros(1, 1, 1), torch.ones(1, 1, 1))["targets"]
+    assert all(torch.equal(x, item[name]) and x.data_ptr() != item[name].data_ptr() for name, x in target.items())
 
 
 def evaluate_three_images_on_two_ranks(rank, folder):

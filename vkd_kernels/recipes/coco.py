@@ -31,11 +31,15 @@ class CocoImages:
     def __init__(self, root: Path, part: str, channels: int) -> None:
         self.where, self.mode = annotation_file(root, part), "L" if channels == 1 else "RGB"
         try:
-            content = json.loads(self.where.read_text())
+            content = json.loads(self.where.read_text(encoding="utf-8"))
             self.names = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
             label = {id: number for number, id in enumerate(self.names)}
             self.samples = [(str(root / part / i["file_name"]),) for i in content["images"]]
-            objects: dict[Any, list[list[float]]] = {i["id"]: [] for i in content["images"]}
+            objects: dict[Any, list[list[float]]] = {}
+            for i in content["images"]:
+                if i["id"] in objects:
+                    raise ValueError(f"two images have the id {i['id']}")
+                objects[i["id"]] = []
             for a in content["annotations"]:
                 x, y, w, h = a["bbox"]
                 objects[a["image_id"]].append([x, y, x + w, y + h, label[a["category_id"]], a.get("iscrowd", 0)])
@@ -52,15 +56,19 @@ class CocoImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         with Image.open(self.samples[index][0]) as file:
             image = v2.functional.pil_to_tensor(file.convert(self.mode))
-        return item(image, torch.from_numpy(self.objects[index]))
+        return cleaned(item(image, torch.from_numpy(self.objects[index])))
 
 
 def item(image: Tensor, objects: Tensor) -> dict[str, Any]:  # (C, H, W) uint8; (M, 6) box, label, crowd or not
-    """An image and its objects, for torchvision's transforms. Boxes end at its border; empty ones are left out."""
+    """An image and its objects, for torchvision's transforms."""
     boxes: Any = tv_tensors.BoundingBoxes(objects[:, :4], format="XYXY", canvas_size=image.shape[-2:])  # type: ignore[call-arg]
     labels, crowds = objects[:, 4:].long().unbind(1)
-    whole = {"image": tv_tensors.Image(image), "boxes": boxes, "labels": labels, "iscrowd": crowds}
-    return v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=labels_and_crowds)])(whole)
+    return {"image": tv_tensors.Image(image), "boxes": boxes, "labels": labels, "iscrowd": crowds}
+
+
+def cleaned(sample: dict[str, Any]) -> dict[str, Any]:
+    """Boxes end at the image's border; empty ones are left out."""
+    return v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=labels_and_crowds)])(sample)
 
 
 def labels_and_crowds(sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -110,7 +118,8 @@ def collate(samples: list[tuple[dict[str, Any], Key]], mean: Tensor, std: Tensor
         h, w = s["image"].shape[-2:]
         images[i, :, :h, :w] = (torch.as_tensor(s["image"]) / 255 - mean) / std
         inside[i, :h, :w] = True
-    targets = [{name: torch.as_tensor(s[name]) for name in ("boxes", "labels", "iscrowd")} for s, _ in samples]
+    # Copies: a loader process shares what it sends, and a data set's own tensors would stay shared for good.
+    targets = [{name: torch.as_tensor(s[name]).clone() for name in ("boxes", "labels", "iscrowd")} for s, _ in samples]
     index = torch.tensor([key.image for _, key in samples])
     return {"images": images, "inside": inside, "targets": targets, "index": index}
 

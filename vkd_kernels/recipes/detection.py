@@ -348,7 +348,8 @@ class Detection(Task):
 
 
 def on_cpu(images: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{name: value.cpu() for name, value in image.items()} for image in images]
+    """Copies: what loader processes have sent is a file handle each, for as long as it is kept."""
+    return [{name: value.to("cpu", copy=True) for name, value in image.items()} for image in images]
 
 
 def gathered(answers: list[Any], ranks: int) -> list[Any]:

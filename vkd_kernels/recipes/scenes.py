@@ -82,10 +82,12 @@ class Scenes:
         self.names = dict(enumerate(getattr(train, "classes", range(classes))))  # some data sets name none
         self.where = f"scenes of seed {seed}"
         draws = (generator(seed, 0 if training else 1, number) for number in range(count))
-        self.items = [coco.item(*compose(train if training else held_out, draw)) for draw in draws]
+        composed = (compose(train if training else held_out, draw) for draw in draws)
+        self.items = [(image.numpy(), objects.numpy()) for image, objects in composed]  # as CocoImages has them
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        return self.items[index]
+        image, objects = map(torch.from_numpy, self.items[index])
+        return coco.item(image, objects)  # whose boxes have an area, and lie inside
