@@ -14,7 +14,7 @@ import vkd_kernels
 from tests.recipes.toy import ARMS, TOY, VKD, distill, outcome, start, stopped_before, train, wait_for
 from vkd_kernels.files import partial_files
 from vkd_kernels.recipes import config as configs
-from vkd_kernels.recipes import engine, jobs, runs, task
+from vkd_kernels.recipes import engine, jobs, report, runs, task
 from vkd_kernels.recipes.runs import RunError
 
 STUDENT = "vkd/seed-00/student.safetensors"
@@ -99,9 +99,10 @@ def test_sigterm_exits_with_143(tmp_path, monkeypatch, capsys):
         return plain(self, loop, batch)
 
     monkeypatch.setattr(toy_task.Toy, "step", step)
-    assert distill(tmp_path / "run", "--arms", "vkd") == 143
-    assert "--resume" in capsys.readouterr().err
-    assert step_of(tmp_path / "run/vkd/seed-00/checkpoint.pt") == 9
+    folder = tmp_path / "a run"
+    assert distill(folder, "--arms", "vkd") == 143
+    assert f"vkd distill {TOY} --resume --output '{folder}'\n" in capsys.readouterr().err
+    assert step_of(folder / "vkd/seed-00/checkpoint.pt") == 9
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -119,6 +120,33 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert distill(folder, *words) == 0  # nothing is dropped
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 8
     assert "minus linear" in (folder / "table.txt").read_text()
+
+
+def test_a_run_names_every_machine_and_version_that_trained_a_part_of_it(tmp_path, monkeypatch):
+    first, second, third = ({"cpu": name, "commit": name} for name in "abc")
+    folder, few = tmp_path / "run", ("--arms", "alone", "optim.steps=2")
+
+    def resumed_on(machine, *words):
+        monkeypatch.setattr(report, "machine", lambda: machine)
+        assert distill(folder, *words) == 0
+        metrics = json.loads((folder / "metrics.json").read_text())
+        return metrics["machine"], metrics.get("machines"), (folder / "table.txt").read_text()
+
+    *machines, text = resumed_on(first, *few, "--seeds", 1)
+    assert machines == [first, None] and "machines" not in text
+    assert resumed_on(third, "--resume")[:2] == (first, None)  # nothing was trained there
+    *machines, text = resumed_on(second, "--resume", "--seeds", 2)
+    assert machines == [first, [first, second]] and "Trained on 2 machines, or versions of the code" in text
+    for path in folder.rglob("machines.json"):  # as earlier versions left a run
+        path.unlink()
+    assert resumed_on(third, "--resume")[:2] == (first, None)
+    with stopped_before(1):
+        monkeypatch.setattr(report, "machine", lambda: second)
+        assert distill(folder, "--resume", "--seeds", 3) == 143
+    assert resumed_on(third, "--resume")[:2] == (
+        first,
+        [first, second, third],
+    )  # one began a training
 
 
 def test_a_resumed_training_goes_on_with_its_clocks(tmp_path):

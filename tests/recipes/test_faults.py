@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 
 import pytest
@@ -132,9 +133,41 @@ def test_folders_that_are_not_a_runs_are_not_touched(finished, tmp_path, monkeyp
 @pytest.mark.parametrize("content", ["", "{", "a: 1", "task: detection", f"task: {TOY}\noptim: {{steps: 3}}"])
 def test_resume_refuses_a_damaged_or_foreign_folder(tmp_path, capsys, content):
     (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "machine.json").write_text("{}")
     assert distill(tmp_path, "--resume", "optim.steps=4") == 2
     assert str(tmp_path) in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "machine.json"]
+
+
+def test_a_configuration_of_ones_own_is_not_overwritten(tmp_path, capsys):
+    path, text = tmp_path / "config.yaml", f"task: {TOY}\noptim: {{steps: 2}}  # enough\n"
+    path.write_text(text)
+    for words, message in (((), "neither empty nor a run"), (("--resume",), "holds no run")):
+        assert distill(tmp_path, "--config", path, *words) == 2
+        assert message in capsys.readouterr().err and path.read_text() == text
+    assert not {*os.listdir(tmp_path)} - {"config.yaml"}
+
+
+def test_a_run_that_was_killed_at_once_can_be_begun_again(tmp_path):
+    (tmp_path / "machine.json").write_text("{}")  # what it writes first
+    assert distill(tmp_path, "--arms", "alone", "--seeds", 1, "optim.steps=2") == 0
+
+
+def test_a_package_that_the_report_needs_is_missed_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert distill(tmp_path / "run") == 2
+    assert "matplotlib is missing: pip install 'vkd_kernels[recipes]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("ranks", "missing"), [(None, "WORLD_SIZE"), ("2", "LOCAL_WORLD_SIZE")])
+def test_ranks_that_torchrun_did_not_start_are_refused(ranks, missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert distill(tmp_path / "run") == 2
+    assert f"vkd: error: {missing} is missing, but RANK is 1: start ranks by torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -153,6 +186,7 @@ def test_an_error_of_one_rank_is_said_by_that_rank_and_one_of_all_ranks_once(tmp
     monkeypatch.setattr(compare, "train", train)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert distill(tmp_path / "run", "--arms", "vkd") == 2
     assert capsys.readouterr().err == f"vkd: error: rank {rank}: cannot read 7.jpg\n"
     assert distill(tmp_path / "other", "--arms", "vkd", "teacher.width=101") == 2

@@ -15,6 +15,11 @@ def results(values):
     ]
 
 
+def test_without_git_the_commit_is_not_known(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert report.machine()["commit"] is None
+
+
 def test_paired_difference_is_scipys_paired_t_test():
     from scipy import stats
 

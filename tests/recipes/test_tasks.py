@@ -42,6 +42,17 @@ def test_the_bundled_run_and_what_is_stored_of_it(name, arms, tmp_path):
         assert [step for step, _ in run_code("recipes.md", names)["curve"]] == [3, 6]
 
 
+def test_no_teacher_is_trained_or_asked_for_where_no_arm_needs_one(tmp_path):
+    words = ["--output", str(tmp_path), "--seeds", "1", "--quiet", "--jobs", "0", *TINY["classification"]]
+    assert cli.main(["distill", "classification", *words, "--arms", "alone", "teacher.steps=0"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["teachers"] == []
+    assert not (tmp_path / "teacher").exists()
+    for name, needed in (("classification", False), ("detection", False), ("generation", True)):  # which has a judge
+        task = load(name)
+        alone, vkd = (task.arms[arm].apply(task.Config(), {}) for arm in ("alone", "vkd"))
+        assert task.needs_teacher(alone) == needed and task.needs_teacher(vkd)
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_path):
     """Within the teacher's training, then within a student's."""
@@ -117,6 +128,7 @@ def test_batches_that_the_ranks_cannot_share_name_their_option(name, words, mess
     load(name)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert cli.main(["distill", name, "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 

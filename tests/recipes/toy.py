@@ -72,5 +72,5 @@ def train(folder, **values):
     config = configs.replace(toy_task.Config(), {k.replace("__", "."): v for k, v in values.items()})
     for arm in ("teacher", "vkd"):
         if arm != "teacher" or not (folder / "teacher").exists():
-            compare.train(task=TOY, config=config, arm=arm, seed=0, root=folder)
+            compare.train(task=TOY, config=config, arm=arm, seed=0, root=folder, machine={})
     return runs.load(folder / "vkd" / "seed-00" / "result.json")

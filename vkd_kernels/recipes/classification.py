@@ -212,6 +212,10 @@ class Classification(Task):
 
     # ---- the teacher -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def needs_teacher(cls, config: Any) -> bool:
+        return config.needs_teacher
+
     def train_teacher(self) -> dict[str, Any]:
         """Train the seed's teacher or read its weights, measure it, and store its answers to fixed views."""
         numbers: dict[str, Any] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,10 @@ from . import config as configs
 from . import engine, jobs, report, runs, tasks
 from .config import OptionError, Section, Words, option
 from .runs import RunError
-from .task import Arm, Context, Normalization, Projection, Task, rank, ranks
+from .task import Arm, Context, Normalization, Projection, Task, check_ranks, rank, ranks
 
 TEACHER, ABLATION = "teacher", "ablation"
+MACHINES = "machines.json"  # of a training, beside its config.yaml
 EXTENDED = ("arms", "seeds", "baseline", "overrides")  # what --resume may change, beside the section run
 
 
@@ -64,6 +67,8 @@ class Experiment:
         if baseline not in arms:
             raise OptionError(f"--baseline: {baseline!r} is not one of this run's arms: {', '.join(arms)}")
         engine.device_of(self.config.run)
+        for name in ("scipy", "matplotlib"):  # the table and the figure need them
+            importlib.import_module(name)
         for name in arms:
             self.task.check(self.config_of(name))
 
@@ -119,8 +124,8 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
         return resolve(a.task, files, head, typed)
 
     path = folder / "config.yaml"
-    if not path.exists():
-        raise RunError(f"--resume: {folder} holds no run (there is no {path})")
+    if not runs.is_run(folder):
+        raise RunError(f"--resume: {folder} holds no run (there is no {path}, or no {runs.MACHINE} beside it)")
     files.insert(0, (str(path), configs.read_yaml(path)))
     saved = resolve(a.task, files[:1], {}, {})
     head["arms"] = [*saved.head.arms, *head.get("arms", ())]
@@ -176,9 +181,11 @@ def resolve(
 
 def command(a: argparse.Namespace) -> int:
     """What `vkd distill` does with its parsed options; the exit code."""
-    first, training = rank() == 0, False
+    first, training = True, False
     folder = a.output or Path("runs") / a.task.replace(":", ".")
     try:
+        check_ranks()
+        first = rank() == 0
         if a.jobs < 0:
             raise OptionError(f"--jobs: must be at least 0, got {a.jobs}")
         experiment = asked(a, folder)
@@ -186,7 +193,7 @@ def command(a: argparse.Namespace) -> int:
             a.parser.print_help()
             print(help_text(experiment))
             return 0
-        if first and not a.resume and (folder / "config.yaml").exists():
+        if first and not a.resume and runs.is_run(folder):
             raise RunError(f"{folder} holds a run already: add --resume to continue it, or give another --output")
         experiment.check()
         if first:
@@ -203,7 +210,8 @@ def command(a: argparse.Namespace) -> int:
         return 2
     except jobs.Interrupted as interrupted:
         if first:
-            print(f"stopped; to continue: vkd distill {a.task} --resume --output {folder}", file=sys.stderr)
+            command = shlex.join(["vkd", "distill", a.task, "--resume", "--output", str(folder)])
+            print(f"stopped; to continue: {command}", file=sys.stderr)
         return interrupted.exit_code
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -222,12 +230,16 @@ def help_text(e: Experiment) -> str:
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
-def train(*, task: str, config: Any, arm: str, seed: int, root: Path, quiet: bool = True) -> None:
+def train(
+    *, task: str, config: Any, arm: str, seed: int, root: Path, machine: dict[str, Any], quiet: bool = True
+) -> None:
     """One arm's training of a seed; or, for the arm "teacher", that of the seed's teacher."""
     kind, (folder, teacher) = tasks.load(task), (root / name / f"seed-{seed:02d}" for name in (arm, TEACHER))
     fabric = engine.make_fabric(config.run, config.optim, unused_parameters=kind.unused_parameters)
     engine.seed_all(seed)
     training = kind(config, Context(fabric=fabric, folder=folder, seed=seed, teacher=teacher, quiet=quiet))
+    if fabric.is_global_zero and machine not in (before := machines_of(folder)):
+        runs.save_json(folder / MACHINES, {"machines": [*before, machine]})
     if arm == TEACHER:
         numbers = training.train_teacher()
         if fabric.is_global_zero:
@@ -239,27 +251,36 @@ def train(*, task: str, config: Any, arm: str, seed: int, root: Path, quiet: boo
     engine.train(training)
 
 
-def stages(e: Experiment, root: Path) -> tuple[list[jobs.Job], list[jobs.Job]]:
-    """The trainings that the folder lacks: those of teachers, then those of students."""
+def machines_of(folder: Path) -> list[dict[str, Any]]:
+    """Those on which a training was begun and went on; none: it has not been begun, or by an earlier version."""
+    return runs.load(folder / MACHINES)["machines"] if (folder / MACHINES).exists() else []
+
+
+def stages(e: Experiment, root: Path, machine: dict[str, Any]) -> tuple[list[jobs.Job], list[jobs.Job]]:
+    """The trainings that the folder lacks: those of teachers, where an arm needs one, then those of students."""
     teachers, students = list[jobs.Job](), list[jobs.Job]()
+    needed = any(e.task.needs_teacher(e.config_of(arm)) for arm in e.arms)
     for seed in e.seeds:
-        for arm in (TEACHER, *e.arms):
+        for arm in (*[TEACHER] * needed, *e.arms):
             stage, result = (teachers, "done.json") if arm == TEACHER else (students, "result.json")
             if not (root / arm / f"seed-{seed:02d}" / result).exists():
-                stage.append(partial(train, task=e.head.task, config=e.config_of(arm), arm=arm, seed=seed, root=root))
+                options = {"task": e.head.task, "config": e.config_of(arm), "arm": arm, "seed": seed}
+                stage.append(partial(train, **options, root=root, machine=machine))
     return teachers, students
 
 
 def run(e: Experiment, folder: Path, *, processes: int, quiet: bool) -> str:
     """Train what the folder lacks and report: in worker processes, on this process's accelerator, or as a rank."""
     first = rank() == 0
+    machine = report.machine() if first else {}
     with runs.own_folder(folder) if first else contextlib.nullcontext():
         if first:
+            if not (folder / runs.MACHINE).exists():
+                runs.save_json(folder / runs.MACHINE, machine)
             runs.write_text(folder / "config.yaml", configs.to_yaml(e.head, e.config))
-            runs.save_json(folder / "machine.json", report.machine())
         if ranks() > 1 or engine.device_of(e.config.run) != "cpu":
             processes = 0
-        jobs.perform(stages(e, folder), processes=processes, quiet=quiet)
+        jobs.perform(stages(e, folder, machine), processes=processes, quiet=quiet)
         return finish(folder, e) if first else ""
 
 
@@ -268,16 +289,24 @@ def finish(folder: Path, e: Experiment) -> str:
     metric, baseline = e.task.metric, e.head.baseline
     seeds = [f"seed-{seed:02d}" for seed in e.seeds]
     results = [runs.load(folder / name / seed / "result.json") for seed in seeds for name in e.arms]
+    taught = [path.parent for seed in seeds if (path := folder / TEACHER / seed / "done.json").exists()]
+    trained = [*taught, *(folder / name / seed for seed in seeds for name in e.arms)]
+    begun, machines = runs.load(folder / runs.MACHINE), list[dict[str, Any]]()
+    for machine in (m for path in trained for m in machines_of(path) or [begun]):
+        machines += [machine] if machine not in machines else []
     summary = report.summarize(results, {name: arm.label for name, arm in e.arms.items()}, metric, baseline)
     text = report.table(summary, metric, baseline)
     if e.typed:
         text += f"\nIn every arm: {' '.join(e.head.overrides)}"
+    if len(machines) > 1:
+        text += f"\nTrained on {len(machines)} machines, or versions of the code: metrics.json has all of them."
     metrics = {
         **e.head.model_dump(),
         "config": configs.flatten(e.config),
         "arms": {n: dataclasses.asdict(arm) | {"changes": {**arm.changes, **e.typed}} for n, arm in e.arms.items()},
-        "machine": runs.load(folder / "machine.json"),
-        "teachers": [runs.load(folder / TEACHER / seed / "done.json") for seed in seeds],
+        "machine": machines[0],
+        **({"machines": machines} if len(machines) > 1 else {}),
+        "teachers": [runs.load(path / "done.json") for path in taught],
         "summary": summary,
         "runs": results,
     }

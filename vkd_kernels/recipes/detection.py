@@ -254,6 +254,10 @@ class Detection(Task):
 
     # ---- the teacher -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def needs_teacher(cls, config: Any) -> bool:
+        return bool(config.distill.weight)
+
     def train_teacher(self) -> dict[str, Any]:
         """Train the seed's teacher on all training images, or check that its weights fit."""
         if not self.config.distill.weight:

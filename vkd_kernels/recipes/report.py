@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import platform
@@ -36,7 +37,8 @@ def machine() -> dict[str, Any]:
     commit, checkout = None, Path(__file__).parents[2]
     if (checkout / ".git").exists():
         describe = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+        with contextlib.suppress(OSError):  # git is not installed
+            commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
     return {
         "cpu": cpu,
         "cores": cores(),

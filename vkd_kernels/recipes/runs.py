@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from ..checkpoints import read_weights
 from ..files import partial_files, whole_file
 
+MACHINE = "machine.json"  # where a run was begun
+
 
 class RunError(Exception):
     """Something the user can put right; the message says how."""
@@ -99,13 +101,18 @@ def load_state(part: Any, state: Any, what: str, *, hint: str = "", assign: bool
         raise RunError(f"{what} is of another architecture: {said}{hint}") from error
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the command has begun a run there: a config.yaml alone may be the user's own."""
+    return (folder / "config.yaml").is_file() and (folder / MACHINE).is_file()
+
+
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
     """Holds a run folder, which must be new, empty or a run's, for this process alone."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in folder.iterdir() if path.name != ".lock"]
-        if others and not (folder / "config.yaml").is_file():
+        others = {path.name for path in folder.iterdir()} - {".lock", MACHINE}  # a run that ended at once has these
+        if others and not is_run(folder):
             raise RunError(f"--output: {folder} is neither empty nor a run of this program (it holds {min(others)})")
         try:
             lock = FileLock(folder / ".lock", timeout=0).acquire()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import vkd_kernels as vk
 
 from .config import OptionError, Section, Shares, flatten, option, replace
+from .runs import RunError
 
 RELEASED, PAPER = "released code", "the paper"
 Projection = Literal["orthogonal", "linear", "identity"]
@@ -177,6 +178,11 @@ class Task:
         except ValueError as error:  # values that do not go together
             raise OptionError(f"distill: {error}") from error
 
+    @classmethod
+    def needs_teacher(cls, config: Any) -> bool:
+        """Whether a training of this configuration needs what `train_teacher` makes."""
+        return True
+
     def train_teacher(self) -> dict[str, Any]:
         """Make the seed's teacher, in `context.folder`; returns numbers to show."""
         return {}
@@ -246,6 +252,16 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def check_ranks() -> None:
+    """An error where a part of what torchrun sets is missing: ranks would take themselves for single processes."""
+    needed = ["WORLD_SIZE"] + ["LOCAL_WORLD_SIZE"] * (ranks() > 1)
+    if missing := [name for name in needed if "RANK" in os.environ and name not in os.environ]:
+        raise RunError(
+            f"{missing[0]} is missing, but RANK is {os.environ['RANK']}: start ranks by torchrun, or unset RANK to "
+            "train in one process"
+        )
+
+
 def check_parts(key: str, images: int) -> None:
     """An error if the ranks can't have equal parts of so many images."""
     if images % ranks():
@@ -290,7 +306,7 @@ def as_teacher(role: type[Task], task: Task) -> Task:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed of several numbers, such as (seed, step, rank), unlike that of any others."""
+    """One seed of several numbers, such as (seed, step, rank). Zeros at the end do not count: 5 is as (5, 0)."""
     return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> 1)
 
 
