@@ -25,16 +25,18 @@ class Config(classification.Config):
 
 
 class ReleasedLoss(nn.Module):
-    """`vk.functional.ortho_proj_loss` with a projection that its user made."""
+    """An `OrthoProjLoss` with a projection that its user made: `vk.functional.ortho_proj_loss`."""
 
-    def __init__(self, student_dim, teacher_dim, distill):
+    def __init__(self, loss):
         super().__init__()
-        self.projection = orthogonal(nn.Linear(student_dim, teacher_dim, bias=False))
-        self.normalization, self.loss = distill.normalization, distill.loss
+        teacher_dim, student_dim = loss.projection.weight.shape
+        self.projection, self.scale = orthogonal(nn.Linear(student_dim, teacher_dim, bias=False)), loss.scale
+        self.options = {name: getattr(loss, name) for name in ("normalization", "loss", "beta", "eps", "process_group")}
 
     def forward(self, student, teacher):
+        scale = self.scale[0] if isinstance(self.scale, nn.Parameter) else self.scale
         weight = self.projection.weight  # (T, S)
-        return vk.functional.ortho_proj_loss(student, teacher, weight, normalization=self.normalization, loss=self.loss)
+        return vk.functional.ortho_proj_loss(student, teacher, weight, scale=scale, **self.options)
 
 
 class ReleasedProjector(classification.Classification):
@@ -47,8 +49,7 @@ class ReleasedProjector(classification.Classification):
     def make_model(self, student):
         model = super().make_model(student)
         if self.config.distill.released and model.feature_loss is not None:
-            teacher_dim, student_dim = model.feature_loss.projection.weight.shape
-            model.feature_loss = ReleasedLoss(student_dim, teacher_dim, self.config.distill)
+            model.feature_loss = ReleasedLoss(model.feature_loss)
         return model
 
     def diagnostics(self):

@@ -3,8 +3,15 @@
 import json
 import math
 
+import pytest
+import torch
+
+import vkd_kernels as vk
 from examples.projector_study import ProjectorStudy
+from examples.released_projector import ReleasedLoss
+from tests.recipes import setups
 from vkd_kernels.cli import main
+from vkd_kernels.recipes.task import DistillConfig
 
 
 def test_the_released_projector_collapses_under_weight_decay_and_the_librarys_does_not(tmp_path, capsys):
@@ -20,8 +27,18 @@ def test_the_released_projector_collapses_under_weight_decay_and_the_librarys_do
     assert errors["released"] == 1.0  # a matrix of zeros
 
 
+@pytest.mark.parametrize(("scale", "number"), [(0.7, 0.7), ("match", 1.5**0.5), ("learned", 1.5**0.5)])
+def test_the_released_projector_has_the_options_of_the_librarys_loss(scale, number):
+    loss = DistillConfig(scale=scale, beta=0.3, eps=0.1, normalization="batch_norm").feature_loss(4, 6)
+    released = ReleasedLoss(loss)
+    student, teacher = torch.randn(8, 4), torch.randn(8, 6)
+    options = {"scale": number, "beta": 0.3, "eps": 0.1, "normalization": "batch_norm"}
+    expected = vk.functional.ortho_proj_loss(student, teacher, released.projection.weight, **options)
+    torch.testing.assert_close(released(student, teacher), expected)
+
+
 def test_arms_that_are_compared_at_equal_pull_differ_in_weight_by_the_scale_of_match():
-    config = ProjectorStudy.Config()
+    config = setups.recipe("examples.projector_study:ProjectorStudy", "fashion-mnist")
     weights = {name: arm.apply(config, {}).distill.weight for name, arm in ProjectorStudy.arms.items()}
     pairs = [
         ("vkd-strong", "vkd-match"),
