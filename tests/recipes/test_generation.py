@@ -163,6 +163,29 @@ def test_the_adversarial_loss_is_the_hinge():
     assert float(model(images[:2], labels[:2], count=2)["total"]) == pytest.approx(0.25 + 0.75)
 
 
+def test_weight_decay_spares_what_it_spares_in_every_task(tmp_path):
+    training = job(configured(*TINY, "optim.weight_decay=0.3"), tmp_path)
+    training.model, _ = tiny_gan()
+    decayed = [
+        parameter
+        for optimizer in training.optimizers().values()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    ]
+    m = training.model
+    named = [x for part in (m.generator, m.discriminator) for x in part.named_parameters()]
+    expected = [parameter for name, parameter in named if name.endswith("weight.original")]  # of spectral norm
+    assert {*map(id, decayed)} == {*map(id, expected)} and len(decayed) == len(expected) > 4
+
+
+def test_pictures_that_cannot_be_written_are_named(tmp_path):
+    training = job(configured(*TINY), tmp_path)
+    (tmp_path / "figures").write_text("no folder")
+    with torch.no_grad(), pytest.raises(RunError, match=r"cannot write .*samples\.png"):
+        training.pictures(training.make_student(), tmp_path / "figures")
+
+
 # ---- the teacher, its whitening, and the distance --------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .runs import RunError
 
@@ -53,6 +54,7 @@ def _items(value: Any) -> Any:
     return [x for x in re.split(r"[\s,]+", value.strip("[]() ")) if x] if isinstance(value, str) else value
 
 
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~/data, as a shell leaves it in data.root=~/data
 Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_items)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_items)]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], BeforeValidator(_items)]

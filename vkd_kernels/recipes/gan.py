@@ -73,6 +73,10 @@ class ConditionalBatchNorm(nn.Module):
         self.norm = nn.BatchNorm2d(width, affine=False)
         self.gain, self.bias = nn.Parameter(torch.ones(classes, width)), nn.Parameter(torch.zeros(classes, width))
 
+    def no_weight_decay(self) -> set[str]:
+        """One dimension per class."""
+        return {"gain", "bias"}
+
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # (N, C, H, W), (N,)
         return self.norm(x) * self.gain[labels][:, :, None, None] + self.bias[labels][:, :, None, None]
 

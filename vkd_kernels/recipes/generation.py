@@ -21,6 +21,7 @@ trained on these.
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
@@ -36,11 +37,11 @@ from torchvision.utils import save_image
 import vkd_kernels as vk
 
 from . import gan, images, models, runs
-from .config import Channels, Ints, OptionError, Section, Words, option, section
+from .config import Channels, Ints, OptionError, Section, UserPath, Words, option, section
 from .gan import Discriminator, Generator, as_bytes, as_float
 from .models import Shape
 from .pictures import AT_ONCE, Pictures, classifier_features, make_encoder, train_classifier
-from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator
+from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator, parameter_groups
 
 TRIAL = "tried on the digits"
 BATCH, _, SAMPLES, PICTURE, FLIP = range(5)  # what a draw is for, beside the seed and the step
@@ -64,7 +65,7 @@ class Augment(Section):
 
 class Teacher(Section):
     name: str = option("classifier", "classifier (trained here), or an image encoder of timm, such as CLIP's")
-    weights: str = option("", "its weights: a .safetensors or .pth file")
+    weights: UserPath = option("", "its weights: a .safetensors or .pth file")
     pretrained: bool = option(False, "let timm download the weights")
     features: Literal["pooled", "head"] = option("pooled", "of an encoder of timm; head: CLIP's embedding")
     widths: Ints = option((24, 48, 96), "channels of the classifier's convolutions", source=TRIAL, min_length=1)
@@ -88,7 +89,7 @@ class Distill(DistillConfig):
 
 class MetricConfig(Section):
     features: Literal["classifier", "inception"] = option("classifier", "of one of held-out images; inception: FID")
-    weights: str = option("", "file with torch-fidelity's weights of Inception")
+    weights: UserPath = option("", "file with torch-fidelity's weights of Inception")
     download: bool = option(False, "let torch-fidelity download them")
     samples: int = option(2000, "images to generate for the distance", source=TRIAL, ge=2)
 
@@ -303,10 +304,10 @@ class Generation(Task):
         """Adam for each network; the projection trains with the discriminator."""
         o, m = self.optim, cast(Any, self.model)
         critics = [m.discriminator, *([m.feature_loss] if m.feature_loss is not None else [])]
-        options: dict[str, Any] = {"betas": tuple(o.betas), "weight_decay": o.weight_decay, "fused": True}
-        of_critics = [p for part in critics for p in part.parameters()]
+        options: dict[str, Any] = {"betas": tuple(o.betas), "fused": True}
+        of_generator, of_critics = (parameter_groups(x, o.weight_decay) for x in (m.generator, nn.ModuleList(critics)))
         return {
-            "generator": torch.optim.Adam(m.generator.parameters(), lr=o.lr, **options),
+            "generator": torch.optim.Adam(of_generator, lr=o.lr, **options),
             "discriminator": torch.optim.Adam(of_critics, lr=self.config.optim.discriminator_lr, **options),
         }
 
@@ -352,8 +353,9 @@ class Generation(Task):
         latents = torch.randn(SHOWN, self.config.student.latent, generator=generator(self.seed, PICTURE))
         labels = torch.arange(SHOWN) % 10 % self.data.shape.classes
         samples = student(*self.fabric.to_device((latents, labels)))
-        folder.mkdir(exist_ok=True)
-        save_image(samples, folder / "samples.png", nrow=10, normalize=True, value_range=(-1, 1))
+        image = io.BytesIO()
+        save_image(samples, image, format="png", nrow=10, normalize=True, value_range=(-1, 1))
+        runs.write_bytes(folder / "samples.png", image.getvalue())
 
     @classmethod
     def check(cls, config: Any) -> None:
