@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": ("vkd_kernels.recipes.compare", "train students of a teacher and compare ways to distill"),
     "cache": ("vkd_kernels.store.command", "store a teacher's features of a folder of images"),
 }
+FLAGS = ("--help", "--resume", "--quiet")  # the options of `vkd distill` without a value
 EXTRAS = {"pycocotools": "detection", "transformers": "detection", "torch_fidelity": "generation"}  # others: recipes
 
 
@@ -44,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="for programs")
     info.set_defaults(command=show_info)
 
-    values = [word for word in words if words[0] == "distill" and re.match(r"[A-Za-z_][\w.]*=", word)]
-    arguments = parser.parse_args([word for word in words if word not in values])
-    arguments.values = values  # a.b=c, wherever it stood
+    at = [n for n in range(len(words)) if words[0] == "distill" and is_value(words[n], after=words[n - 1])]
+    arguments = parser.parse_args([word for n, word in enumerate(words) if n not in at])
+    arguments.values = [words[n] for n in at]
     try:
         return arguments.command(arguments)
     except ModuleNotFoundError as error:
@@ -57,6 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # between two trainings; files are never half written
         print("vkd: stopped; --resume continues", file=sys.stderr)
         return 130
+
+
+def is_value(word: str, after: str) -> bool:
+    """Whether a word of `vkd distill` is a.b=c, which may stand anywhere but as the value of an option."""
+    of_option = after.startswith("--") and "=" not in after and not any(flag.startswith(after) for flag in FLAGS)
+    return bool(re.match(r"[A-Za-z_][\w.]*=", word)) and not of_option
 
 
 def missing(error: ModuleNotFoundError) -> int:

@@ -18,6 +18,17 @@ def raising(error):
     return command
 
 
+def test_values_may_stand_anywhere_but_in_the_place_of_an_options_value(monkeypatch):
+    from vkd_kernels.recipes import compare
+
+    seen = []
+    monkeypatch.setattr(compare, "command", lambda arguments: seen.append(arguments) or 0)
+    words = ["optim.lr=1", "classification", "--output", "lr=3", "--resume", "a.b=c", "--arms", "vkd", "lr=3"]
+    assert cli.main(["distill", *words, "--quiet", "student.width=4"]) == 0
+    assert seen[0].values == ["optim.lr=1", "a.b=c", "lr=3", "student.width=4"]
+    assert str(seen[0].output) == "lr=3" and seen[0].arms == ["vkd"] and seen[0].task == "classification"
+
+
 def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__

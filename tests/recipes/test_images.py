@@ -96,6 +96,19 @@ def test_labels_of_data_sets_that_call_them_otherwise(folder):
     assert images.labels_of(other).tolist() == [1, 1]
 
 
+def test_too_few_classes_for_the_labels_are_refused(monkeypatch):
+    class Nameless(list):
+        targets = (0, 4, 2)
+
+        def __init__(self, root, *, train, download):
+            pass
+
+    monkeypatch.setattr(images.torchvision.datasets, "Nameless", Nameless, raising=False)
+    assert images.open_images(images.Source(name="Nameless", classes=5), 0)[2] == 5
+    with pytest.raises(OptionError, match=r"^data\.classes: 3, but there are labels up to 4; give 5"):
+        images.open_images(images.Source(name="Nameless", classes=3), 0)
+
+
 def test_evaluation_sees_the_center(folder):
     data = image_data(folder, data__size=28, data__crop=0.7, data__mean="0,0,0", data__std="1,1,1")
     ((pictures, labels),) = data.held_out(0, 1)

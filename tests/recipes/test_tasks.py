@@ -11,6 +11,7 @@ import vkd_kernels as vk
 from tests.recipes.setups import TINY, configured, job, load, of_folder, recipe
 from tests.recipes.toy import stopped_before
 from vkd_kernels import cli
+from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes import engine, jobs, runs
 from vkd_kernels.recipes.config import OptionError
 
@@ -87,6 +88,10 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("classification", ["--recipe", "vkd-deit-xl"], "--recipe: unknown 'vkd-deit-xl'; there is fashion-mnist"),
         ("classification", ["--recipe", "vkd-deit-ti-imagenet"], "data.root= data.name=folder: "),
         ("classification", ["student.weights=nowhere.pth"], "student.weights: there is no file nowhere.pth"),
+        ("classification", ["data.labels=0.3"], "has no effect on the bundled digits; give digits.labels"),
+        ("classification", ["augment.views=2"], "has no effect on the bundled digits; give digits.views"),
+        ("classification", ["augment.pad=2"], "augment.pad: 2 has no effect on the bundled digits; leave it out"),
+        ("classification", ["data.root=photos"], "data.root: photos has no effect on the bundled digits; leave it out"),
         ("classification", ["distill.loss=cosine", "distill.scale=match"], "distill: scale has no effect on the loss"),
         ("classification", ["data.labeled_share=0.005"], "data.labeled_share: 0.005 of 64 is no image; raise it"),
         ("classification", ["digits.labels=0.999"], "digits.labels: 0.999 leaves no image without its label; lower it"),
@@ -113,6 +118,19 @@ def test_bad_values_name_their_option_before_anything_is_trained(name, words, me
     load(name)
     assert cli.main(["distill", name, "--output", str(tmp_path / "run"), "--quiet", *words]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {
+        "classification": ("data.root", "teacher.weights", "student.weights"),
+        "detection": ("data.root", "scenes.root", "teacher.weights", "student.backbone_weights"),
+        "generation": ("data.root", "teacher.weights", "metric.weights"),
+    }
+    for name, keys in paths.items():
+        other = ["data.name=folder"] if name == "classification" else []
+        values = configs.flatten(configured(name, *other, *(f"{key}=~/x" for key in keys)))
+        assert {values[key] for key in keys} == {"/home/me/x"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import vkd_kernels as vk
 
 from . import engine, models
-from .config import Channels, Floats, Ints, OptionError, Section, option, section
+from .config import Channels, Floats, Ints, OptionError, Section, UserPath, flatten, option, section, show
 from .images import Images, Source
 from .task import RELEASED, Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_enough, check_parts, ranks
 
@@ -66,7 +66,7 @@ class DigitsConfig(Section):
 
 class Teacher(Section):
     name: str = option("small_cnn", "small_cnn (bundled), or any model of timm")
-    weights: str = option("", "its weights, a .safetensors or .pth file; default: it is trained here")
+    weights: UserPath = option("", "its weights, a .safetensors or .pth file; default: it is trained here")
     pretrained: bool = option(False, "let timm download its weights")
     widths: Ints = option((24, 48, 96, 192), "channels of small_cnn's convolutions", min_length=1)
     pools: Ints = option((2,), "numbers of the convolutions after which small_cnn halves its maps")
@@ -77,7 +77,7 @@ class Teacher(Section):
 
 class Student(Section):
     name: str = option("small_vit", f"{', '.join(models.STUDENTS)} (the paper's), small_vit (bundled), any of timm")
-    weights: str = option("", "weights to begin with, a .safetensors or .pth file")
+    weights: UserPath = option("", "weights to begin with, a .safetensors or .pth file")
     drop_path: float = option(0.0, "rate of stochastic depth", source=RELEASED, ge=0, lt=1)
     width: int = option(48, "channels of small_vit", ge=1)
     depth: int = option(3, "blocks of small_vit", ge=1)
@@ -108,6 +108,8 @@ class Config(Section):
         data, augment = self.data, self.augment
         if not len(data.mean) == len(data.std) == data.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {data.channels}; got {data.mean} and {data.std}")
+        if data.name == "digits":
+            check_digits(flatten(self))
         if (augment.mixup or augment.cutmix) and (self.views or self.labels < 1):
             raise OptionError("augment.mixup, augment.cutmix: 0 with fixed augment.views, or data.labels below 1")
         return self
@@ -137,6 +139,16 @@ class Config(Section):
     @property
     def needs_teacher(self) -> bool:
         return bool(self.distill.weight or self.distill.logit_weight)
+
+
+def check_digits(values: dict[str, Any]) -> None:
+    """An error about what the digits would ignore, by its key."""
+    sections = {"data": Data().model_dump(exclude={"name", "labeled_share"}), "augment": Augment().model_dump()}
+    for key, default in flatten(sections).items():
+        if values[key] != default:
+            own = f"digits.{key.partition('.')[2]}"
+            remedy = f"give {own}" if own in values else "leave it out, or name other images by data.name"
+            raise OptionError(f"{key}: {show(values[key])} has no effect on the bundled digits; {remedy}")
 
 
 class DistilledStudent(nn.Module):

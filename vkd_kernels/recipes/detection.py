@@ -26,7 +26,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from . import coco, engine, images, runs, scenes
-from .config import Channels, Floats, Ints, OptionError, Section, option, section
+from .config import Channels, Floats, Ints, OptionError, Section, UserPath, option, section
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
 from .runs import RunError
@@ -37,7 +37,7 @@ BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images diffe
 
 
 class Data(Section):
-    root: str = option("", "folder in COCO's layout; none: the composed scenes")
+    root: UserPath = option("", "folder in COCO's layout; none: the composed scenes")
     train: str = option("train2017", "training part: root/NAME/*, and root/annotations/instances_NAME.json")
     val: str = option("val2017", "evaluation part")
     labeled: int = option(300, "training images that the student sees, the first ones; 0: all", ge=0)
@@ -61,12 +61,12 @@ class Augment(Section):
 
 
 class DetectorConfig(Section):
-    name: str = option("fcos", "fcos (bundled), deformable-detr, or a folder or hub name of one of transformers")
-    weights: str = option("", "weights to begin with: student.safetensors of a run, or another state dict")
+    name: UserPath = option("fcos", "fcos (bundled), deformable-detr, or a folder or hub name of one of transformers")
+    weights: UserPath = option("", "weights to begin with: student.safetensors of a run, or another state dict")
     widths: Ints = option((12, 24, 32), "fcos: channels before the map", source=TRIED)
     channels: int = option(32, "fcos: channels of the map and the heads", source=TRIED, multiple_of=32, ge=32)
     backbone: str = option("swin-nano", "deformable-detr: swin-nano, -tiny, -small or -base", source="the paper")
-    backbone_weights: str = option("", "a folder or hub name of transformers' Swin with the backbone's weights")
+    backbone_weights: UserPath = option("", "a folder or hub name of transformers' Swin with the backbone's weights")
 
 
 class Teacher(DetectorConfig):

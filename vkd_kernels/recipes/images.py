@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from .config import OptionError, Section, nearest, option
+from .config import OptionError, Section, UserPath, nearest, option
 from .digits import Digits, DigitViews
 from .loading import Key, Views, epochs, read
 from .runs import RunError
@@ -39,7 +39,7 @@ class Source(Section):
     """Where images with labels come from."""
 
     name: str = option("digits", "digits (bundled), folder, or a data set of torchvision by name, such as CIFAR100")
-    root: str = option("", "folder of the images; data.name=folder: it holds train/<class>/* and val/<class>/*")
+    root: UserPath = option("", "folder of the images; data.name=folder: it holds train/<class>/* and val/<class>/*")
     download: bool = option(False, "let torchvision download what is missing")
     classes: int = option(0, "number of classes; 0: as the data say", ge=0)
 
@@ -189,12 +189,16 @@ def collate(samples: list[Any]) -> tuple[Tensor, Tensor, list[Key]]:
     return torch.stack(images), torch.tensor(labels), list(keys)
 
 
+def stored_labels(dataset: Any) -> Tensor | None:
+    """By either of torchvision's names for them; some data sets hide them."""
+    stored = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
+    return None if stored is None else torch.as_tensor(stored)
+
+
 def labels_of(dataset: Any) -> Tensor:
-    """By either of torchvision's names for them; of data sets that hide them, item by item."""
-    for name in ("targets", "labels"):
-        if hasattr(dataset, name):
-            return torch.as_tensor(getattr(dataset, name))
-    return torch.tensor([label for _, label in dataset])
+    """Of data sets that hide them, item by item."""
+    stored = stored_labels(dataset)
+    return torch.tensor([label for _, label in dataset]) if stored is None else stored
 
 
 def share_of_classes(labels: Tensor, classes: int, share: float, draw: torch.Generator) -> Tensor:
@@ -238,4 +242,7 @@ def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any,
         raise OptionError(f"{where}.classes: {data.name} does not say how many classes it has; give their number")
     if data.classes not in (0, classes):
         raise RunError(f"{where}.classes is {data.classes}, but {data.root} has {classes} classes")
+    for labels in () if names else map(stored_labels, (train, test)):
+        if labels is not None and (needed := int(labels.max()) + 1) > classes:
+            raise OptionError(f"{where}.classes: {classes}, but there are labels up to {needed - 1}; give {needed}")
     return train, test, classes
