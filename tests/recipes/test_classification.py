@@ -187,6 +187,7 @@ def test_the_documented_command_for_ones_own_images(folder, monkeypatch):
     """A pretrained teacher of a thousand classes, and images of two; nothing is downloaded here."""
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, **options: create_model(*args, **options | NOT_PRETRAINED))
+    monkeypatch.setattr(models, "fetch", models.fetch.__wrapped__)  # which would remember that it had fetched
     page = (ROOT / "docs" / "recipes.md").read_text().replace("\\\n", " ")
     command = next(line.split() for line in page.splitlines() if "data.root=photos" in line)
     (folder / "photos").mkdir()
