@@ -341,6 +341,7 @@ class LossTiles:
             "row_scale": row_scale,
             "channel_shift": channel_shift,
             "channel_scale": channel_scale,
+            "row_unit": row_unit,
             "group_rows": group_rows(group),
         }
         sizes = {
@@ -354,7 +355,7 @@ class LossTiles:
         student_factor = teacher_factor = None
         if terms.cosine:
             student_factor, teacher_factor, self.partial = rows.cosine(
-                tiles.cosine_tile(student.dtype, s, t, chip), terms.cosine, loss_tiles, group, tensors, sizes, row_unit
+                tiles.cosine_tile(student.dtype, s, t, chip), terms.cosine, loss_tiles, group, tensors, sizes
             )
         else:
             self.partial = student.new_empty((len(group), loss_tiles), dtype=torch.float32)
@@ -377,7 +378,6 @@ class LossTiles:
             teacher_factor=teacher_factor,
             gradient=gradient_tiles,
             gradient_scale=gradient_scale,
-            row_unit=row_unit,
             column_sums=column_sums,
             partial=self.partial,
             partials=self.partial.shape[1],

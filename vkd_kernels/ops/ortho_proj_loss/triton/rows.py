@@ -263,7 +263,6 @@ def cosine(
     group: list[int],  # rows of each loss
     tensors: dict[str, Any],  # of cosine_rows, by name
     sizes: dict[str, int],
-    row_unit: torch.Tensor | None = None,  # (N,), written
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (N,), (N,), (G, first_partial + blocks of rows)
     """(student_factor, teacher_factor, partial), the rows' shares of the loss from entry first_partial on."""
     student: torch.Tensor = tensors["student"]
@@ -290,7 +289,6 @@ def cosine(
         **tensors,
         student_factor=student_factor,
         teacher_factor=teacher_factor,
-        row_unit=row_unit,
         partial=partial,
         first_partial=first_partial,
         partials=partial.shape[1],
