@@ -58,7 +58,7 @@ class Family:
 
 FASHION_MNIST = ["fashion-mnist-8seeds.json", "fashion-mnist-projectors-8seeds.json"]
 WEIGHTS, FURTHER = "fashion-mnist-weights-8seeds.json", "fashion-mnist-further-8seeds.json"
-LABELS = "fashion-mnist-labels-8seeds.json"
+LABELS, QUESTIONS = "fashion-mnist-labels-8seeds.json", "fashion-mnist-questions-8seeds.json"
 FAMILIES = [
     Family(
         "fashion-mnist",
@@ -249,8 +249,8 @@ FAMILIES = [
         "fashion-mnist-labels",
         "More labels",
         ["c1eeab9", "dee3dfd"],
-        "Fashion-MNIST, labels for 6000 images: difference of test accuracy, points, eight seeds",
-        [LABELS],
+        "Fashion-MNIST, labels for 6000 images and for all 60,000: difference of test accuracy, points, eight seeds",
+        [LABELS, QUESTIONS],
         [
             Claim(
                 "20",
@@ -268,8 +268,41 @@ FAMILIES = [
                 "linear-10pct",
                 "+0.3",
             ),
+            Claim(
+                "20",
+                "popular belief",
+                "All labels: features help beyond logits.",
+                "linear-100pct",
+                "logits-100pct",
+                "+0.3",
+            ),
+            Claim(
+                "20",
+                "this library",
+                'All labels: `scale="match"` is better than linear.',
+                "match-100pct",
+                "linear-100pct",
+                "0",
+                margin=0.3,
+            ),
         ],
-        waiting=2,  # the same with all labels
+    ),
+    Family(
+        "fashion-mnist-batch-norm-30",
+        "Batch norm at weight 30",
+        ["36660fd"],
+        "Fashion-MNIST: batch norm at weight 30, semi-orthogonal against linear; points, eight seeds",
+        [FURTHER, QUESTIONS],
+        [
+            Claim(
+                "27",
+                "the paper",
+                "At weight 30: semi-orthogonal is better than linear.",
+                "batch_norm-30",
+                "linear-batch_norm-30",
+                "+0.2",
+            )
+        ],
     ),
     Family(
         "detection",
