@@ -250,7 +250,8 @@ def cosine_rows(
     tl.store(teacher_factor + offs_n, inverse, mask=mask_n)
     tl.store(student_factor + offs_n, tl.where(raised, 0.0, c / student_norm / student_norm), mask=mask_n)
     if row_unit is not None:
-        tl.store(row_unit + offs_n, tl.minimum(student_norm * (_LARGEST / cosine), 1.0), mask=mask_n)
+        unit = student_norm * (_LARGEST / cosine)
+        tl.store(row_unit + offs_n, tl.where(unit < 1.0, unit, 1.0), mask=mask_n)  # 1 for NaN
     loss = weighted(tl.where(mask_n, 1.0 - c, 0.0), row_weight, first_row, last_row, BLOCK_N)
     # The sum of a column: Triton 3.6 can't reduce a vector that a tensor-core layout was reduced to, on sm_100.
     tl.store(partial + g * partials + first_partial + tl.program_id(0), cosine * tl.sum(loss[:, None]))

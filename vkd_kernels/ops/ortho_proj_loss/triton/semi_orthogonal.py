@@ -223,7 +223,8 @@ def loss_rows(
         unit = tl.full((BLOCK_N,), 1.0, tl.float32)
         if teacher_factor is not None:
             largest = tl.abs(on_operand) * tl.sqrt(length) / _LARGEST
-            unit = tl.exp2(tl.minimum(tl.ceil(tl.log2(tl.maximum(largest, 1.0))), 15.0))
+            largest = tl.where(largest > 1.0, largest, 1.0)  # 1 for NaN
+            unit = tl.exp2(tl.minimum(tl.ceil(tl.log2(largest)), 15.0))
             tl.store(teacher_factor + offs_chunk, unit.to(teacher_factor.dtype.element_ty), mask=mask_n)
         for first in range(0, S, BLOCK_S):
             offs_s = first + tl.arange(0, BLOCK_S)
