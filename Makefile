@@ -85,7 +85,7 @@ lint: setup
 ctest: setup
 	$(BIN)/cmake -S . -B $(CTEST_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DVKD_BUILD_EXTENSION=OFF -DVKD_BUILD_TESTS=ON
-	$(BIN)/cmake --build $(CTEST_BUILD)
+	MAKEFLAGS= $(BIN)/cmake --build $(CTEST_BUILD)  # ninja can't share make's job server
 	$(BIN)/ctest --test-dir $(CTEST_BUILD) --output-on-failure
 
 docs: setup
