@@ -50,7 +50,7 @@ def test_the_timm_loop_trains_a_student_that_was_evaluated_before():
     assert modes == [True]
 
 
-def ddp_student_and_teacher():
+def the_ddp_loops_student_and_teacher():
     timm = needs("timm")
     torch.manual_seed(0)
     student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10)
@@ -59,7 +59,7 @@ def ddp_student_and_teacher():
 
 def test_the_ddp_loops_last_group_of_an_epoch_has_fewer_micro_batches():
     """It takes the steps of larger batches: here of four micro-batches and of one and a half."""
-    model, teacher = ddp_student_and_teacher()
+    model, teacher = the_ddp_loops_student_and_teacher()
     data = [torch.randn(11, 3, 32, 32), torch.randint(10, (11,))]
     weights = []
     for size, accumulate in ((8, 1), (2, 4)):
