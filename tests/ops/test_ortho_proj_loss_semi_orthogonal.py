@@ -38,6 +38,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):R
 FORMS = [one_row_chunks, chunked.semi_orthogonal_loss, fused]
 
 
+def skip_where_z_is_formed(form, loss="mse"):
+    if DEVICE == "cuda" and form is not fused and loss != "cosine":
+        pytest.skip("on a GPU the chunked squared error is the plain form")
+
+
 def tangent(gradient, weight):
     """The part of dP that an orthogonal parametrization lets through: dP - P sym(Pᵀ dP)."""
     inner = weight.mT @ gradient
@@ -127,6 +132,7 @@ def test_options(scale, normalization, weights, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_left_out_part_vanishes_through_the_parametrization(form):
     """dP differs from the plain form's, dW through the Cayley transform does not."""
+    skip_where_z_is_formed(form)
     arguments = Arguments((37, 20, 45), torch.float32)
     w = torch.randn(45, 20, device=DEVICE, requires_grad=True)
     arguments.orthonormal = vk.cayley(w).detach().double()
@@ -158,6 +164,7 @@ def test_an_outlier_among_the_teachers_channels(channel, form):
 @pytest.mark.parametrize("loss", ["cosine", "mse"])
 def test_float16_holds_the_gradient_of_faint_targets(loss, form):
     """x over the length of the target, or over its deviation, is more than float16 has."""
+    skip_where_z_is_formed(form, loss)
     for normalization in ("none", "l2") if loss == "cosine" else ("layer_norm",):
         arguments = Arguments((37, 20, 45), torch.float16, normalization=normalization, loss=loss)
         arguments.teacher[5] = 0
@@ -201,6 +208,7 @@ def test_nan_goes_through(where, form):
 @pytest.mark.parametrize("loss", ["cosine", "mse", {"mse": 1.0, "cosine": 1.0}], ids=str)
 def test_one_target_of_zeros_adds_nothing_to_the_gradients(loss, normalization, dtype, form):
     """Its factor, 1e8 or more, is none of float16's numbers; and of a constant row rounding alone is left."""
+    skip_where_z_is_formed(form, loss)
     arguments = Arguments((37, 20, 45), dtype, normalization=normalization, loss=loss)
     arguments.teacher[5] = 1 if normalization == "layer_norm" else 0
     arguments.student[5, 3] = 300
@@ -303,7 +311,18 @@ def test_a_mixture_whose_squares_cancel(t):
         assert error(arguments.run(form)[0], arguments.truth()[0]) <= 2e-5  # 1 - cos cancels, too
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_squares_cancel_where_all_rows_that_count_do(form):
+    """A row of nearly no weight is far from the teacher."""
+    arguments = Arguments((40, 20, 64), torch.float32, weights=True, normalization="none")
+    arguments.teacher = arguments.student @ arguments.weight.T + 1e-4 * torch.randn(40, 64, device=DEVICE)
+    arguments.teacher[0] += 1
+    arguments.row_weight[0] = 1e-12
+    assert error(arguments.run(form)[0], arguments.truth()[0]) <= 1e-3
+
+
 def test_z_is_formed_only_where_the_squares_cancel(monkeypatch):
+    skip_where_z_is_formed(chunked.semi_orthogonal_loss)
     formed = []
     multiply = without_z.product
     monkeypatch.setattr(without_z, "product", lambda *args: formed.append(args[0].shape[1]) or multiply(*args))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vkd_kernels as vk
 from tests.helpers import processes
+from vkd_kernels.ops.normalization import reference
 from vkd_kernels.ops.normalization.api import METHODS
 
 MODULES = {
@@ -224,6 +225,23 @@ def test_an_average_of_models_uses_its_averaged_statistics(make):
     assert torch.equal(average(features()), seen(features()))
 
 
+def test_a_covariance_is_decomposed_when_it_has_changed(monkeypatch):
+    decomposed, module = [], vk.Whitening(7, momentum=0.1)
+    matrix = reference.whitening_matrix
+    module(features())  # in training it is another one in every step, and not kept
+    monkeypatch.setattr(reference, "whitening_matrix", lambda *a, **k: decomposed.append(1) or matrix(*a, **k))
+    other = copy.deepcopy(module.freeze())
+    expected = module(features(seed=1))
+    assert torch.equal(module.eval()(features(seed=1)), expected) and len(decomposed) == 1
+    assert torch.equal(other(features(seed=1)), expected) and len(decomposed) == 2
+    with torch.inference_mode():
+        assert torch.equal(module(features(seed=1)), expected) and len(decomposed) == 2
+    other.load_state_dict(vk.Whitening(7, momentum=0.1).state_dict())
+    assert not torch.allclose(other(features(seed=1)), expected) and len(decomposed) == 3
+    module.eps = 0.5
+    assert not torch.allclose(module(features(seed=1)), expected) and len(decomposed) == 4
+
+
 @modules
 def test_a_resumed_run_goes_on_bit_for_bit(make):
     run = make(momentum=0.3)
@@ -428,6 +446,12 @@ def ranks_equal_one_process(rank):
         assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
         if rank == 0:  # validation on one rank alone: no collective to wait in
             ours.eval()(x)
+        frozen = make(momentum=0.3, process_group=dist.group.WORLD)
+        loss = vk.OrthoProjLoss(4, 7, normalization=frozen, dtype=torch.float64)
+        if rank == 0:  # which alone loads a checkpoint, and from which DDP copies it
+            frozen.freeze()
+        nn.parallel.DistributedDataParallel(loss)(x[:10, :4], x[:10])
+        assert frozen.is_frozen and frozen.batches_seen == 0
     dist.barrier()
 
 

@@ -27,10 +27,27 @@ def setting(request, monkeypatch):
 def test_statistics_are_ieee_and_the_setting_comes_back(setting, allowed):
     setting(allowed)
     assert tf32.tf32_allowed() == allowed
-    with pytest.raises(KeyError), tf32.ieee_products():
+    with pytest.raises(KeyError), tf32.ieee_products(torch.device("cuda")):
         assert not tf32.tf32_allowed()
         raise KeyError
     assert tf32.tf32_allowed() == allowed
+    with tf32.ieee_products(torch.device("cpu")):
+        assert tf32.tf32_allowed() == allowed
+
+
+@pytest.mark.skipif(not tf32.HAS_PRECISION, reason="PyTorch before 2.9 has no setting of all backends")
+def test_a_setting_of_all_backends_goes_on_reaching_cublas():
+    before = torch.backends.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"  # of its own
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with tf32.ieee_products(torch.device("cuda")):
+            assert not tf32.tf32_allowed()
+        assert tf32.tf32_allowed()
+        torch.backends.fp32_precision = "ieee"
+        assert not tf32.tf32_allowed()
+    finally:
+        torch.backends.fp32_precision = before
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,31 @@ def tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if HAS_PRECISION else matmul.allow_tf32
 
 
-def _allow(allowed: bool) -> None:
+def _refuse_tf32() -> None:
     if HAS_PRECISION:
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     else:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _allow_tf32() -> None:
+    """By the setting of all backends, if that allows it: it would not reach a setting of cuBLAS' own any more."""
+    if HAS_PRECISION:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        if not tf32_allowed():
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 @contextlib.contextmanager
-def ieee_products() -> Iterator[None]:
-    """float32 products without TF32; PyTorch's setting comes back as it was."""
-    before = tf32_allowed()
-    if before:
-        _allow(False)
+def ieee_products(device: torch.device) -> Iterator[None]:
+    """float32 products without TF32 on a GPU; PyTorch's setting comes back as it was."""
+    allowed = device.type == "cuda" and tf32_allowed()
+    if allowed:
+        _refuse_tf32()
     try:
         yield
     finally:
-        if before:
-            _allow(True)
+        if allowed:
+            _allow_tf32()

@@ -1,7 +1,7 @@
 """Targets with statistics of their own: ``Standardization`` and ``Whitening``, of a batch, running or frozen."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
     batches_seen: torch.Tensor  # ()
     frozen: torch.Tensor  # (), int8; not 0: frozen
     spread_name: str  # the name of the buffer of variances (C,) or covariances (C, C)
+    _ranks_agree = False  # on what is frozen
 
     def __init__(
         self, num_features: int, momentum: float | None, process_group: ProcessGroup | None, spread: torch.Tensor | None
@@ -84,7 +85,18 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
 
     @property
     def updates(self) -> bool:
+        if self.training and self.process_group is not None:
+            self._agree()
         return self.training and not self.is_frozen and not is_recomputation()
+
+    def _agree(self) -> None:
+        """The first step reads the buffer, into which DDP has copied the first rank's: one rank may have loaded alone.
+
+        Not every step, because reading waits for the GPU, and DDP writes its buffers before each.
+        """
+        if not (self._ranks_agree or torch.compiler.is_compiling()) and checks.can_be_read(self.frozen):
+            self.is_frozen = bool(self.frozen.item())
+            self._ranks_agree = True
 
     def update(
         self,
@@ -121,6 +133,13 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if self.momentum is not None and not self.frozen.is_meta:
             self.is_frozen = bool(self.frozen.item())
+            self._ranks_agree = False
+
+
+class Decomposed(NamedTuple):
+    covariance: torch.Tensor  # (C, C)
+    settings: tuple[int | None, str, float]  # how often it was changed, method, eps
+    matrix: torch.Tensor  # (C, C), that whitens
 
 
 class Whitening(RunningStatistics):
@@ -149,6 +168,7 @@ class Whitening(RunningStatistics):
 
     running_covariance: torch.Tensor  # (C, C)
     spread_name = "running_covariance"
+    _decomposed: Decomposed | None = None
 
     def __init__(
         self,
@@ -167,6 +187,19 @@ class Whitening(RunningStatistics):
         super().__init__(num_features, momentum, process_group, covariance)
         self.method, self.eps = method, eps
 
+    def matrix(self) -> torch.Tensor:  # (C, C)
+        """That of the running covariance. One that no longer changes, frozen or in eval mode, is decomposed once."""
+        covariance, version = self.running_covariance, checks.version_of(self.running_covariance)
+        known, settings = self._decomposed, (version, self.method, self.eps)
+        if version is not None and known and known.covariance is covariance and known.settings == settings:
+            return known.matrix
+        matrix = reference.whitening_matrix(covariance, method=self.method, eps=self.eps)
+        self._decomposed = None if version is None or self.updates else Decomposed(covariance, settings, matrix)
+        return matrix
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decomposed": None}  # copies and pickles make their own
+
     @torch.no_grad()
     def forward(
         self,
@@ -182,8 +215,7 @@ class Whitening(RunningStatistics):
             if self.updates:
                 mean, covariance = reference.covariance(rows, weight, self.group, biased=True)
                 self.update(mean, covariance, reference.sum_of_weights(rows, weight, self.group))
-            matrix = reference.whitening_matrix(self.running_covariance, method=self.method, eps=self.eps)
-            out = reference.without_masked_rows((rows - self.running_mean) @ matrix, weight)
+            out = reference.without_masked_rows((rows - self.running_mean) @ self.matrix(), weight)
         return out.to(features.dtype).to(features.device).reshape(features.shape)
 
     def extra_repr(self) -> str:

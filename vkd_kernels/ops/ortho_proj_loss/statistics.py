@@ -111,7 +111,7 @@ def student_scatter(
     operand = torch.bfloat16 if operand == torch.float16 else operand  # where d and small weights do not underflow
     s = student.shape[1]
     total = mean.new_zeros((s, s))
-    with ieee_products():
+    with ieee_products(student.device):
         for chunk, w in _chunks(student, row_weight, temporaries=4):
             d = _centered(student[chunk], mean, w)
             if w is not None:
@@ -144,7 +144,7 @@ def student_scatter_backward(
     operand = chunks.operand_dtype(student) if student.dtype == torch.bfloat16 else acc
     symmetric = (grad_scatter + grad_scatter.T).to(operand)
     grad_student = torch.empty_like(student, memory_format=torch.contiguous_format)
-    with ieee_products():
+    with ieee_products(student.device):
         for chunk, w in _chunks(student, row_weight, temporaries=3):
             d = chunks.product(_centered(student[chunk], mean, w).to(operand), symmetric)
             grad_student[chunk] = weighted_(d.add_(grad_sums), w)

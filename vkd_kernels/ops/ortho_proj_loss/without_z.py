@@ -80,7 +80,7 @@ def chunked_loss_without_z(
         on_y = torch.zeros_like(y_square)  # ∂/∂weight = -yᵀ diag(on_y) c x
         grad_cx = torch.zeros_like(cx)
         if mse:
-            row_loss += mse * _square_error(cx, m, y, y_square, p)
+            row_loss += mse * _square_error(cx, m, y, y_square, p, w)
             on_y += 2 * mse
             grad_cx.add_(cx - m, alpha=2 * mse)
         if cosine:
@@ -116,13 +116,16 @@ def _square_error(
     y: torch.Tensor,  # (n, T)
     y_square: torch.Tensor,  # (n,)
     p: torch.Tensor,  # (T, S)
+    w: torch.Tensor | None,  # (n,)
 ) -> torch.Tensor:  # (n,)
     """‖c x pᵀ - y‖² of each row: ‖c x - m‖² and the square of y's distance from the span of p, ‖y‖² - ‖m‖².
 
-    Where that difference is small against ‖y‖², or NaN, cancellation has destroyed it: then Z is formed after all.
+    Where that difference is small against ‖y‖², summed over the weighted rows, or NaN, cancellation has destroyed it:
+    then Z is formed after all.
     """
     left_of = y_square - m.square().sum(1)
-    left, whole = (x.sum(dtype=sum_dtype(x.device)) for x in (left_of, y_square))
+    counted = (x if w is None else x * w for x in (left_of, y_square))
+    left, whole = (x.sum(dtype=sum_dtype(x.device)) for x in counted)
     if left > CANCELS_BELOW * whole:  # on a CPU, looking costs nothing
         return (cx - m).square().sum(1) + left_of
     return (product(cx.to(p.dtype), p.T) - y).square().sum(1)
