@@ -104,8 +104,17 @@ class LossBalance(nn.Module):
 
     def _kept(self, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """1 for every teacher, 0 for the best-learned one in its share of the steps; nothing is read on the host."""
-        own = [torch.stack([losses[t.name] for t in self.terms if t.teacher == name]).mean() for name in self.teachers]
+        by_teacher = [[losses[t.name] for t in self.terms if t.teacher == name] for name in self.teachers]
+        means = torch.stack([self._mean(own) for own in by_teacher])
         share = round(self.drop_best * SHARES)
         due = self.steps * share // SHARES > (self.steps - 1) * share // SHARES
-        dropped = due & (torch.arange(len(own), device=own[0].device) == torch.stack(own).argmin())
-        return dict(zip(self.teachers, (~dropped).to(own[0].dtype).unbind(0), strict=True))
+        several = means.isfinite().sum() > 1  # the only teacher of a step stays
+        dropped = due & several & (torch.arange(len(means), device=means.device) == means.argmin())
+        return dict(zip(self.teachers, (~dropped).to(means.dtype).unbind(0), strict=True))
+
+    @staticmethod
+    def _mean(losses: list[torch.Tensor]) -> torch.Tensor:  # ()
+        """Over the losses of pairs that ran; infinite where none did: nothing was learned."""
+        every = torch.stack(losses)
+        ran = every > 0
+        return torch.where(ran.any(), every.where(ran, 0.0).sum() / ran.sum(), torch.inf)

@@ -474,7 +474,7 @@ def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module) -> Teache
     """What a caller gave as the teacher, as the source of the pairs' targets."""
 
     def one_source(name: str, one: Any, own: Sequence[Pair]) -> TeacherSource:
-        return StoredTeacher(one, own) if isinstance(one, FeatureStore) else ModelTeacher(one, own, student, name)
+        return StoredTeacher(one, own, name) if isinstance(one, FeatureStore) else ModelTeacher(one, own, student, name)
 
     return (
         SeveralTeachers(teacher, pairs, one_source) if isinstance(teacher, Mapping) else one_source("", teacher, pairs)

@@ -152,9 +152,10 @@ def _config(name: str, given: Any) -> ImageConfig | None:
         crops = _get(given, "do_center_crop") and _get(given, "crop_size")
         if isinstance(crops, int) and not isinstance(crops, bool):  # of a crop: both sides
             crops = {"height": crops, "width": crops}
+        resizes = _get(given, "size") if _get(given, "do_resize") is not False else None
         resample = _get(given, "resample")
         mode = "bicubic" if resample is None else OF_PILLOW.get(int(resample), "bicubic")
-        return ImageConfig(mean, std, _processor_size(crops or _get(given, "size")), mode)
+        return ImageConfig(mean, std, _processor_size(crops or resizes), mode)
     if _has(given, "mean", "std"):  # timm's configuration, or a transform
         size = _get(given, "input_size")
         size = tuple(size)[-2:] if size is not None else _get(given, "crop_size")

@@ -240,11 +240,28 @@ def _hint_of_tokens(student: Rows, teacher: Rows) -> str:
 
 def _hint_of_grids(student: Rows, student_map: Rows | None, teacher: Rows, teacher_map: Rows | None) -> str:
     flat = [
-        f"{side}_grid=(H, W)"
-        for side, rows, as_grid in (("student", student, student_map), ("teacher", teacher, teacher_map))
+        (side, rows, other)
+        for side, rows, as_grid, other in (
+            ("student", student, student_map, teacher),
+            ("teacher", teacher, teacher_map, student),
+        )
         if as_grid is None and rows.values.dim() == 3
     ]
-    return f"; {' and '.join(flat)} says which map the tokens are" if flat else ""
+    skips = [hint for side, rows, other in flat if (hint := _hint_of_prefix(side, rows.values.shape[1], other))]
+    grids = " and ".join(f"{side}_grid=(H, W)" for side, _, _ in flat)
+    return "".join(skips) + (f"; {grids} says which map the tokens are" if flat else "")
+
+
+def _hint_of_prefix(side: str, tokens: int, other: Rows) -> str:
+    """The fewest first tokens without which the others are a map."""
+    for skip in range(1, min(MOST_PREFIX_TOKENS + 1, tokens)):
+        height, width = _grid_like(_grid_of(other), tokens - skip)
+        if height * width == tokens - skip:
+            return (
+                f"; if the first ones are class and register tokens (num_prefix_tokens of timm's models), "
+                f"{side}_skip={skip} leaves {tokens - skip}, a map of {height} x {width}"
+            )
+    return ""
 
 
 def as_map(rows: Rows, other: Rows) -> Rows | None:
@@ -254,14 +271,17 @@ def as_map(rows: Rows, other: Rows) -> Rows | None:
     if rows.values.dim() != 3:
         return None
     tokens = rows.values.shape[1]
-    others = other.grid if other.values.dim() == 3 else tuple(other.values.shape[1:3])
-    for grid in (rows.grid, others, _grid_like(others, tokens)):
+    for grid in (rows.grid, _grid_of(other), _grid_like(_grid_of(other), tokens)):
         if grid is not None and len(grid) == 2 and math.prod(grid) == tokens:
             mask = rows.mask
             if mask is not None and mask.shape == rows.values.shape[:-1]:
                 mask = mask.unflatten(1, grid)
             return Rows(rows.values.unflatten(1, grid), mask)
     return None
+
+
+def _grid_of(rows: Rows) -> tuple[int, ...] | None:
+    return rows.grid if rows.values.dim() == 3 else tuple(rows.values.shape[1:3])
 
 
 def _grid_like(others: tuple[int, ...] | None, tokens: int) -> tuple[int, int]:

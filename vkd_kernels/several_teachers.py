@@ -11,7 +11,7 @@ from torch import nn
 from .ops import checks
 from .pairs import Pair
 from .pooling import Rows
-from .taps import Tap, tensors_in
+from .taps import Tap, versions_of
 from .teachers import TeacherAnswer, TeacherCall, TeacherSource
 
 
@@ -66,21 +66,26 @@ class SeveralTeachers(TeacherSource):
             checks.check_choice("a key of teacher_input", name, self.names())
         if call.indices is not None and not self.stored:
             raise TypeError("indices are for stored features; these teachers are models")
-        answers = {}
+        to_read = {name for name, source in self.sources.items() if source.stored and inputs.get(name) is None}
+        if call.indices is not None and not to_read:
+            raise TypeError("indices= are for stored features, and teacher_input has those of every store: give one")
+        answers, versions = {}, [*call.versions]
         for name, source in self.sources.items():
+            before = versions_of(inputs.get(name))
             own = TeacherCall(
                 arguments=call.arguments,
                 teacher_input=inputs.get(name),
-                indices=call.indices if source.stored and name not in inputs else None,
-                versions=call.versions,
+                indices=call.indices if name in to_read else None,
+                versions=versions,
             )
             answers[name] = source.answer(own)
+            versions = versions + before
         return SeveralAnswers(answers, self.pairs)
 
     def example(self, call: TeacherCall) -> TeacherCall:
         if not self.stored:
             return call
-        return dataclasses.replace(call, indices=[0] * len(tensors_in(call.arguments)[0]))
+        return dataclasses.replace(call, indices=[0] * call.samples())
 
     def taps(self) -> list[tuple[nn.Module, Tap]]:
         return [tap for source in self.sources.values() for tap in source.taps()]

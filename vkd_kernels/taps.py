@@ -184,6 +184,18 @@ def versions_of(value: Any) -> list[tuple[torch.Tensor, int]]:
     return [(x, x._version) for x in tensors_in(value)] if counts_changes(value) else []
 
 
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether writing to one may change the other, such as a view of it, but not another crop of the same stack."""
+    if one is other or any(x.layout != torch.strided or x.is_nested or not x.numel() for x in (one, other)):
+        return one is other
+    spans = []
+    for x in (one, other):
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        spans.append((x.storage_offset() * x.itemsize, (x.storage_offset() + last + 1) * x.itemsize))
+    same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(same and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1])
+
+
 def copied(value: Any) -> Any:
     """The same with clones of its tensors, which later changes in place do not reach."""
     if isinstance(value, torch.Tensor):

@@ -15,7 +15,18 @@ from .ops import checks
 from .ops.tracing import constant_result
 from .pairs import Pair, check_pool
 from .pooling import Rows
-from .taps import Returned, Tap, TapError, as_arguments, hooks_of, is_compiled, moved, run_tapped, tensors_in
+from .taps import (
+    Returned,
+    Tap,
+    TapError,
+    as_arguments,
+    hooks_of,
+    is_compiled,
+    moved,
+    run_tapped,
+    share_memory,
+    tensors_in,
+)
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,19 @@ class TeacherCall:
     arguments: tuple[tuple, dict]  # the student's
     teacher_input: Any = None  # in their place
     indices: Any = None  # of the samples, for stored features
-    versions: Sequence[tuple[torch.Tensor, int]] = ()  # of the arguments before the student ran (taps.versions_of)
+    versions: Sequence[tuple[torch.Tensor, int]] = ()  # of what models were given that ran before (taps.versions_of)
+
+    def samples(self) -> int:
+        """How many the student's arguments hold."""
+        tensors = tensors_in(self.arguments)
+        if not (tensors and tensors[0].dim()):
+            raise ValueError("example_input must hold a batch in tensors; without it, give every pair dims=(S, T)")
+        return len(tensors[0])
 
     def check_unchanged(self, given: Any, where: str) -> None:
         """An error where a model that ran before changed what this teacher is given."""
-        changed = {id(x) for x, version in self.versions if x._version != version}
-        if changed and any(id(x) in changed for x in tensors_in(given)):
+        changed = [x for x, version in self.versions if x._version != version]
+        if changed and any(share_memory(x, y) for x in tensors_in(given) for y in changed):
             raise RuntimeError(
                 f"the batch was changed in place before {where} saw it, by the student or another teacher "
                 "(x.sub_(mean), a first layer with inplace=True). Let that model change a copy, or give this one a "

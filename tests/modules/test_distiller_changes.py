@@ -1,4 +1,4 @@
-"""What changes after a FeatureDistiller was made (weights, layers wrapped or replaced), and models' own types."""
+"""What changes after a FeatureDistiller was made (weights, layers wrapped, replaced), or in a step; own types."""
 
 import copy
 import pickle
@@ -204,3 +204,42 @@ def test_entries_of_dataclasses_and_of_dicts_by_number(kind):
         with pytest.raises(RuntimeError, match="was changed in place afterwards"):
             distiller(FEATURES)
         student.spoil = False
+
+
+class ChangesItsInput(nn.Linear):
+    """As models do that normalize images themselves, or that begin with a layer in place."""
+
+    def forward(self, input):
+        return super().forward(input.mul_(0.5))
+
+
+@pytest.mark.parametrize("logits_alone", [True, False])
+def test_a_student_that_changes_what_the_teacher_is_given_is_an_error(logits_alone):
+    pairs = [] if logits_alone else [{"student": "", "teacher": "", "dims": (8, 8)}]
+    distiller = vk.FeatureDistiller(ChangesItsInput(6, 8), nn.Linear(6, 8), pairs, logit_weight=1.0)
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher saw it, by the student or"):
+        distiller(FEATURES.clone())
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher saw it"):
+        distiller(input=FEATURES.clone())
+    with pytest.raises(RuntimeError, match="changed in place"):
+        x = FEATURES.clone()
+        distiller(x, teacher_input=x)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        x = FEATURES.clone()
+        distiller(x, teacher_input=x[2:])
+    distiller(FEATURES.clone(), teacher_input=FEATURES)
+    crops = torch.stack([FEATURES, FEATURES])
+    distiller(crops[0], teacher_input=crops[1])  # views, which count their changes together
+
+
+def test_a_teacher_that_changes_what_the_next_one_is_given_is_an_error():
+    teachers = {"a": ChangesItsInput(6, 8), "b": nn.Linear(6, 8)}
+    distiller = vk.FeatureDistiller(nn.Linear(6, 8), teachers, [], logit_weight={"a": 1.0, "b": 1.0})
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher 'b' saw it"):
+        distiller(FEATURES.clone())
+    distiller(FEATURES, teacher_input={"a": FEATURES.clone()})
+    with pytest.raises(RuntimeError, match="the batch was changed in place before teacher 'b' saw it"):
+        shared = FEATURES.clone()
+        distiller(FEATURES, teacher_input={"a": shared, "b": shared})
+    crops = torch.stack([FEATURES, FEATURES])
+    distiller(FEATURES, teacher_input={"a": crops[0], "b": crops[1]})

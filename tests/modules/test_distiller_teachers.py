@@ -244,6 +244,15 @@ def test_the_best_learned_teacher_is_left_out_of_its_share_of_the_steps():
     torch.testing.assert_close(distiller.eval()(IMAGES)[1]["total"], reference.eval()(IMAGES)[1]["total"])
 
 
+def test_a_pair_that_did_not_run_is_not_the_best_learned():
+    terms = [LossTerm("a", "dino", 1.0), LossTerm("b", "clip", 1.0), LossTerm("c", "clip", 1.0)]
+    cases = {(0.0, 0.5, 0.6): [], (0.4, 0.0, 0.5): ["dino"], (0.4, 0.3, 0.0): ["clip"]}  # one teacher alone stays
+    for losses, best in cases.items():
+        balance = LossBalance(terms, None, 1.0)
+        _, report = balance({name: torch.tensor(loss) for name, loss in zip("abc", losses, strict=True)})
+        assert [teacher for teacher in ("dino", "clip") if report[f"dropped/{teacher}"] == 1] == best
+
+
 def test_two_teachers_balanced_compile_to_one_graph():
     torch._dynamo.reset()
     options = {"balance": "running_mean", "drop_best": 0.5}

@@ -81,6 +81,8 @@ def test_what_transformers_says():
     says_nothing = {"image_mean": [0.5], "image_std": [0.5], "size": {"height": 8, "width": 8}}
     assert image_config("to", says_nothing).interpolation == "bicubic"
     assert image_config("to", {**says_nothing, "resample": 0}).interpolation == "nearest"
+    as_it_is = transformers.CLIPImageProcessor(do_resize=False, do_center_crop=False)
+    assert vk.renormalize(images, from_=IMAGENET, to=as_it_is).shape == images.shape
     plain = transformers.CLIPImageProcessor(do_normalize=False)
     assert image_config("to", plain).mean == (0.0,)
     with pytest.raises(ValueError, match=r"does not rescale images by 1/255"):

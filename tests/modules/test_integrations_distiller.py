@@ -241,13 +241,13 @@ def test_timms_optimizers_spare_the_projections():
 
 
 def test_timms_layer_decay_of_a_student_in_a_distiller():
-    """The two lines of docs/integrations.md: a scale for every layer, and the projections at the full rate."""
+    """The lines of docs/integrations.md: a scale for every layer, and the projections at the full rate."""
     student = timm_model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=2, num_classes=3)
-    optim, scheduler = pytest.importorskip("timm.optim"), pytest.importorskip("timm.scheduler")
+    scheduler = pytest.importorskip("timm.scheduler")
     distiller = make([{**TOKENS_TO_MAP, "name": "x", "scale": "learned"}], student)
     page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-    names = {"distiller": distiller, "param_groups_layer_decay": optim.param_groups_layer_decay}
-    exec(re.search(r"^groups = .*?(?=^```)", page, re.DOTALL | re.MULTILINE)[0], names)
+    names = {"distiller": distiller}
+    exec(re.search(r"^from timm.optim .*?(?=^```)", page, re.DOTALL | re.MULTILINE)[0], names)
     optimizer = torch.optim.AdamW(names["groups"], lr=1.0)
     scheduler.StepLRScheduler(optimizer, decay_t=10).step(1)
     settings = {

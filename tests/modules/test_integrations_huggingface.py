@@ -217,6 +217,16 @@ def test_trainer_accumulates_the_students_own_loss_beside_a_distillers(tmp_path)
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
 
 
+def test_the_pages_wrapper_is_evaluated_and_checkpoints_activations(tmp_path):
+    model = class_of_the_page()(vk.FeatureDistiller(*pair_of_models(), [TOKENS]))
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {"max_steps": 2, "load_best_model_at_end": True, "gradient_checkpointing": True, **every_step}
+    trainer = trainer_of(tmp_path, model, sentences([12] * 8), cls=needs("transformers").Trainer, **options)
+    trainer.train()
+    assert sum("eval_loss" in line for line in trainer.state.log_history) == 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
 def test_trainer_with_a_distiller_whose_rows_are_counted(tmp_path):
     """Labels of sentences, features of tokens: with ``total_rows`` any lengths make one large batch."""
     transformers = needs("transformers")

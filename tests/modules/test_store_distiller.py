@@ -209,6 +209,9 @@ def test_what_a_user_got_wrong_is_said(tmp_path, images):
     with pytest.raises(ValueError, match=r"no features of teacher module 'blocks.1'.*it has 'norm' with"):
         vk.FeatureDistiller(CNN(), store, unknown, example_input=images)
     without = vk.FeatureStore.build(tmp_path / "b", teacher, images, VIT_PAIRS, progress=False)
+    for example in ([], {"scale": 2.0}, torch.zeros(())):
+        with pytest.raises(ValueError, match=r"example_input must hold a batch in tensors; .*dims=\(S, T\)"):
+            vk.FeatureDistiller(CNN(), store, VIT_PAIRS, example_input=example)
     distiller = vk.FeatureDistiller(CNN(), without, VIT_PAIRS, example_input=images, logit_weight=1.0)
     with pytest.raises(ValueError, match=r"no outputs of the teacher, which logit_weight needs"):
         distiller(images, indices=range(SAMPLES))
@@ -259,6 +262,10 @@ def test_several_teachers_of_which_some_are_stored(tmp_path, images, stored):
                 torch.testing.assert_close(side[name], value, rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="teacher_input must map 'a', 'b' to inputs or features"):
         mixed(images, teacher_input=images)
+    with pytest.raises(TypeError, match=r"indices=.*, or teacher_input\['[ab]'\].*got neither"):
+        mixed(images[[4, 1]])
+    with pytest.raises(TypeError, match="teacher_input has those of every store"):
+        mixed(images[[4, 1]], indices=[4, 1], teacher_input=inputs)
 
 
 def test_a_live_teacher_beside_a_stored_one_is_not_given_what_the_student_changed(tmp_path):

@@ -1,4 +1,4 @@
-"""The files of a FeatureStore: how many are open, whose they are, and on which file systems they are written."""
+"""The files of a FeatureStore: how many are open, whose they are, what they hold, on which file systems they are."""
 
 import errno
 import hashlib
@@ -10,6 +10,7 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import vkd_kernels as vk
 from tests.helpers.stored_teachers import SAMPLES, SHARD, Images, Teacher, build, live_tokens
@@ -156,3 +157,28 @@ def test_a_store_of_an_earlier_version_is_opened_and_continued(tmp_path):
     (tmp_path / "shard-00002.safetensors").unlink()
     assert torch.equal(build(tmp_path)[:]["2"], expected(Images()))
     assert torch.equal(vk.FeatureStore(tmp_path)[:]["2"], expected(Images()))
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
+    data = Images()
+    data.images[17] = 1e6
+    with pytest.raises(ValueError, match=r"'2' are not finite in torch.float16 at sample 17: .*bfloat16 holds it"):
+        build(tmp_path / "a", data=data)
+    build(tmp_path / "b", data=data, dtype=torch.bfloat16)
+    data.images[17] = float("nan")
+    with pytest.raises(ValueError, match="at sample 17: the teacher itself gives NaN or Inf"):
+        build(tmp_path / "c", data=data)
+    faint = nn.Sequential(nn.Linear(4, 6, bias=False))
+    data, taps = torch.ones(SAMPLES, 4), [{"teacher": "0"}]
+    data[0] = 0  # of which zeros are right
+    build(tmp_path / "d", faint, data, taps)
+    nn.init.constant_(faint[0].weight, 1e-9)
+    with pytest.raises(ValueError, match=r"'0' are all 0 in torch.float16 at sample 1: .* 4e-09; .*bfloat16 holds it"):
+        build(tmp_path / "e", faint, data, taps)
+
+
+def test_world_size_without_a_rank_is_not_torchruns(tmp_path, monkeypatch):
+    """As clusters set it: nobody would compute the other rank's shards."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert len(build(tmp_path)) == SAMPLES

@@ -20,6 +20,15 @@ def test_data_of_another_view_at_every_visit_are_refused(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_data_that_change_at_few_of_their_visits_are_refused(tmp_path):
+    """A transform that does something one time in five: at one second visit of three samples it may do nothing."""
+    draw = random.Random(0)
+    data = Images(transform=lambda image: -image if draw.random() < 0.2 else image)
+    for folder in "abcdefgh":
+        with pytest.raises(ValueError, match="another view of a sample at every visit"):
+            build(tmp_path / folder, data=data)
+
+
 @pytest.mark.parametrize("entry", [float("nan"), -float("inf"), float("inf")])
 def test_views_beside_entries_that_are_not_finite_are_compared(tmp_path, entry):
     """Such as -Inf of an additive mask: the same entries everywhere, another view beside them."""

@@ -46,7 +46,8 @@ class Options:
         elif dist.is_available() and dist.is_initialized():
             rank, ranks = dist.get_rank(), dist.get_world_size()
         else:
-            rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            of_torchrun = os.environ if "RANK" in os.environ else {}
+            rank, ranks = int(of_torchrun.get("RANK", 0)), int(of_torchrun.get("WORLD_SIZE", 1))
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be in [0, world_size); got rank {rank} of {ranks}")
         return rank, ranks

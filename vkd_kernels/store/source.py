@@ -10,7 +10,6 @@ from ..ops import checks
 from ..ops.tracing import not_traced
 from ..pairs import Pair
 from ..pooling import Rows, check_samples_of, grid_of, of_positions
-from ..taps import tensors_in
 from ..teachers import TeacherAnswer, TeacherCall, TeacherSource
 from .functions import check_one_function
 from .reader import FeatureStore
@@ -37,12 +36,16 @@ class StoredAnswer(TeacherAnswer):
 
 
 class StoredTeacher(TeacherSource):
-    """What ``store[indices]`` gives, or features that a ``DataLoader`` has read, as ``teacher_input``."""
+    """What ``store[indices]`` gives, or features that a ``DataLoader`` has read, as ``teacher_input``.
+
+    ``name``: what messages call it, where there are others beside it.
+    """
 
     stored = True
 
-    def __init__(self, store: FeatureStore, pairs: Sequence[Pair]):
+    def __init__(self, store: FeatureStore, pairs: Sequence[Pair], name: str = ""):
         self.store = store
+        self.input = f"teacher_input[{name!r}]" if name else "teacher_input"
         self.keys = {pair.name: store.key_of(pair) for pair in pairs}
         first: dict[str, Pair] = {}  # by key
         for pair in pairs:
@@ -56,13 +59,13 @@ class StoredTeacher(TeacherSource):
         if (call.indices is None) == (call.teacher_input is None):
             given = "neither" if call.indices is None else "both"
             raise TypeError(
-                "with a FeatureStore, forward needs indices=, those of the batch's samples, or teacher_input=, what "
+                f"with a FeatureStore, forward needs indices=, those of the batch's samples, or {self.input}, what "
                 f"store[indices] gave for them; got {given}"
             )
         features = self.read(call.indices) if call.teacher_input is None else call.teacher_input
         if not isinstance(features, Mapping) or not {*self.keys.values()} <= {*features}:
             raise TypeError(
-                f"teacher_input must be features by name, as store[indices] gives them; got {checks.describe(features)}"
+                f"{self.input} must be features by name, as store[indices] gives them; got {checks.describe(features)}"
             )
         return StoredAnswer(self.store, self.keys, features)
 
@@ -70,8 +73,7 @@ class StoredTeacher(TeacherSource):
         """Features of as many samples as the student's example has."""
         if call.indices is not None or call.teacher_input is not None:
             return call
-        count = len(tensors_in(call.arguments)[0])
-        return TeacherCall(arguments=call.arguments, indices=[0] * count)
+        return TeacherCall(arguments=call.arguments, indices=[0] * call.samples())
 
     @not_traced
     def read(self, indices: Any) -> dict[str, torch.Tensor]:
