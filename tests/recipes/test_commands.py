@@ -37,6 +37,17 @@ def test_the_command_line_stands_above_an_arms_own_values_and_these_above_files(
     assert trained(tmp_path / "file") == ("orthogonal", "1.0")
 
 
+def test_a_typed_weight_distills_no_student_of_an_arm_without_distillation(tmp_path):
+    words = ("--arms", "alone", "linear", "--seeds", "1", "optim.steps=2")
+    assert distill(tmp_path, *words, "distill.weight=2") == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for arm, weight in (("alone", 0.0), ("linear", 2.0)):
+        values = configs.read_yaml(tmp_path / arm / "seed-00" / "config.yaml")
+        assert float(values["distill.weight"]) == float(metrics["arms"][arm]["changes"]["distill.weight"]) == weight
+    said = "In every arm (its own weight of 0 stays): optim.steps=2 distill.weight=2"
+    assert said in (tmp_path / "table.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -50,6 +61,8 @@ def test_the_command_line_stands_above_an_arms_own_values_and_these_above_files(
         (["optim.step=3"], "unknown key 'optim.step'; did you mean 'optim.steps'?"),
         (["optim.steps=0"], "optim.steps=0 and optim.epochs=0: exactly one must be above 0"),
         (["optim.ema_start=5", "optim.ema=0"], "optim.ema_start: 5, but there is no average: give optim.ema"),
+        (["optim.ema_start=30"], "optim.ema_start: 30, but there are only optim.steps=30; lower it"),
+        (["optim.warmup=40"], "optim.warmup: 40, but there are only optim.steps=30; lower it"),
         (["optim.betas=0.9,1"], "optim.betas: must be less than 1"),
         (["teacher.width=101"], "teacher.width: at most 100, got 101"),
         (["optim.precision=8-mixed"], "optim.precision: must be '32-true' or 'bf16-mixed'"),

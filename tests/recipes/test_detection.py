@@ -167,6 +167,19 @@ def test_boxes_are_cut_at_the_border_and_crowds_are_set_apart(tmp_path):
     assert detection.without_crowds(item)["labels"].tolist() == [1, 1]
 
 
+def test_of_ones_own_images_the_student_sees_all_or_as_many_as_there_are(written, tmp_path):
+    few = {"optim__batch_size": 8, "distill__weight": 0}
+    for labeled, seen in (("auto", 30), (0, 30), (12, 12)):
+        config = configured(**written, **few, data__labeled=labeled)
+        Detection.check(config)
+        assert job(config, tmp_path).images == seen
+    with pytest.raises(OptionError, match=r"^data\.labeled: 31, but there are only 30 training images"):
+        Detection.check(configured(**written, **few, data__labeled=31))
+    assert job(configured(), tmp_path).labeled == 300 and configured(data__labeled="300").data.labeled == 300
+    with pytest.raises(OptionError, match=r"^data\.labeled: must be"):
+        configured(data__labeled=-1)
+
+
 def test_files_that_are_missing_are_named(written, tmp_path):
     with pytest.raises(OptionError, match=r"data\.root: there is no .*/annotations/instances_no\.json"):
         Detection.check(configured(**written, data__val="no"))
@@ -350,6 +363,15 @@ def test_detections_are_the_best_of_their_place_and_inside_the_image():
     (detections,) = model.detections(detectors.Prediction((outputs, anchors), {}), inside)
     assert detections["labels"].tolist() == [1, 0]
     torch.testing.assert_close(detections["boxes"], torch.tensor([[2.0, 2, 10, 10], [0, 8, 12, 16]]))
+
+
+@pytest.mark.parametrize("side", [64, 65, 66, 67, 478])
+def test_locations_are_a_stride_apart_whatever_the_side_of_the_images(side):
+    model, images = fcos(2).eval(), torch.zeros(1, 1, side, 64)
+    corner = {"boxes": torch.tensor([[56.0, side - 9, 64, side]]), "labels": torch.tensor([1])}
+    prediction = model.predict(images, torch.ones(1, side, 64, dtype=torch.bool), [corner])
+    centers = prediction.outputs[1][0].view(-1, 16, 2, 2).mean(2)  # of every row and column: x, y
+    assert centers[-1, -1].tolist() == [60, (side - 1) // 4 * 4] and int(prediction.objects) > 0
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------

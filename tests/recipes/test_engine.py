@@ -116,10 +116,25 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert distill(folder, "--resume", "--first-seed", 1) == 2
     assert distill(folder, "--resume", "--seeds", 2, *("--arms", "linear", "vkd", "run.eval_every=10")) == 0
     assert outcome(folder) == outcome(finished)
-    words = ("--resume", "--seeds", 1, "--arms", "vkd", "--baseline", "linear")
-    assert distill(folder, *words) == 0  # nothing is dropped
+    for seeds, message in (
+        (1, f"--seeds: {folder} has 2 seeds already, got 1; leave it out"),
+        (0, "seeds: must be gr"),
+    ):
+        assert distill(folder, "--resume", "--seeds", seeds) == 2
+        assert message in capsys.readouterr().err
+    assert distill(folder, "--resume", "--arms", "vkd", "--baseline", "linear") == 0  # nothing is dropped
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 8
     assert "minus linear" in (folder / "table.txt").read_text()
+
+
+def test_resume_refuses_an_arm_that_was_trained_with_other_values(tmp_path, monkeypatch, capsys):
+    assert distill(tmp_path, "--seeds", 1, "--arms", "alone", "optim.steps=2") == 0
+    other = task.Arm("student alone", {"distill.weight": 0.0, "optim.lr": 0.5, "run.log_every": 1})
+    monkeypatch.setattr(toy_task.Toy, "arms", {**toy_task.Toy.arms, "alone": other})
+    assert distill(tmp_path, "--resume", "--seeds", 2) == 2
+    message = capsys.readouterr().err
+    assert "the arm alone is another one than in" in message and "optim.lr is 0.01 there and 0.5 here." in message
+    assert not (tmp_path / "alone" / "seed-01").exists()
 
 
 def test_a_run_names_every_machine_and_version_that_trained_a_part_of_it(tmp_path, monkeypatch):
@@ -136,7 +151,7 @@ def test_a_run_names_every_machine_and_version_that_trained_a_part_of_it(tmp_pat
     assert machines == [first, None] and "machines" not in text
     assert resumed_on(third, "--resume")[:2] == (first, None)  # nothing was trained there
     *machines, text = resumed_on(second, "--resume", "--seeds", 2)
-    assert machines == [first, [first, second]] and "Trained on 2 machines, or versions of the code" in text
+    assert machines == [first, [first, second]] and "Trained on 2 machines, versions of the code or numbers of" in text
     for path in folder.rglob("machines.json"):  # as earlier versions left a run
         path.unlink()
     assert resumed_on(third, "--resume")[:2] == (first, None)
@@ -191,6 +206,26 @@ def test_every_rank_draws_its_own_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Fabric, "global_rank", property(lambda fabric: 1))
     train(tmp_path, optim__steps=2)
     assert seeds[-2:] == [(0, 0, 1), (0, 1, 1)]  # seed, step, rank
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_ranks_evaluate_with_the_running_statistics_of_the_first(ema, tmp_path, monkeypatch):
+    class Normed(toy_task.Net):
+        def __init__(self, width, dropout=0.0):
+            super().__init__(width, dropout)
+            self.norm = nn.BatchNorm1d(width)
+
+    def evaluate(self, student):
+        means.append(student.norm.running_mean.tolist())
+        return {"error": 0.0}
+
+    means = []
+    monkeypatch.setattr(toy_task, "Net", Normed)
+    monkeypatch.setattr(toy_task.Toy, "evaluate", evaluate)
+    monkeypatch.setattr(engine.Fabric, "world_size", property(lambda fabric: 2))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(7))  # the other rank's
+    train(tmp_path, distill__weight=0.0, optim__steps=2, optim__ema=ema)
+    assert means == [[7.0] * 5]
 
 
 # ---- pieces of the loop ----------------------------------------------------------------------------------------------
@@ -269,6 +304,8 @@ def test_an_incomplete_batch_of_an_epoch_is_left_out(tmp_path):
     config = of_epochs(**{"data.rows": 60})  # of batches of 8
     context = task.Context(engine.make_fabric(config.run, config.optim), tmp_path, seed=0)
     assert toy_task.Toy(config, context).steps == 4 * 7
+    with pytest.raises(RunError, match=r"^optim\.batch_size: 8, but there are only 7 training images"):
+        _ = toy_task.Toy(of_epochs(**{"data.rows": 7}), context).steps
 
 
 def test_an_arm_that_trains_longer_has_more_epochs():

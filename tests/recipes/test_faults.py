@@ -148,9 +148,15 @@ def test_a_configuration_of_ones_own_is_not_overwritten(tmp_path, capsys):
     assert not {*os.listdir(tmp_path)} - {"config.yaml"}
 
 
-def test_a_run_that_was_killed_at_once_can_be_begun_again(tmp_path):
-    (tmp_path / "machine.json").write_text("{}")  # what it writes first
-    assert distill(tmp_path, "--arms", "alone", "--seeds", 1, "optim.steps=2") == 0
+@pytest.mark.parametrize("left", ["machine.json", "machine.json.partial-host-7", "config.yaml.partial-host-7"])
+def test_a_run_that_was_killed_at_once_can_be_begun_again(left, tmp_path):
+    (tmp_path / left).write_text("{}")  # what it writes first, or half of that
+    with runs.own_folder(tmp_path):
+        assert not partial_files(tmp_path)
+    assert not runs.is_run(tmp_path)
+    (tmp_path / "notes.partial-host-7").write_text("another program's")
+    with pytest.raises(RunError, match=r"neither empty nor a run of this program \(it holds notes"):
+        runs.own_folder(tmp_path).__enter__()
 
 
 def test_a_package_that_the_report_needs_is_missed_before_anything_is_trained(tmp_path, monkeypatch, capsys):

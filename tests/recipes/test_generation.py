@@ -199,6 +199,19 @@ def test_targets_are_white_over_the_pool_also_of_batches_smaller_than_their_widt
     torch.testing.assert_close(whole.T.cov()[alive][:, alive], torch.eye(int(alive.sum())), atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("other", ["distill.method=cholesky", "distill.statistics=gan", "distill.eps=0.5"])
+def test_an_arm_that_whitens_otherwise_than_its_run_has_targets_of_its_own(other, taught, tmp_path):
+    config, folder = taught
+    key, value = other.split("=")
+    arm = job(configs.replace(config, {key: value}), tmp_path, teacher=folder)
+    images, measured = gan.as_float(arm.data.pool[:3]), arm.measured_whitening()
+    with torch.no_grad():
+        targets, of_the_run = (training.target()(images) for training in (arm, job(config, folder)))
+        expected = arm.encoder(images) @ measured["matrix"] + measured["shift"]
+    torch.testing.assert_close(targets, expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(targets, of_the_run, atol=0.01)
+
+
 def test_encoder_enlarges_repeats_gray_and_normalizes():
     seen = []
     about = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}

@@ -20,6 +20,13 @@ def test_without_git_the_commit_is_not_known(monkeypatch):
     assert report.machine()["commit"] is None
 
 
+def test_a_machine_is_noted_with_the_number_of_ranks_where_there_are_several(monkeypatch):
+    assert "ranks" not in report.machine()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert report.machine()["ranks"] == 2
+
+
 def test_paired_difference_is_scipys_paired_t_test():
     from scipy import stats
 

@@ -54,6 +54,14 @@ def test_no_teacher_is_trained_or_asked_for_where_no_arm_needs_one(tmp_path):
         assert task.needs_teacher(alone) == needed and task.needs_teacher(vkd)
 
 
+@pytest.mark.parametrize("name", ["classification", "generation"])
+@pytest.mark.parametrize("batch_size", [64, 2000])
+def test_batches_that_are_drawn_with_replacement_see_as_many_images_as_the_epochs_have(name, batch_size, tmp_path):
+    config = configured(name, "optim.steps=0", "optim.epochs=50", f"optim.batch_size={batch_size}")
+    training = job(name, config, tmp_path)
+    assert training.steps == round(50 * training.images / batch_size) > 1
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_path):
     """Within the teacher's training, then within a student's."""
@@ -92,6 +100,8 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("classification", ["augment.views=2"], "has no effect on the bundled digits; give digits.views"),
         ("classification", ["augment.pad=2"], "augment.pad: 2 has no effect on the bundled digits; leave it out"),
         ("classification", ["data.root=photos"], "data.root: photos has no effect on the bundled digits; leave it out"),
+        ("classification", ["data.name=CIFAR10", "digits.labels=0.3"], "on data.name=CIFAR10; give data.labels"),
+        ("classification", ["data.name=folder", "digits.views=2"], "no effect on data.name=folder; give augment.views"),
         ("classification", ["distill.loss=cosine", "distill.scale=match"], "distill: scale has no effect on the loss"),
         ("classification", ["data.labeled_share=0.005"], "data.labeled_share: 0.005 of 64 is no image; raise it"),
         ("classification", ["digits.labels=0.999"], "digits.labels: 0.999 leaves no image without its label; lower it"),
@@ -99,6 +109,7 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("detection", ["optim.batch_size=400"], "optim.batch_size: 400, but there are only 300 training images"),
         ("detection", ["teacher.batch_size=2000"], "teacher.batch_size: 2000, but there are only 1500 training images"),
         ("detection", ["data.labeled=2000"], "data.labeled: 2000 of scenes.train=1500"),
+        ("detection", ["data.val=test"], "data.root: missing; without it data.train=train2017 and data.val=test name"),
         ("detection", ["student.channels=40"], "student.channels: must be a multiple of 32"),
         ("detection", ["data.mean=0.1,0.2"], "data.mean, data.std: one per channel, 1"),
         ("detection", ["teacher.steps=0"], "teacher.weights: give a file, or teacher.steps > 0"),
@@ -112,6 +123,10 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("generation", ["teacher.name=resnet10t"], "teacher.weights: give a file"),
         ("generation", ["teacher.name=resnt10t", "teacher.pretrained=true"], "did you mean 'resnet10t'?"),
         ("generation", ["distill.eps=2"], "distill.eps: must be less than 1"),
+        ("generation", [f"teacher.weights={__file__}"], "teacher.weights: it has no effect on the classifier"),
+        ("generation", ["teacher.features=head"], "teacher.features: it has no effect on the classifier"),
+        ("generation", ["teacher.pretrained=true"], "teacher.pretrained: it has no effect on the classifier"),
+        ("generation", [f"metric.weights={__file__}"], "has no effect without metric.features=inception"),
     ],
 )
 def test_bad_values_name_their_option_before_anything_is_trained(name, words, message, tmp_path, capsys):

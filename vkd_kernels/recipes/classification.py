@@ -88,7 +88,7 @@ class Student(Section):
 
 class Distill(DistillConfig):
     features: Literal["pooled", "tokens"] = option("pooled", "compared: the mean over the positions, or each position")
-    logit_weight: float = option(1.0, "weight of the logit loss", source=RELEASED, ge=0)
+    logit_weight: float = option(1.0, "weight of the logit loss; an arm's own 0 stays 0", source=RELEASED, ge=0)
     temperature: float = option(1.0, "temperature of the logit loss", source=RELEASED, gt=0)
     label_smoothing: float = option(0.1, "smoothing of the labels", source=RELEASED, ge=0, lt=1)
 
@@ -108,8 +108,7 @@ class Config(Section):
         data, augment = self.data, self.augment
         if not len(data.mean) == len(data.std) == data.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {data.channels}; got {data.mean} and {data.std}")
-        if data.name == "digits":
-            check_digits(flatten(self))
+        check_ignored(flatten(self))
         if (augment.mixup or augment.cutmix) and (self.views or self.labels < 1):
             raise OptionError("augment.mixup, augment.cutmix: 0 with fixed augment.views, or data.labels below 1")
         return self
@@ -141,14 +140,17 @@ class Config(Section):
         return bool(self.distill.weight or self.distill.logit_weight)
 
 
-def check_digits(values: dict[str, Any]) -> None:
-    """An error about what the digits would ignore, by its key."""
-    sections = {"data": Data().model_dump(exclude={"name", "labeled_share"}), "augment": Augment().model_dump()}
-    for key, default in flatten(sections).items():
+def check_ignored(values: dict[str, Any]) -> None:
+    """An error about what the images would ignore, by its key: the digits have options of their own."""
+    name, of_digits = values["data.name"], {"digits": DigitsConfig().model_dump()}
+    of_others = {"data": Data().model_dump(exclude={"name", "labeled_share"}), "augment": Augment().model_dump()}
+    ignored, own = (of_others, of_digits) if name == "digits" else (of_digits, of_others)
+    for key, default in flatten(ignored).items():
         if values[key] != default:
-            own = f"digits.{key.partition('.')[2]}"
-            remedy = f"give {own}" if own in values else "leave it out, or name other images by data.name"
-            raise OptionError(f"{key}: {show(values[key])} has no effect on the bundled digits; {remedy}")
+            same = [other for other in flatten(own) if other.partition(".")[2] == key.partition(".")[2]]
+            remedy = f"give {same[0]}" if same else "leave it out, or name other images by data.name"
+            where = "the bundled digits" if name == "digits" else f"data.name={name}"
+            raise OptionError(f"{key}: {show(values[key])} has no effect on {where}; {remedy}")
 
 
 class DistilledStudent(nn.Module):
@@ -298,6 +300,11 @@ class Classification(Task):
     @property
     def images(self) -> int:
         return self.data.images
+
+    @property
+    def per_epoch(self) -> float:
+        drawn = self.config.labels < 1  # with replacement
+        return self.images / self.optim.batch_size if drawn else super().per_epoch
 
     def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         if self.learner == "distilled" and self.data.views:

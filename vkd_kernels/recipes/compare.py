@@ -129,20 +129,35 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
     files.insert(0, (str(path), configs.read_yaml(path)))
     saved = resolve(a.task, files[:1], {}, {})
     head["arms"] = [*saved.head.arms, *head.get("arms", ())]
-    head["seeds"] = max(saved.head.seeds, head.get("seeds", 0))
     new = resolve(a.task, files, head, typed)
+    if new.head.seeds < saved.head.seeds:
+        raise OptionError(
+            f"--seeds: {folder} has {saved.head.seeds} seeds already, got {new.head.seeds}; leave it out, or "
+            "choose another --output"
+        )
     before, now = ({**configs.flatten(e.head), **configs.flatten(e.config)} for e in (saved, new))
-    differences = [
-        f"{key} is {configs.show(before[key])} there and {configs.show(value)} here"
-        for key, value in now.items()
-        if value != before[key] and key not in EXTENDED and not key.startswith("run.")
-    ]
-    if differences:
-        listed = "; ".join(differences)
+    if listed := differences(before, now):
         raise RunError(
             f"--resume: {folder} has another configuration: {listed}. Leave these out, or choose another --output"
         )
+    for arm in new.arms:
+        for path in sorted((folder / arm).glob("seed-*/config.yaml")):
+            trained = configs.replace(new.task.Config(), configs.read_yaml(path))
+            if listed := differences(configs.flatten(trained), configs.flatten(new.config_of(arm))):
+                raise RunError(
+                    f"--resume: the arm {arm} is another one than in {path}: {listed}. Give it its former values or "
+                    "another name, or choose another --output"
+                )
     return resolve(a.task, files, head, {key: value for key, value in typed.items() if key.startswith("run.")})
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Those that change what is trained."""
+    return "; ".join(
+        f"{key} is {configs.show(before[key])} there and {configs.show(value)} here"
+        for key, value in now.items()
+        if value != before[key] and key not in EXTENDED and not key.startswith("run.")
+    )
 
 
 def resolve(
@@ -223,7 +238,8 @@ def help_text(e: Experiment) -> str:
     """What `--help` says of a task: its recipes, its arms and every value of its configuration."""
     lines = [f"\n{e.task.title}\n\nrecipes: {', '.join(tasks.recipes(e.task)) or 'only the bundled one'}\n\narms:"]
     lines += [f"    {name:20}{arm.label}" for name, arm in e.task.arms.items()]
-    lines += ["\nconfiguration: `section.key=value`, what it means [where the value comes from]"]
+    lines += [f"\nconfiguration of {e.head.task} (of another task: `vkd distill TASK --help`):"]
+    lines += ["`section.key=value`, what it means [where the value comes from]"]
     return "\n".join([*lines, configs.help_text(e.config, e.origins)])
 
 
@@ -297,13 +313,14 @@ def finish(folder: Path, e: Experiment) -> str:
     summary = report.summarize(results, {name: arm.label for name, arm in e.arms.items()}, metric, baseline)
     text = report.table(summary, metric, baseline)
     if e.typed:
-        text += f"\nIn every arm: {' '.join(e.head.overrides)}"
+        own_weights = any(arm.values(e.typed)[key] != e.typed[key] for arm in e.arms.values() for key in e.typed)
+        text += f"\nIn every arm{' (its own weight of 0 stays)' * own_weights}: {' '.join(e.head.overrides)}"
     if len(machines) > 1:
-        text += f"\nTrained on {len(machines)} machines, or versions of the code: metrics.json has all of them."
+        text += f"\nTrained on {len(machines)} machines, versions of the code or numbers of ranks: see metrics.json."
     metrics = {
         **e.head.model_dump(),
         "config": configs.flatten(e.config),
-        "arms": {n: dataclasses.asdict(arm) | {"changes": {**arm.changes, **e.typed}} for n, arm in e.arms.items()},
+        "arms": {n: dataclasses.asdict(arm) | {"changes": arm.values(e.typed)} for n, arm in e.arms.items()},
         "machine": machines[0],
         **({"machines": machines} if len(machines) > 1 else {}),
         "teachers": [runs.load(path / "done.json") for path in taught],

@@ -10,7 +10,8 @@
 ground-truth boxes or in all of the image but never in its padding; and queries, of one layer or of all layers together.
 
 Without options: for every seed new scenes, a teacher trained on 1500 of them, and one student per arm, all from the
-same initial weights and on the same batches of the first 300 scenes: the teacher has seen five times as many labels.
+same initial weights and on the same batches of the first 300 scenes: the teacher has seen five times as many labels. Of
+one's own images the student sees all.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import importlib
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from . import coco, engine, images, runs, scenes
@@ -33,6 +34,7 @@ from .runs import RunError
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_enough, check_parts
 
 TRIED = "tried on seeds 100-103"
+LABELED_SCENES = 300
 BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images differ in size and come one by one
 
 
@@ -40,7 +42,10 @@ class Data(Section):
     root: UserPath = option("", "folder in COCO's layout; none: the composed scenes")
     train: str = option("train2017", "training part: root/NAME/*, and root/annotations/instances_NAME.json")
     val: str = option("val2017", "evaluation part")
-    labeled: int = option(300, "training images that the student sees, the first ones; 0: all", ge=0)
+    labeled: Annotated[int, Field(ge=0)] | Literal["auto"] = option(
+        "auto",
+        f"training images that a student sees, the first ones; 0: all; auto: {LABELED_SCENES} scenes, all of data.root",
+    )
     classes: int = option(0, "number of categories; 0: as the data say", ge=0)
     channels: Channels = option(1, "channels of the images: 3 for color")
     mean: Floats = option((0.35,), "mean of each channel, as the teacher was trained with")
@@ -94,9 +99,16 @@ class Config(Section):
         d = self.data
         if not len(d.mean) == len(d.std) == d.channels:
             raise OptionError(f"data.mean, data.std: one per channel, {d.channels}; got {d.mean} and {d.std}")
-        if not d.root and d.labeled > self.scenes.train:
-            raise OptionError(f"data.labeled: {d.labeled} of scenes.train={self.scenes.train}")
+        if not d.root and self.labeled > self.scenes.train:
+            raise OptionError(f"data.labeled: {self.labeled} of scenes.train={self.scenes.train}")
         return self
+
+    @property
+    def labeled(self) -> int:
+        """Training images that the student sees; 0: all."""
+        if isinstance(self.data.labeled, int):
+            return self.data.labeled
+        return 0 if self.data.root else LABELED_SCENES
 
 
 class DistilledDetector(nn.Module):
@@ -203,7 +215,7 @@ class Detection(Task):
 
     @property
     def labeled(self) -> int:
-        return self.config.data.labeled
+        return self.config.labeled
 
     @cached_property
     def data(self) -> tuple[Any, Any]:
@@ -228,7 +240,7 @@ class Detection(Task):
 
     @property
     def images(self) -> int:
-        return min(self.labeled or len(self.data[0]), len(self.data[0]))
+        return self.labeled or len(self.data[0])
 
     def read(self, views: Views, keys: Any, at_once: int = 0) -> Iterator[dict[str, Any]]:
         mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (self.config.data.mean, self.config.data.std))
@@ -335,6 +347,8 @@ class Detection(Task):
             check_parts("teacher.batch_size", config.teacher.batch_size)
         if not d.root and d.channels != 1:
             raise OptionError("data.root: missing; without it the data are gray scenes (data.channels=1)")
+        if not d.root and (d.train, d.val) != (Data().train, Data().val):
+            raise OptionError(f"data.root: missing; without it data.train={d.train} and data.val={d.val} name nothing")
         for path in [coco.annotation_file(Path(d.root), name) for name in (d.train, d.val)] if d.root else []:
             if not path.exists():
                 raise OptionError(f"data.root: there is no {path}")
@@ -343,7 +357,8 @@ class Detection(Task):
             classes, count = d.classes or len(train.names), len(train)
         else:
             classes, count = images.open_images(config.scenes, 0, "scenes")[2], config.scenes.train
-        check_enough("optim.batch_size", config.optim.batch_size, min(d.labeled or count, count))
+        check_enough("data.labeled", config.labeled, count)
+        check_enough("optim.batch_size", config.optim.batch_size, config.labeled or count)
         if here:
             check_enough("teacher.batch_size", config.teacher.batch_size, count)
         cls.detector(config.student, classes, d.channels, empty=True)

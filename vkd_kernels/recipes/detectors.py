@@ -69,8 +69,10 @@ class FCOS(Detector):
     def predict(self, images: Tensor, inside: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Prediction:
         maps = self.net.backbone(images)
         outputs = self.net.head([maps])
-        size: Any = images.shape[-2:]
-        anchors = self.net.anchor_generator(ImageList(images, [size] * len(images)), [maps])
+        # The generator divides an image's sides by the map's, rounding down: 65 pixels in 17 would give a stride of 3.
+        height, width = (STRIDE * side for side in maps.shape[-2:])
+        canvas = images.new_empty(len(images), 0, height, width)
+        anchors = self.net.anchor_generator(ImageList(canvas, [(height, width)] * len(images)), [maps])
         features = {"map": maps.permute(0, 2, 3, 1)}
         if targets is None:
             return Prediction((outputs, anchors), features)

@@ -156,6 +156,11 @@ class Loop:
 
     def validate(self, last: bool) -> None:
         self.student.eval()
+        if self.fabric.world_size > 1:  # batch norms of CPU ranks have statistics of their own
+            for buffer in self.student.buffers():
+                of_the_first = buffer.contiguous()
+                torch.distributed.broadcast(of_the_first, src=0)
+                buffer.copy_(of_the_first)
         if self.ema:
             self.check_weights()  # singular vectors of weights that are not finite would be another error
             self.task.renew_buffers(self.student)

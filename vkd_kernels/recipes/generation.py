@@ -45,7 +45,6 @@ from .task import Arm, DistillConfig, Metric, Optim, Run, Task, generator, param
 
 TRIAL = "tried on the digits"
 BATCH, _, SAMPLES, PICTURE, FLIP = range(5)  # what a draw is for, beside the seed and the step
-WHITENING = "whitening.safetensors"
 SAMPLES_AT_ONCE, SHOWN = 100, 80  # of the generator: for the distance, and in a picture
 
 
@@ -195,6 +194,10 @@ class Generation(Task):
     def images(self) -> int:
         return len(self.data.seen)
 
+    @property
+    def per_epoch(self) -> float:
+        return self.images / self.optim.batch_size
+
     # ---- teacher and judge -------------------------------------------------------------------------------------------
 
     def train_teacher(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ class Generation(Task):
             classifier, numbers[f"{name}_accuracy"] = train_classifier(c.teacher, self.seed, data, self.fabric.device)
             self.save(f"{name}.safetensors", classifier.state_dict())
         if c.distill.weight:
-            self.save(WHITENING, self.measured_whitening())
+            self.save(self.whitening.name, self.measured_whitening())
         copies = self.data.pool[self.data.seen[self.mine]].split(SAMPLES_AT_ONCE)
         numbers["distance_of_the_training_images"] = self.distance(copies)
         return numbers
@@ -236,6 +239,12 @@ class Generation(Task):
     def teacher_folder(self) -> Path:
         return self.context.teacher or self.context.folder
 
+    @property
+    def whitening(self) -> Path:
+        """The file of what `measured_whitening` gives with these options: an arm may have others than its run."""
+        d = self.config.distill
+        return self.teacher_folder / f"whitening-{d.statistics}-{d.method}-{d.eps}.safetensors"
+
     @cached_property
     def encoder(self) -> Any:
         """The frozen teacher: images from -1 to 1 -> features."""
@@ -246,7 +255,9 @@ class Generation(Task):
         """images (N, C, H, W) -> what the discriminator's features are compared with (N, T): a constant."""
         if self.config.distill.normalization != "whiten":
             return lambda pictures: self.encoder(pictures).float()
-        w = self.fabric.to_device(runs.load_weights(self.teacher_folder / WHITENING))
+        if not self.whitening.exists():  # every rank measures the same
+            runs.save_safetensors(self.whitening, self.measured_whitening())
+        w = self.fabric.to_device(runs.load_weights(self.whitening))
 
         def whitened(pictures: Tensor) -> Tensor:
             features = self.encoder(pictures).float()
@@ -363,6 +374,14 @@ class Generation(Task):
         d, t, m = config.data, config.teacher, config.metric
         if config.distill.weight and t.name != "classifier" and not (t.weights or t.pretrained):
             raise OptionError(f"teacher.weights: give a file with those of {t.name}, or teacher.pretrained=true")
+        given = {"weights": t.weights, "pretrained": t.pretrained, "features": t.features != "pooled"}
+        if t.name == "classifier" and (ignored := [key for key, value in given.items() if value]):
+            raise OptionError(
+                f"teacher.{ignored[0]}: it has no effect on the classifier, which is trained here; leave it out, or "
+                "name an encoder by teacher.name"
+            )
+        if m.weights and m.features != "inception":
+            raise OptionError(f"metric.weights: {m.weights} has no effect without metric.features=inception")
         if m.features == "inception":
             if d.channels != 3:
                 raise OptionError("metric.features: inception needs images of three channels")

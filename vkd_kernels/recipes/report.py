@@ -17,7 +17,7 @@ import torch
 
 from .._version import __version__
 from .runs import write_bytes
-from .task import Metric
+from .task import Metric, ranks
 
 # Okabe and Ito's palette: told apart with any color vision.
 COLORS = ("#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
@@ -43,6 +43,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **({"ranks": ranks()} if ranks() > 1 else {}),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..checkpoints import read_weights
-from ..files import partial_files, whole_file
+from ..files import PARTIAL, partial_files, whole_file
 
 MACHINE = "machine.json"  # where a run was begun
 
@@ -111,7 +111,9 @@ def own_folder(folder: Path) -> Iterator[None]:
     """Holds a run folder, which must be new, empty or a run's, for this process alone."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        others = {path.name for path in folder.iterdir()} - {".lock", MACHINE}  # a run that ended at once has these
+        names = {path.name for path in folder.iterdir()} - {".lock", MACHINE}  # a run that ended at once has these
+        begun = (f"{MACHINE}.", "config.yaml.")  # or a part of what it writes first
+        others = {name for name in names if not (PARTIAL.fullmatch(name) and name.startswith(begun))}
         if others and not is_run(folder):
             raise RunError(f"--output: {folder} is neither empty nor a run of this program (it holds {min(others)})")
         try:

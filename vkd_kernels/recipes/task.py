@@ -28,6 +28,7 @@ Projection = Literal["orthogonal", "linear", "identity"]
 Normalization = Literal["layer_norm", "batch_norm", "whiten", "l2", "none"]
 Loss = Literal["smooth_l1", "mse", "cosine"]
 Scale = float | Literal["match", "learned"]
+WEIGHTS = ("distill.weight", "distill.logit_weight")
 
 
 class Optim(Section):
@@ -95,7 +96,7 @@ class DistillConfig(Section):
     beta: float = option(1.0, "where smooth L1 turns linear", source=RELEASED, gt=0)
     scale: Scale = option(1.0, "of projected features; match: sqrt(T/S), at least 1; learned: from there", source=PAPER)
     eps: float = option(0.0, "eps of the normalization; 0: 1e-5, or 1e-3 for whiten", ge=0, lt=1)
-    weight: float = option(1.0, "weight of the feature loss; 0: none", ge=0)
+    weight: float = option(1.0, "weight of the feature loss; 0: none. An arm's own 0 stays 0", ge=0)
 
     def feature_loss(self, student_dim: int, teacher_dim: int, process_group: Any = None, **options: Any) -> nn.Module:
         settings = self.model_dump(include={"projection", "normalization", "loss", "beta", "scale"})
@@ -111,9 +112,14 @@ class Arm:
     changes: Mapping[str, Any] = field(default_factory=dict)
     longer: float = 1.0  # times as many steps: to take at least as long as the arm it is compared with
 
+    def values(self, typed: Mapping[str, Any]) -> dict[str, Any]:
+        """What it changes; `typed` are the command line's values, which stand above the arm's, except that a student
+        that the arm does not distill (a weight of 0) stays one."""
+        absent = {key: value for key, value in self.changes.items() if key in WEIGHTS and not value}
+        return {**self.changes, **typed, **absent}
+
     def apply(self, config: Any, typed: Mapping[str, Any]) -> Any:
-        """`typed` are the command line's values, which stand above the arm's."""
-        changed = replace(config, {**self.changes, **typed})
+        changed = replace(config, self.values(typed))
         o = changed.optim
         longer = {"optim.steps": round(o.steps * self.longer)} if o.steps else {"optim.epochs": o.epochs * self.longer}
         return replace(changed, longer)
@@ -171,7 +177,11 @@ class Task:
         for key, value in flatten(config).items():
             if key.endswith(".weights") and value and not Path(value).is_file():
                 raise OptionError(f"{key}: there is no file {value}")
-        check_parts("optim.batch_size", config.optim.batch_size)
+        o = config.optim
+        check_parts("optim.batch_size", o.batch_size)
+        for key in ("warmup", "ema_start"):
+            if 0 < o.steps <= (value := getattr(o, key)):
+                raise OptionError(f"optim.{key}: {value:g}, but there are only optim.steps={o.steps}; lower it")
         try:
             if config.distill.weight:
                 config.distill.feature_loss(1, 1)
@@ -202,10 +212,15 @@ class Task:
         raise NotImplementedError
 
     @property
+    def per_epoch(self) -> float:
+        """Steps of an epoch. An incomplete last batch is left out; tasks that draw with replacement have none."""
+        check_enough("optim.batch_size", self.optim.batch_size, self.images)
+        return self.images // self.optim.batch_size
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps in all (an incomplete last batch of an epoch is left out)."""
-        o = self.optim
-        return o.steps or max(1, round(o.epochs * (self.images // o.batch_size)))
+        """Optimizer steps in all."""
+        return self.optim.steps or max(1, round(self.optim.epochs * self.per_epoch))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         o, groups = self.optim, parameter_groups(self.model, self.optim.weight_decay)
@@ -269,7 +284,7 @@ def check_parts(key: str, images: int) -> None:
 
 
 def check_enough(key: str, batch_size: int, images: int) -> None:
-    """An error if an epoch has no whole batch."""
+    """An error if there are fewer images than a batch, or another number of them, needs."""
     if batch_size > images:
         raise OptionError(f"{key}: {batch_size}, but there are only {images} training images; lower it, or use more")
 
