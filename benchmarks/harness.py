@@ -29,7 +29,8 @@ PASSES = ("forward", "backward", "both")
 CACHE_FACTOR = 4  # the sets of inputs take at least this many times the L2
 MOST_SETS = 64
 SAMPLE_S = 0.02  # a sample goes through as many sets as fit into this time, and through one at least
-PAUSE_CYCLES = 2_000_000  # about 1 ms of a GPU
+PAUSE_S = 1e-3  # before a sample, or as long as the host takes to start it, up to SAMPLE_S
+CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most: at a lower one a pause is longer
 
 
 class WrongOutput(AssertionError):
@@ -121,14 +122,14 @@ def run_time_errors() -> tuple[type[Exception], ...]:
     return RuntimeError, TritonError
 
 
-def gpu_seconds(run: Callable[[], Any]) -> float:
+def gpu_seconds(run: Callable[[], Any], pause_s: float) -> float:
     """Seconds that the GPU takes for run(), between two events.
 
-    A pause is queued first, in which the host starts the work: on an idle GPU its time to start the first kernels would
-    count in passes that follow a synchronization, and not in the backward pass, which follows a forward pass.
+    A pause is queued first, in which the host starts the work: whatever it has not started when the pause ends may keep
+    the GPU waiting, and the host's time would be measured.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(PAUSE_CYCLES)
+    torch.cuda._sleep(int(pause_s * CYCLES_PER_SECOND))
     start.record()
     run()
     end.record()
@@ -142,6 +143,7 @@ class Runner:
     def __init__(self, candidate: Candidate, sets: list, device: str):
         self.candidate, self.device = candidate, device
         self.calls = [candidate.build(inputs) for inputs in sets]
+        self.pause_s = PAUSE_S
         self.replay = None
         self.captured: tuple[Any, Any] | None = None  # output and gradients of the first set that a replay writes
 
@@ -150,11 +152,14 @@ class Runner:
 
         With CACHE_FACTOR L2 of 50 MB and 4 TB/s, what a call that is given fewer sets can save by finding its inputs in
         the L2 is below 0.3 % of its time. A CUDA graph, which is faster than the call that it captures, gets all sets.
+        Then the pause before a sample is set: on a GPU as long as the host may take to start all of them.
         """
         if sets and not self.candidate.graph:
             self._wall_seconds()  # the first call loads or compiles what it needs
             sets = sets[: max(0, int(SAMPLE_S / max(self._wall_seconds(), 1e-9)) - 1)]
         self.calls += [self.candidate.build(inputs) for inputs in sets]
+        if self.device == "cuda" and not self.candidate.graph:
+            self.pause_s = min(max(PAUSE_S, self._wall_seconds()), SAMPLE_S)
 
     def _wall_seconds(self) -> float:
         """Forward and backward on every set of inputs, from an idle GPU to an idle GPU."""
@@ -212,7 +217,7 @@ class Runner:
         else:
             run = lambda: [call.backward(output) for call, output in zip(self.calls, outputs, strict=True)]  # noqa: E731
         if self.device == "cuda":
-            return gpu_seconds(run) / len(self.calls)
+            return gpu_seconds(run, self.pause_s) / len(self.calls)
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) / len(self.calls)

@@ -340,6 +340,13 @@ def test_report_judges_targets():
     assert of_768.targets()[0].shown(device) == ("50 %", "**no**")  # of the 56 % that the model says
 
 
+def test_the_closed_form_is_compared_with_the_fastest_that_ran():
+    rows = {"vkd_kernels": 1e-3, "closed form, inv_ex": 8e-3, "closed form, lu": 4e-3}
+    cases = {"3024 x 192": [{"candidate": name, "pass": "both", "median_s": s} for name, s in rows.items()]}
+    shown = {target.what: target.shown(a_record("cayley", cases)) for target in report.GPU_TARGETS}
+    assert shown["Cayley 3024 x 192: faster than the closed form on torch.linalg"] == ("4 x", "**no**")
+
+
 def test_a_graphs_time_is_judged_in_microseconds():
     row = {"candidate": report.GRAPH, "pass": "both", "median_s": 180e-6}
     device = a_record("cayley", {"3024 x 192": [row]})

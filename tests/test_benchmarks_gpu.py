@@ -34,6 +34,13 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     assert "no NVIDIA GPU" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def test_without_a_commit_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(records, "commit", lambda: None)
+    assert command.main(["--records", str(tmp_path)]) == 2
+    assert "VKD_COMMIT=" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_every_file_and_case_that_the_plan_names_exists():
     from benchmarks import bench_cayley, bench_ortho_proj_loss, bench_training_step
 

@@ -134,6 +134,14 @@ def test_on_a_gpu_a_pause_comes_before_the_events(which, monkeypatch):
     assert happened[-len(timed) - 4 :] == ["pause", "event", *timed, "event", "wait"]
 
 
+@pytest.mark.parametrize("seconds, pause", [(1e-6, harness.PAUSE_S), (1e-4, 6.4e-3), (0.13, harness.SAMPLE_S)])
+def test_the_pause_lasts_as_long_as_the_host_takes_for_all_sets(clock, seconds, pause, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runner = harness.Runner(sleeper(clock, seconds), [0], "cuda")
+    runner.add_sets([*range(63)])
+    assert runner.pause_s == pytest.approx(pause)
+
+
 def test_summary():
     assert sampling.summary([3.0, 1.0, 2.0, 5.0, 4.0]) == {"median_s": 3.0, "p10_s": 1.0, "p90_s": 5.0, "samples": 5}
 

@@ -199,6 +199,7 @@ def test_the_sdist_holds_what_its_build_needs_and_no_build(sdist):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
     assert {*sources, "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {"Makefile", "mkdocs.yml", "docs/evidence.md", "tests/test_docs.py", "tools/evidence.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
 
 

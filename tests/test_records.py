@@ -44,7 +44,8 @@ def test_the_committed_page_says_what_the_records_say():
 
 def test_every_record_is_of_a_commit():
     for path in records.RESULTS.glob("*/*.json"):
-        assert json.loads(path.read_text())["environment"]["dirty"] in (False, None), path
+        facts = json.loads(path.read_text())["environment"]
+        assert facts["dirty"] in (False, None) and facts["commit"], path
     for path in records.RESULTS.glob("*.json"):  # of recipes, and of the lowest versions
         content = json.loads(path.read_text())
         machines = content.get("machines", [content.get("machine", content)])

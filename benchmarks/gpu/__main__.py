@@ -18,7 +18,7 @@ To publish, unpack the archives of the calls and merge what they hold, case by c
 
 The tree needs no .git: VKD_COMMIT names the commit. Nothing is installed but the extension, built in place. --rehearse
 runs every step on a CPU with tiny shapes, through Triton's interpreter; --list prints the plan. Exit status: 0 all
-passed, 1 some did not, 2 no GPU.
+passed, 1 some did not, 2 no GPU or no commit.
 """
 
 import argparse
@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not (options.rehearse or torch.cuda.is_available()):
         print("no NVIDIA GPU: torch.cuda.is_available() is False. --list prints the plan.", file=sys.stderr)
+        return 2
+    if not (options.rehearse or records.commit()):
+        print("no commit: this tree has no .git; name its commit as VKD_COMMIT=<40 hex digits>", file=sys.stderr)
         return 2
     passed = [runner.run_call(call, options.records.resolve(), options.rehearse) for call in calls]
     return 0 if all(passed) else 1

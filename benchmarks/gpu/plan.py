@@ -142,7 +142,7 @@ def tests(name: str, paths: list[str], marked: str, workers: int, limit_s: int, 
     how = ["--collect-only"] if rehearse else ["-n", str(workers), "--dist", "worksteal"]
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-rf"]
     pytest += ["-m", marked, "-k", "not sanitizer"]
-    return Step(name, [*pytest, *how, *paths], limit_s)
+    return Step(name, [*pytest, *how, *paths], limit_s, environment={"OMP_NUM_THREADS": "1"})
 
 
 def benchmark_rows(
