@@ -55,17 +55,17 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # {arm: {seed: its line of the reco
 
 
 def read(records: Sequence[str]) -> Runs:
-    """The arms of all records, those of the first one where two have the same. Runs know their record and teacher."""
+    """The runs of all records, those of the first one where two have the same arm and seed.
+
+    Runs know their record and teacher: the seeds of an arm may be spread over records of several machines.
+    """
     runs: Runs = {}
     for name in records:
         record = json.loads((RESULTS / name).read_text())
         teachers = {teacher["seed"]: {**teacher, "seconds": 0, "cpu_seconds": 0} for teacher in record["teachers"]}
-        for arm in dict.fromkeys(run["arm"] for run in record["runs"] if run["arm"] not in runs):
-            runs[arm] = {
-                run["seed"]: run | {"record": name, "teacher": teachers.get(run["seed"])}
-                for run in record["runs"]
-                if run["arm"] == arm
-            }
+        for run in record["runs"]:
+            known = {"record": name, "teacher": teachers.get(run["seed"])}
+            runs.setdefault(run["arm"], {}).setdefault(run["seed"], run | known)
     return runs
 
 
@@ -106,7 +106,7 @@ def table_of_claims() -> str:
     rows = []
     for family in FAMILIES:
         commits = ", ".join(f"`{commit}`" for commit in family.commits)
-        anchor = re.sub("[^a-z -]", "", family.heading.lower()).replace(" ", "-")
+        anchor = re.sub("[^a-z0-9 -]", "", family.heading.lower()).replace(" ", "-")
         runs = read(family.records)
         arms = dict.fromkeys(arm for claim in family.claims for arm in (claim.arm, claim.over))
         used = dict.fromkeys(run["record"] for arm in arms for run in runs[arm].values())
