@@ -32,7 +32,7 @@ class Distilled(nn.Module):
         return F.cross_entropy(self.student.forward_head(tokens), labels) + feature_loss
 
     def parameter_groups(self, weight_decay):
-        spared = self.student.no_weight_decay()
+        spared = getattr(self.student, "no_weight_decay", set)()  # convolutional models have none to name
         groups = param_groups_weight_decay(self.student, weight_decay, no_weight_decay_list=spared)
         return [*groups, {"params": self.distill.parameters(), "weight_decay": 0.0}]
 

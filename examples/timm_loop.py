@@ -12,7 +12,8 @@ def train(student, teacher, loader, *, epochs=1, lr=5e-4, weight_decay=0.05):
     """Trains the student on labels and on the teacher's features; returns the feature loss of every step."""
     teacher.eval().requires_grad_(False)
     distill = OrthoProjLoss(student.num_features, teacher.num_features, scale="match")
-    groups = param_groups_weight_decay(student, weight_decay, no_weight_decay_list=student.no_weight_decay())
+    spared = getattr(student, "no_weight_decay", set)()  # convolutional models have none to name
+    groups = param_groups_weight_decay(student, weight_decay, no_weight_decay_list=spared)
     groups.append({"params": distill.parameters(), "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=lr)
     losses = []

@@ -207,6 +207,11 @@ def test_a_claim_holds_only_if_its_interval_excludes_zero(tmp_path, monkeypatch)
     lower = evidence.outcomes(evidence.Family("", "", [], "", records, claims, sign=-1))  # is better
     assert [outcome.verdict for outcome in lower] == ["does not hold", "not settled", "holds"]
     assert lower[0].mean == -holds.mean and lower[0].better == 0
+    for name, seeds in {"low.json": range(4), "high.json": range(4, 8)}.items():  # of two machines
+        chosen = [run for run in runs if run["seed"] in seeds]
+        (tmp_path / name).write_text(json.dumps({"teachers": [], "runs": chosen}))
+    spread = evidence.outcomes(evidence.Family("", "", [], "", ["low.json", "high.json"], claims))
+    assert [(o.mean, o.p, o.seeds) for o in spread] == [(o.mean, o.p, 8) for o in (holds, doubtful, opposite)]
     mixed = evidence.Family(
         "", "", [], "", ["record.json", "other.json"], [evidence.Claim("", "", "", "c", "zero", "")]
     )
@@ -221,6 +226,20 @@ def test_links_of_a_page_lead_to_files(page):
         if not re.match(r"[a-z]+:", target):
             path = page.parent / target
             assert path.exists() and not path.is_symlink(), f"{page.name} -> {target}"
+
+
+def headings_of(page):
+    """The anchors by which GitHub and mkdocs know a page's headings."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)]
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_headings(page):
+    for target, heading in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", page.read_text()):
+        other = page.parent / target if target else page
+        assert heading in headings_of(other), f"{page.name} -> {target}#{heading}"
 
 
 BRITISH = re.compile(
