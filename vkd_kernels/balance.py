@@ -114,7 +114,7 @@ class LossBalance(nn.Module):
 
     @staticmethod
     def _mean(losses: list[torch.Tensor]) -> torch.Tensor:  # ()
-        """Over the losses of pairs that ran; infinite where none did: nothing was learned."""
+        """Over the losses of pairs that ran, which are not 0; infinite where none did: nothing was learned."""
         every = torch.stack(losses)
-        ran = every > 0
+        ran = every.abs() > 0  # a cosine of 1 may be rounded to -1e-8
         return torch.where(ran.any(), every.where(ran, 0.0).sum() / ran.sum(), torch.inf)

@@ -211,7 +211,7 @@ def _on_one_grid(pair: Pair, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
         raise ValueError(
             f"pair {pair.name!r}: student and teacher must have the same positions; got student rows of shape "
             f"{tuple(student.values.shape)} and teacher rows of shape {tuple(teacher.values.shape)} (channels last)"
-            f"{_hint_of_tokens(student, teacher) or _hint_of_grids(student, x, teacher, y)}"
+            f"{_hint_of_tokens(pair, student, teacher) or _hint_of_grids(pair, student, x, teacher, y)}"
         )
     sizes = x.values.shape[1:3], y.values.shape[1:3]
     if sizes[0] == sizes[1]:
@@ -225,41 +225,41 @@ def _on_one_grid(pair: Pair, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
     return (resampled(x, y.values), y) if pair.resample == "student" else (x, resampled(y, x.values))
 
 
-def _hint_of_tokens(student: Rows, teacher: Rows) -> str:
+def _hint_of_tokens(pair: Pair, student: Rows, teacher: Rows) -> str:
     """A few tokens more on one side are most likely class and register tokens."""
     if student.values.dim() == teacher.values.dim() == 3:
         more = student.values.shape[1] - teacher.values.shape[1]
         if 0 < abs(more) <= MOST_PREFIX_TOKENS:
             side = "student" if more > 0 else "teacher"
             return (
-                f"; {side}_skip={abs(more)} (or so many more) leaves out what may be class and register tokens: see "
-                "num_prefix_tokens of timm's models"
+                f"; {side}_skip={pair.side(side).skip + abs(more)} (or more) leaves out what may be class and register "
+                "tokens: see num_prefix_tokens of timm's models"
             )
     return ""
 
 
-def _hint_of_grids(student: Rows, student_map: Rows | None, teacher: Rows, teacher_map: Rows | None) -> str:
+def _hint_of_grids(pair: Pair, student: Rows, student_map: Rows | None, teacher: Rows, teacher_map: Rows | None) -> str:
     flat = [
         (side, rows, other)
         for side, rows, as_grid, other in (
             ("student", student, student_map, teacher),
             ("teacher", teacher, teacher_map, student),
         )
-        if as_grid is None and rows.values.dim() == 3
+        if as_grid is None and rows.values.dim() == 3 and other.values.dim() > 2
     ]
-    skips = [hint for side, rows, other in flat if (hint := _hint_of_prefix(side, rows.values.shape[1], other))]
+    skips = [_hint_of_prefix(pair, side, rows.values.shape[1], other) for side, rows, other in flat]
     grids = " and ".join(f"{side}_grid=(H, W)" for side, _, _ in flat)
     return "".join(skips) + (f"; {grids} says which map the tokens are" if flat else "")
 
 
-def _hint_of_prefix(side: str, tokens: int, other: Rows) -> str:
+def _hint_of_prefix(pair: Pair, side: str, tokens: int, other: Rows) -> str:
     """The fewest first tokens without which the others are a map."""
     for skip in range(1, min(MOST_PREFIX_TOKENS + 1, tokens)):
         height, width = _grid_like(_grid_of(other), tokens - skip)
         if height * width == tokens - skip:
             return (
                 f"; if the first ones are class and register tokens (num_prefix_tokens of timm's models), "
-                f"{side}_skip={skip} leaves {tokens - skip}, a map of {height} x {width}"
+                f"{side}_skip={pair.side(side).skip + skip} leaves {tokens - skip}, a map of {height} x {width}"
             )
     return ""
 

@@ -66,7 +66,7 @@ class SeveralTeachers(TeacherSource):
             checks.check_choice("a key of teacher_input", name, self.names())
         if call.indices is not None and not self.stored:
             raise TypeError("indices are for stored features; these teachers are models")
-        to_read = {name for name, source in self.sources.items() if source.stored and inputs.get(name) is None}
+        to_read = self._to_read(inputs)
         if call.indices is not None and not to_read:
             raise TypeError("indices= are for stored features, and teacher_input has those of every store: give one")
         answers, versions = {}, [*call.versions]
@@ -82,8 +82,13 @@ class SeveralTeachers(TeacherSource):
             versions = versions + before
         return SeveralAnswers(answers, self.pairs)
 
+    def _to_read(self, inputs: Mapping[str, Any]) -> set[str]:
+        """The stores whose features were not given."""
+        return {name for name, source in self.sources.items() if source.stored and inputs.get(name) is None}
+
     def example(self, call: TeacherCall) -> TeacherCall:
-        if not self.stored:
+        inputs = call.teacher_input if isinstance(call.teacher_input, Mapping) else {}
+        if call.indices is not None or not self._to_read(inputs):
             return call
         return dataclasses.replace(call, indices=[0] * call.samples())
 

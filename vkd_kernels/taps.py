@@ -186,14 +186,28 @@ def versions_of(value: Any) -> list[tuple[torch.Tensor, int]]:
 
 def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writing to one may change the other, such as a view of it, but not another crop of the same stack."""
-    if one is other or any(x.layout != torch.strided or x.is_nested or not x.numel() for x in (one, other)):
+    both = one, other
+    if one is other or any(x.layout != torch.strided or x.is_nested or not x.numel() for x in both):
         return one is other
-    spans = []
-    for x in (one, other):
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        spans.append((x.storage_offset() * x.itemsize, (x.storage_offset() + last + 1) * x.itemsize))
-    same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
-    return bool(same and spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1])
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    if one.itemsize != other.itemsize:
+        return True
+    lasts = [sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) for x in both]
+    starts = [int(x.storage_offset()) for x in both]
+    ends = [start + last + 1 for start, last in zip(starts, lasts, strict=True)]
+    if max(starts) >= min(ends):
+        return False
+    written = torch.zeros(max(ends) - min(starts), dtype=torch.bool, device="cpu")  # interleaved, they may be disjoint
+    of_one, of_other = (_same_places(x, written, start - min(starts)) for x, start in zip(both, starts, strict=True))
+    of_one.fill_(True)
+    return bool(of_other.any())
+
+
+def _same_places(x: torch.Tensor, storage: torch.Tensor, offset: int) -> torch.Tensor:
+    """The view of another storage that x is of its own, each place once."""
+    sizes = [size if step else 1 for size, step in zip(x.shape, x.stride(), strict=True)]
+    return storage.as_strided(sizes, x.stride(), offset)
 
 
 def copied(value: Any) -> Any:

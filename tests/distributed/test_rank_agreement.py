@@ -1,5 +1,7 @@
 """A loss with a process group whose ranks train projections of their own is an error; evaluation has no group."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -126,6 +128,36 @@ def evaluation_on_one_rank(rank):
         assert loss.metrics(x, y)
 
 
+def statistics_that_one_rank_has_loaded(rank):
+    """DDP copies them, frozen, to the other rank, which then adds up no rows either."""
+
+    def frozen(seed):
+        rows = torch.randn(50, T, generator=torch.Generator().manual_seed(seed))
+        module = vk.Whitening(T, momentum=1.0)
+        module(rows * torch.rand(T, generator=torch.Generator().manual_seed(seed)))
+        return module.freeze().state_dict()
+
+    torch.manual_seed(0)
+    whitening = vk.Whitening(T, momentum=0.1, process_group=dist.group.WORLD)
+    loss = vk.OrthoProjLoss(S, T, normalization=whitening, process_group=dist.group.WORLD)
+    model = DistributedDataParallel(loss)
+    x, y = torch.randn(16, S), torch.randn(16, T)  # the same on both ranks
+    for step in range(2):  # DDP's copies are not counted as changes in place
+        if rank == 0:
+            whitening.load_state_dict(frozen(step))
+        model(x, y).backward()
+        assert whitening.is_frozen
+        matrices = [torch.empty(T, T, dtype=torch.float64) for _ in range(2)]
+        dist.all_gather(matrices, whitening.matrix())
+        assert torch.equal(*matrices)
+    again = pickle.loads(pickle.dumps(whitening))
+    again.process_group = dist.group.WORLD
+    for changed in (again, copy.deepcopy(whitening)):
+        changed.frozen.zero_()  # as a copy from another rank would write it
+        changed(y)
+        assert not changed.is_frozen
+
+
 def worker(rank):
     bare_loss_beside_ddp(rank, seed=rank)  # as README's first example would be, with a group
     bare_loss_beside_ddp(rank, seed=0)  # the same at the start, apart after some steps
@@ -137,6 +169,7 @@ def worker(rank):
     both_wrapped(rank)
     counted_collectives(rank)
     evaluation_on_one_rank(rank)
+    statistics_that_one_rank_has_loaded(rank)
 
 
 def test_a_loss_beside_a_wrapped_student(tmp_path):

@@ -230,6 +230,13 @@ def test_a_student_that_changes_what_the_teacher_is_given_is_an_error(logits_alo
     distiller(FEATURES.clone(), teacher_input=FEATURES)
     crops = torch.stack([FEATURES, FEATURES])
     distiller(crops[0], teacher_input=crops[1])  # views, which count their changes together
+    rows = crops.flatten(0, 1)
+    for one, other in ((crops[:, 0], crops[:, 1]), (rows[::2], rows[1::2])):  # interleaved
+        distiller(one, teacher_input=other)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        distiller(crops[0, ::2], teacher_input=crops[0, ::4])
+    with pytest.raises(RuntimeError, match="changed in place"):
+        distiller(crops[0], teacher_input=crops[0, :1].expand(4, -1))
 
 
 def test_a_teacher_that_changes_what_the_next_one_is_given_is_an_error():

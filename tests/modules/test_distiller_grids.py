@@ -65,6 +65,10 @@ def test_tokens_of_a_rectangle_need_their_grid_said():
     torch.testing.assert_close(loss, reference(as_map(x, 2, 4), resized(y.permute(0, 2, 3, 1), 2, 4)))
     with pytest.raises(ValueError, match=r"\(2, 10, 3\).*student_skip=1 leaves 9, a map of 3 x 3; student_grid="):
         distill(torch.randn(2, 10, S), y, **fields)
+    with pytest.raises(ValueError, match=r"\(2, 11, 3\).*student_skip=4 leaves 9, a map of 3 x 3; student_grid="):
+        distill(torch.randn(2, 13, S), y, **fields, student_skip=2)
+    with pytest.raises(ValueError, match=r"\(2, 10, 3\).*\(2, 5\) \(channels last\)$"):
+        distill(torch.randn(2, 10, S), y.mean((2, 3)), student_pool="tokens")
     with pytest.raises(ValueError, match=r"\(2, 9, 3\).*\(2, 2, 4, 5\).*student_grid=\(H, W\) says which map"):
         distill(torch.randn(2, 9, S), torch.randn(2, T, 2, 4), **fields)
     with pytest.raises(ValueError, match=r"student_grid=\(3, 3\) has 9 positions, but there are 8 tokens"):

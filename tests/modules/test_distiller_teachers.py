@@ -247,6 +247,7 @@ def test_the_best_learned_teacher_is_left_out_of_its_share_of_the_steps():
 def test_a_pair_that_did_not_run_is_not_the_best_learned():
     terms = [LossTerm("a", "dino", 1.0), LossTerm("b", "clip", 1.0), LossTerm("c", "clip", 1.0)]
     cases = {(0.0, 0.5, 0.6): [], (0.4, 0.0, 0.5): ["dino"], (0.4, 0.3, 0.0): ["clip"]}  # one teacher alone stays
+    cases[-1e-8, 0.5, 0.6] = ["dino"]  # a cosine's rounding
     for losses, best in cases.items():
         balance = LossBalance(terms, None, 1.0)
         _, report = balance({name: torch.tensor(loss) for name, loss in zip("abc", losses, strict=True)})

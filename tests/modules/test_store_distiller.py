@@ -266,6 +266,8 @@ def test_several_teachers_of_which_some_are_stored(tmp_path, images, stored):
         mixed(images[[4, 1]])
     with pytest.raises(TypeError, match="teacher_input has those of every store"):
         mixed(images[[4, 1]], indices=[4, 1], teacher_input=inputs)
+    for given in (None, {name: source[:2] for name, source in sources.items() if name in stored}):
+        vk.FeatureDistiller(student, sources, pairs, example_input=images[:2], example_teacher_input=given)
 
 
 def test_a_live_teacher_beside_a_stored_one_is_not_given_what_the_student_changed(tmp_path):

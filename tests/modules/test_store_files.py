@@ -175,6 +175,9 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path):
     nn.init.constant_(faint[0].weight, 1e-9)
     with pytest.raises(ValueError, match=r"'0' are all 0 in torch.float16 at sample 1: .* 4e-09; .*bfloat16 holds it"):
         build(tmp_path / "e", faint, data, taps)
+    nn.init.constant_(faint.double()[0].weight, 1e-60)
+    with pytest.raises(ValueError, match=r"all 0 in torch.bfloat16 .* 4e-60; dtype=torch.float64 holds it"):
+        build(tmp_path / "f", faint, data.double(), taps, dtype=torch.bfloat16)
 
 
 def test_world_size_without_a_rank_is_not_torchruns(tmp_path, monkeypatch):

@@ -240,6 +240,9 @@ def test_a_covariance_is_decomposed_when_it_has_changed(monkeypatch):
     assert not torch.allclose(other(features(seed=1)), expected) and len(decomposed) == 3
     module.eps = 0.5
     assert not torch.allclose(module(features(seed=1)), expected) and len(decomposed) == 4
+    before = module(features(seed=1))
+    module.running_covariance.data.mul_(100)  # not counted as a change, as what DDP copies into buffers
+    torch.testing.assert_close(module(features(seed=1)), before / 10)
 
 
 @modules

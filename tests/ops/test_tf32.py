@@ -37,7 +37,7 @@ def test_statistics_are_ieee_and_the_setting_comes_back(setting, allowed):
 
 @pytest.mark.skipif(not tf32.HAS_PRECISION, reason="PyTorch before 2.9 has no setting of all backends")
 def test_a_setting_of_all_backends_goes_on_reaching_cublas():
-    before = torch.backends.fp32_precision
+    before, own = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "none"  # of its own
     try:
         torch.backends.fp32_precision = "tf32"
@@ -47,7 +47,7 @@ def test_a_setting_of_all_backends_goes_on_reaching_cublas():
         torch.backends.fp32_precision = "ieee"
         assert not tf32.tf32_allowed()
     finally:
-        torch.backends.fp32_precision = before
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before, own
 
 
 @pytest.mark.parametrize(

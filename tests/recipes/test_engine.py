@@ -122,6 +122,9 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     ):
         assert distill(folder, "--resume", "--seeds", seeds) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("seeds: 1\n")
+    assert distill(folder, "--resume", "--config", tmp_path / "mine.yaml") == 2
+    assert f"seeds of {tmp_path / 'mine.yaml'}: {folder} has 2 seeds already, got 1" in capsys.readouterr().err
     assert distill(folder, "--resume", "--arms", "vkd", "--baseline", "linear") == 0  # nothing is dropped
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 8
     assert "minus linear" in (folder / "table.txt").read_text()

@@ -29,13 +29,6 @@ def can_be_read(tensor: torch.Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or capturing or transforms_active())
 
 
-def version_of(tensor: torch.Tensor) -> int | None:
-    """How often it was changed in place; None where that or its values can't be looked at."""
-    if torch.compiler.is_compiling() or not can_be_read(tensor) or tensor.is_inference():
-        return None
-    return tensor._version
-
-
 def is_sharded(value: Any) -> bool:
     """Whether it is a DTensor, as parameters are under FSDP2, told without importing torch.distributed.tensor."""
     return hasattr(value, "device_mesh")

@@ -131,8 +131,9 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
     head["arms"] = [*saved.head.arms, *head.get("arms", ())]
     new = resolve(a.task, files, head, typed)
     if new.head.seeds < saved.head.seeds:
+        given = "--seeds" if a.seeds is not None else f"seeds of {a.config}"
         raise OptionError(
-            f"--seeds: {folder} has {saved.head.seeds} seeds already, got {new.head.seeds}; leave it out, or "
+            f"{given}: {folder} has {saved.head.seeds} seeds already, got {new.head.seeds}; leave it out, or "
             "choose another --output"
         )
     before, now = ({**configs.flatten(e.head), **configs.flatten(e.config)} for e in (saved, new))

@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib
 import io
 import itertools
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -243,7 +244,8 @@ class Generation(Task):
     def whitening(self) -> Path:
         """The file of what `measured_whitening` gives with these options: an arm may have others than its run."""
         d = self.config.distill
-        return self.teacher_folder / f"whitening-{d.statistics}-{d.method}-{d.eps}.safetensors"
+        of_teacher = zlib.crc32(repr(self.config.teacher).encode())
+        return self.teacher_folder / f"whitening-{of_teacher:08x}-{d.statistics}-{d.method}-{d.eps}.safetensors"
 
     @cached_property
     def encoder(self) -> Any:

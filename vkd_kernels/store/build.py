@@ -107,10 +107,13 @@ def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Seq
     if lost.any():
         first = int(lost.nonzero()[0])
         what = "all 0" if vanish[first] else "not finite"
-        if features[first].isfinite().all():
-            remedy = f"their largest is {features[first].abs().max().item():.3g}; dtype=torch.bfloat16 holds it"
-        else:
+        if not features[first].isfinite().all():
             remedy = "the teacher itself gives NaN or Inf"
+        else:
+            largest = features[first].abs().max().item()
+            in_bfloat16 = torch.tensor(largest, dtype=torch.bfloat16)
+            wide = torch.bfloat16 if in_bfloat16.isfinite() and in_bfloat16 > 0 else torch.float64
+            remedy = f"their largest is {largest:.3g}; dtype={wide} holds it"
         raise ValueError(f"features of {key!r} are {what} in {dtype} at sample {indices[first]}: {remedy}")
     return converted.cpu()
 

@@ -59,7 +59,10 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
         self.is_frozen = False
 
     def freeze(self) -> Self:
-        """From now on the statistics stay as they are, in training mode too; ``state_dict()`` says so."""
+        """From now on the statistics stay as they are, in training mode too; ``state_dict()`` says so.
+
+        With a process group every rank must freeze, as all of them add up their rows until then.
+        """
         if self.momentum is None:
             raise RuntimeError("freeze() needs running statistics: build the module with momentum, 0.1 say")
         self.frozen.fill_(FROZEN)
@@ -92,9 +95,10 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
     def _agree(self) -> None:
         """The first step reads the buffer, into which DDP has copied the first rank's: one rank may have loaded alone.
 
-        Not every step, because reading waits for the GPU, and DDP writes its buffers before each.
+        Not every step, because reading waits for the GPU, and DDP writes its buffers before each. From then on, and in
+        a compiled graph, every rank loads and freezes for itself.
         """
-        if not (self._ranks_agree or torch.compiler.is_compiling()) and checks.can_be_read(self.frozen):
+        if not (torch.compiler.is_compiling() or self._ranks_agree) and checks.can_be_read(self.frozen):
             self.is_frozen = bool(self.frozen.item())
             self._ranks_agree = True
 
@@ -135,11 +139,22 @@ class RunningStatistics(HasProcessGroup, KeepsDtypes):
             self.is_frozen = bool(self.frozen.item())
             self._ranks_agree = False
 
+    def _set_group(self, group: ProcessGroup | None) -> None:
+        super()._set_group(group)
+        self._ranks_agree = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ranks_agree": False}
+
 
 class Decomposed(NamedTuple):
-    covariance: torch.Tensor  # (C, C)
-    settings: tuple[int | None, str, float]  # how often it was changed, method, eps
+    covariance: torch.Tensor  # (C, C), a copy: not every change in place is counted, those of DDP's buffers are not
+    settings: tuple[str, float]  # method, eps
     matrix: torch.Tensor  # (C, C), that whitens
+
+    def is_of(self, covariance: torch.Tensor, settings: tuple[str, float]) -> bool:
+        mine = self.covariance
+        return self.settings == settings and mine.device == covariance.device and torch.equal(mine, covariance)
 
 
 class Whitening(RunningStatistics):
@@ -189,16 +204,17 @@ class Whitening(RunningStatistics):
 
     def matrix(self) -> torch.Tensor:  # (C, C)
         """That of the running covariance. One that no longer changes, frozen or in eval mode, is decomposed once."""
-        covariance, version = self.running_covariance, checks.version_of(self.running_covariance)
-        known, settings = self._decomposed, (version, self.method, self.eps)
-        if version is not None and known and known.covariance is covariance and known.settings == settings:
-            return known.matrix
+        covariance, settings = self.running_covariance, (self.method, self.eps)
+        constant = not (torch.compiler.is_compiling() or self.updates) and checks.can_be_read(covariance)
+        if constant and self._decomposed is not None and self._decomposed.is_of(covariance, settings):
+            return self._decomposed.matrix
         matrix = reference.whitening_matrix(covariance, method=self.method, eps=self.eps)
-        self._decomposed = None if version is None or self.updates else Decomposed(covariance, settings, matrix)
+        if constant:
+            self._decomposed = Decomposed(covariance.clone(), settings, matrix)
         return matrix
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decomposed": None}  # copies and pickles make their own
+        return {**super().__getstate__(), "_decomposed": None}  # copies and pickles make their own
 
     @torch.no_grad()
     def forward(
