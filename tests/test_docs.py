@@ -256,7 +256,6 @@ def test_a_page_is_in_american_spelling(page):
 
 def test_code_of_the_integrations_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
     codes = snippets(ROOT / "docs" / "integrations.md")
     (stored,) = (code for code in codes if "FeatureStore.build" in code)
     (metrics,) = (code for code in codes if "metrics=True" in code)
@@ -285,7 +284,7 @@ def test_code_of_the_integrations_page(tmp_path, monkeypatch):
     names["distiller"] = vk.FeatureDistiller(student, teacher, [pair], example_input=names["images"])
     for step in (200, 201):
         exec(metrics, {**names, "step": step})
-    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["diagnostics/norm->/orthogonality_error"] <= 1e-5
 
 

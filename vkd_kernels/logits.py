@@ -66,8 +66,9 @@ def logit_loss(
     if student.shape != teacher.shape or student.dim() < 2:
         raise ValueError(
             "student's and teacher's logits must have the same shape (..., classes); got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}. Where those that one has beyond the other's are "
-            "padding, leave them out by a function, such as teacher_logits=lambda output: output.logits[..., :n]"
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}. Models of other classes teach by their features "
+            "alone: leave out logit_weight. Where those that one has beyond the other's are padding, leave them out by "
+            "a function, such as teacher_logits=lambda output: output.logits[..., :n]"
         )
     acc_dtype = torch.promote_types(student.dtype, torch.float32)
     row_weight = checks.row_weights(f"masks[{name!r}]", mask, student.shape[:-1], student, acc_dtype)

@@ -25,6 +25,7 @@ CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)}
 TIMM = {
     "vit_small_patch14_dinov2": {"img_size": 56, **SMALL},
     "vit_small_patch16_dinov3": {"img_size": 64, **SMALL},
+    "vit_small_patch16_dinov3_qkvb": {"img_size": 64, **SMALL},
     "convnext_tiny": CONVNEXT,
     "vit_base_patch16_siglip_224": {"img_size": 64, **SMALL},
     "vit_base_patch16_clip_224": {"img_size": 64, **SMALL},
@@ -210,4 +211,4 @@ def test_the_tap_of_a_teacher(teacher, package, name, tap, tmp_path):
 
 def test_every_family_of_teachers_has_a_row():
     assert {row[1] for row in ROWS} == {"timm", "transformers", "torchvision", "sentence-transformers"}
-    assert {row[2] for row in ROWS} >= {*TIMM, *TRANSFORMERS} and len(ROWS) == 25
+    assert {row[2] for row in ROWS} >= {*TIMM, *TRANSFORMERS} and len(ROWS) == 27

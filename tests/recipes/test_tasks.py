@@ -24,7 +24,7 @@ ARMS = {
 
 
 @pytest.mark.parametrize(("name", "arms"), ARMS.items())
-def test_the_bundled_run_and_what_is_stored_of_it(name, arms, tmp_path):
+def test_the_bundled_run_and_what_is_stored_of_it(name, arms, tmp_path, monkeypatch):
     load(name)
     words = ["distill", name, "--output", str(tmp_path / "run"), "--seeds", "1", "--quiet", "--jobs", "0", *TINY[name]]
     assert cli.main([*words, *(["optim.precision=bf16-mixed"] if name == "generation" else [])]) == 0
@@ -39,8 +39,12 @@ def test_the_bundled_run_and_what_is_stored_of_it(name, arms, tmp_path):
     assert (stored / "figures" / "samples.png").exists() == (name == "generation")
     assert not list(tmp_path.rglob("answers-*")), "what the teacher said is made again when needed"
     if name == "classification":
-        names = {"open": lambda path: open(tmp_path / "run" / Path(path).relative_to("runs/classification"))}
-        assert [step for step, _ in run_code("recipes.md", names)["curve"]] == [3, 6]
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "classification").symlink_to(tmp_path / "run")
+        monkeypatch.chdir(tmp_path)
+        assert [step for step, _ in run_code("recipes.md", {})["curve"]] == [3, 6]
+        names = run_code("recipes.md", {}, number=2)
+        assert names["student"](torch.zeros(1, names["shape"].channels, *[names["shape"].size] * 2)).shape == (1, 10)
 
 
 def test_no_teacher_is_trained_or_asked_for_where_no_arm_needs_one(tmp_path):
