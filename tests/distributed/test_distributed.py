@@ -202,3 +202,19 @@ def test_a_rank_without_a_graph_takes_part_in_the_backward_pass(tmp_path):
 @needs_gloo
 def test_two_ranks_equal_one_process(tmp_path):
     processes.run_ranks(worker, tmp_path)
+
+
+def leaves_a_file(rank, folder):
+    (folder / f"rank-{rank}").touch()
+
+
+@needs_gloo
+def test_ranks_that_do_not_connect_try_once_more(tmp_path, monkeypatch):
+    """Gloo's do so now and then on a busy machine; here a folder lies in the place of their store."""
+    (tmp_path / "store-taken").mkdir()
+    names = ["taken", "free", "taken", "taken"]
+    monkeypatch.setattr(processes.uuid, "uuid4", lambda: names.pop(0))
+    processes.run_ranks(leaves_a_file, tmp_path, tmp_path)
+    assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
+    with pytest.raises(processes.NotConnected):
+        processes.run_ranks(leaves_a_file, tmp_path, tmp_path)

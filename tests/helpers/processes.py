@@ -28,6 +28,11 @@ import torch.distributed as dist
 RANKS_TIMEOUT = 600.0  # seconds
 MARK = "VKD_KERNELS_TESTED_BY"
 
+
+class NotConnected(AssertionError):
+    """The ranks did not find each other, as happens now and then on a busy machine; no worker has begun."""
+
+
 _started = []  # by popen
 _forked = []  # as Python
 
@@ -48,7 +53,7 @@ _ranks = []  # [(process, connection)] of two processes that wait for work, once
 
 
 def _serve(rank, connection):
-    """One rank's process: takes (worker, store, limit, arguments), answers None or the text of the error."""
+    """One rank's process: takes (worker, store, limit, arguments), answers None or (the error's text, was it begun)."""
     torch.set_num_threads(1)
     folder = os.getcwd()
     while True:
@@ -57,12 +62,14 @@ def _serve(rank, connection):
         except EOFError:  # the tests have ended
             return
         torch.manual_seed(0)
-        said = None
+        said, begun = None, False
         try:
             dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=limit / 2), world_size=2, rank=rank)
+            dist.barrier()
+            begun = True
             worker(rank, *arguments)
         except Exception:
-            said = f"rank {rank}: {traceback.format_exc()[-3000:]}"
+            said = f"rank {rank}: {traceback.format_exc()[-3000:]}", begun
         finally:
             os.chdir(folder)
             if dist.is_initialized():
@@ -96,8 +103,15 @@ def run_ranks(worker, folder, *arguments, seconds=RANKS_TIMEOUT):
 
     An error in one rank ends both, and is raised here, the first one first. So does the time limit; a collective whose
     partner never comes fails after half of it. After a success the processes wait for the next call, because importing
-    what tests need takes longer than most workers; they end with this process.
+    what tests need takes longer than most workers; they end with this process. Ranks that do not connect try once more.
     """
+    try:
+        _run_ranks(worker, folder, arguments, seconds)
+    except NotConnected:
+        _run_ranks(worker, folder, arguments, seconds)
+
+
+def _run_ranks(worker, folder, arguments, seconds):
     if not _ranks:
         _start_ranks()
     deadline = time.monotonic() + seconds
@@ -113,7 +127,8 @@ def run_ranks(worker, folder, *arguments, seconds=RANKS_TIMEOUT):
             for connection in ready:
                 errors += _answer(waiting.pop(connection), connection)
         if errors:
-            raise AssertionError("\n".join(errors))
+            texts, begun = zip(*errors, strict=True)
+            raise (AssertionError if any(begun) else NotConnected)("\n".join(texts))
         if waiting:
             raise TimeoutError(f"ranks of {worker.__name__} were still running after {seconds:g} s")
     except BaseException:
@@ -122,13 +137,13 @@ def run_ranks(worker, folder, *arguments, seconds=RANKS_TIMEOUT):
 
 
 def _answer(rank, connection):
-    """[what the rank says of its error], or [] after a success."""
+    """[(what the rank says of its error, whether its worker had begun)], or [] after a success."""
     try:
         said = connection.recv()
     except EOFError:
         process, _ = _ranks[rank]
         process.join()
-        said = f"rank {rank} ended with the exit code {process.exitcode}"
+        said = f"rank {rank} ended with the exit code {process.exitcode}", True
     return [] if said is None else [said]
 
 
