@@ -210,7 +210,8 @@ def test_an_arm_that_whitens_otherwise_than_its_run_has_targets_of_its_own(other
         expected = arm.encoder(images) @ measured["matrix"] + measured["shift"]
     torch.testing.assert_close(targets, expected, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(targets, of_the_run, atol=0.01)
-    assert arm.whitening != job(configs.replace(config, {"teacher.features": "head"}), tmp_path).whitening
+    of_another_teacher = job(configs.replace(config, {"teacher.features": "head"}), folder)
+    assert of_another_teacher.whitening != job(config, folder).whitening
 
 
 def test_encoder_enlarges_repeats_gray_and_normalizes():
