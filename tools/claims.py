@@ -55,10 +55,10 @@ FAMILIES = [
         "Fashion-MNIST: the loss's weight, its normalization, the released projector; points, eight seeds",
         FASHION_MNIST,
         [
-            Claim("7", "an objection", "Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
-            Claim("7", "an objection", "Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
+            Claim("7a", "an objection", "Linear: 1.7 times the weight is better.", "linear-strong", "linear", "+0.2"),
+            Claim("7b", "an objection", "Scale 1: 1.7 times the weight is better.", "vkd-strong", "vkd", "+0.2"),
             Claim(
-                "7",
+                "7c",
                 "an objection",
                 '`scale="match"` is better than linear of that weight.',
                 "vkd-match",
@@ -66,7 +66,7 @@ FAMILIES = [
                 "+0.3",
             ),
             Claim(
-                "7",
+                "7d",
                 "an objection",
                 '`scale="match"` is better than scale 1 of that weight.',
                 "vkd-match",
@@ -74,9 +74,9 @@ FAMILIES = [
                 "+0.3",
             ),
             Claim("8", "the paper", "Layer norm is better than no normalization.", "vkd", "orthogonal-none", "+0.3"),
-            Claim("9", "this library", "The released projector helps beyond logits.", "released", "logits", "0"),
+            Claim("9a", "this library", "The released projector helps beyond logits.", "released", "logits", "0"),
             Claim(
-                "9", "this library", "The library's is better than the released projector.", "vkd", "released", "+2.2"
+                "9b", "this library", "The library's is better than the released projector.", "vkd", "released", "+2.2"
             ),
         ],
     ),
@@ -93,10 +93,10 @@ FAMILIES = [
                 "12", "this library", '`scale="match"`: weight 17 is better than 10.', "match-17", "vkd-match", "+0.2"
             ),
             Claim(
-                "13", "an objection", '`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"
+                "13", "the paper", '`scale="match"` at 17 is better than linear at 30.', "match-17", "linear-30", "0"
             ),
             Claim(
-                "14", "an objection", '`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"
+                "14", "the paper", '`scale="match"` at 30 is better than linear at 52.', "match-30", "linear-52", "0"
             ),
         ],
     ),
@@ -151,7 +151,7 @@ FAMILIES = [
         [*FASHION_MNIST, FURTHER],
         [
             Claim(
-                "22",
+                "22a",
                 "popular belief",
                 "Linear: every position is better than their mean.",
                 "linear-tokens",
@@ -159,7 +159,7 @@ FAMILIES = [
                 "+0.5",
             ),
             Claim(
-                "22",
+                "22b",
                 "popular belief",
                 '`"match"`: every position is better than their mean.',
                 "match-tokens",
@@ -195,7 +195,7 @@ FAMILIES = [
             Claim(
                 "25",
                 "this library",
-                "At weight 30, batch norm is better than layer norm.",
+                "Weight 30: batch norm is better than linear, layer norm.",
                 "batch_norm-30",
                 "linear-30",
                 "+0.3",
@@ -222,12 +222,12 @@ FAMILIES = [
     Family(
         "fashion-mnist-labels",
         "More labels",
-        ["c1eeab9", "dee3dfd"],
+        ["c1eeab9", "b17ad59", "dee3dfd"],
         "Fashion-MNIST, labels for 6000 images and for all 60,000: difference of test accuracy, points, eight seeds",
         [LABELS, QUESTIONS],
         [
             Claim(
-                "20",
+                "20a",
                 "popular belief",
                 "10 % of labels: features help beyond logits.",
                 "linear-10pct",
@@ -235,7 +235,7 @@ FAMILIES = [
                 "+1",
             ),
             Claim(
-                "20",
+                "20b",
                 "this library",
                 '10 % of labels: `scale="match"` is better than linear.',
                 "match-10pct",
@@ -243,7 +243,7 @@ FAMILIES = [
                 "+0.3",
             ),
             Claim(
-                "20",
+                "20c",
                 "popular belief",
                 "All labels: features help beyond logits.",
                 "linear-100pct",
@@ -251,7 +251,7 @@ FAMILIES = [
                 "+0.3",
             ),
             Claim(
-                "20",
+                "20d",
                 "this library",
                 'All labels: `scale="match"` is better than linear.',
                 "match-100pct",
@@ -269,7 +269,7 @@ FAMILIES = [
         WIDTHS,
         [
             Claim(
-                "21",
+                "21a",
                 "this library",
                 'Width 32: `scale="match"` is better than linear.',
                 "match-w32",
@@ -277,7 +277,7 @@ FAMILIES = [
                 "+0.8",
             ),
             Claim(
-                "21",
+                "21b",
                 "this library",
                 'Width 128: `scale="match"` is better than linear.',
                 "match-w128",
