@@ -28,6 +28,7 @@ class Teacher(Section):
 class Student(Section):
     width: int = option(5, "channels", ge=1)
     dropout: float = option(0.1, "share of channels dropped", ge=0, lt=1)
+    weights: str = option("", "weights to begin with")
 
 
 class Slow(Run):
@@ -114,7 +115,10 @@ class Toy(Task):
         return {"error": math.pi}
 
     def make_student(self) -> nn.Module:
-        return Net(self.config.student.width, self.config.student.dropout)
+        student = Net(self.config.student.width, self.config.student.dropout)
+        if self.config.student.weights:
+            student.load_state_dict(runs.load_weights(Path(self.config.student.weights), "student.weights"))
+        return student
 
     def make_model(self, student: nn.Module) -> nn.Module:
         teacher = None

@@ -1,6 +1,7 @@
 """`vkd distill` on a task of seconds: files, the same bits after any interruption, ranks, pieces of the loop."""
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -128,6 +129,25 @@ def test_resume_refuses_another_configuration_but_extends_seeds_and_arms(finishe
     assert distill(folder, "--resume", "--arms", "vkd", "--baseline", "linear") == 0  # nothing is dropped
     assert len(json.loads((folder / "metrics.json").read_text())["runs"]) == 8
     assert "minus linear" in (folder / "table.txt").read_text()
+
+
+def test_resume_refuses_weights_that_were_replaced(tmp_path, capsys):
+    folder, weights = tmp_path / "run", tmp_path / "student.safetensors"
+    first, second = (toy_task.Net(5).state_dict() for _ in range(2))
+    runs.save_safetensors(weights, first)
+    words = ("--arms", "vkd", "optim.steps=2", f"student.weights={weights}")
+    assert distill(folder, *words, "--seeds", 1) == 0
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert json.loads((folder / "metrics.json").read_text())["files"] == {str(weights): digest}
+
+    runs.save_safetensors(weights, second)
+    assert distill(folder, "--resume", "--seeds", 2) == 2
+    said = capsys.readouterr().err
+    assert f"--resume: {weights} is no longer the file with which {folder} was begun" in said and digest[:16] in said
+    assert not (folder / "vkd" / "seed-01").exists()
+
+    runs.save_safetensors(weights, first)
+    assert distill(folder, "--resume", "--seeds", 2) == 0
 
 
 def test_resume_refuses_an_arm_that_was_trained_with_other_values(tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ from .task import Arm, Context, Normalization, Projection, Task, check_ranks, ra
 
 TEACHER, ABLATION = "teacher", "ablation"
 MACHINES = "machines.json"  # of a training, beside its config.yaml
+FILES = "files.json"  # of a run: what its files of weights held
 EXTENDED = ("arms", "seeds", "baseline", "overrides")  # what --resume may change, beside the section run
 
 
@@ -60,6 +61,13 @@ class Experiment:
 
     def config_of(self, arm: str) -> Any:
         return self.config if arm == TEACHER else self.arms[arm].apply(self.config, self.typed)
+
+    def files(self) -> dict[str, str]:
+        """{path: SHA-256} of the files of weights that options name."""
+        options = [configs.flatten(config) for config in (self.config, *map(self.config_of, self.arms))]
+        values = [item for of_arm in options for item in of_arm.items()]
+        named = {value for key, value in values if key.endswith("weights") and isinstance(value, str)}
+        return {path: runs.sha256(Path(path)) for path in sorted(named) if Path(path).is_file()}
 
     def check(self) -> None:
         """All that can be known to be wrong before anything is trained."""
@@ -149,7 +157,19 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
                     f"--resume: the arm {arm} is another one than in {path}: {listed}. Give it its former values or "
                     "another name, or choose another --output"
                 )
+    known = files_of(folder)
+    for name, digest in new.files().items():
+        if known.get(name, digest) != digest:
+            raise RunError(
+                f"--resume: {name} is no longer the file with which {folder} was begun: its SHA-256 begins with "
+                f"{digest[:16]}, not {known[name][:16]}. Put that file back, or choose another --output"
+            )
     return resolve(a.task, files, head, {key: value for key, value in typed.items() if key.startswith("run.")})
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """What the files of weights held when they were first used; none: the run is of an earlier version."""
+    return runs.load(folder / FILES) if (folder / FILES).exists() else {}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -295,6 +315,8 @@ def run(e: Experiment, folder: Path, *, processes: int, quiet: bool) -> str:
             if not (folder / runs.MACHINE).exists():
                 runs.save_json(folder / runs.MACHINE, machine)
             runs.write_text(folder / "config.yaml", configs.to_yaml(e.head, e.config))
+            if used := {**e.files(), **files_of(folder)}:
+                runs.save_json(folder / FILES, used)
         if ranks() > 1 or engine.device_of(e.config.run) != "cpu":
             processes = 0
         jobs.perform(stages(e, folder, machine), processes=processes, quiet=quiet)
@@ -324,6 +346,7 @@ def finish(folder: Path, e: Experiment) -> str:
         "arms": {n: dataclasses.asdict(arm) | {"changes": arm.values(e.typed)} for n, arm in e.arms.items()},
         "machine": machines[0],
         **({"machines": machines} if len(machines) > 1 else {}),
+        **({"files": used} if (used := files_of(folder)) else {}),
         "teachers": [runs.load(path / "done.json") for path in taught],
         "summary": summary,
         "runs": results,

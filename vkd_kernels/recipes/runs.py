@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,15 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises another type for every kind of damage
         raise RunError(f"cannot read {path} ({error}): delete this file to have that part done again") from error
     return value
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def load_weights(path: Path, option: str = "") -> dict[str, torch.Tensor]:
