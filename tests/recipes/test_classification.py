@@ -235,7 +235,7 @@ def test_a_teacher_warms_up_in_the_same_share_of_its_own_steps(folder, warmup, r
     student = job(config, folder / "run")
     teacher = task.as_teacher(classification.TeacherTraining, student)
     rates = [teacher.optim.rate(step, teacher.steps) for step in range(30)]
-    assert rates.index(1.0) == max(rise - 1, 0)
+    assert rates.index(1.0) == max(rise - 1, 0) and not teacher.optim.ema_start
 
 
 def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
@@ -251,6 +251,33 @@ def test_a_teacher_of_other_classes_teaches_by_its_features(folder):
     config = configured(teacher__name="resnet18", teacher__pretrained=True).teacher
     with pytest.raises(OptionError, match=r"teacher\.pretrained: resnet18 has 1000 classes, not 2; with distill"):
         models.make_teacher(config, models.Shape(2, 32, 3))
+
+
+def test_a_pretrained_teacher_by_any_name_of_timm_knows_the_classes(folder):
+    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=5), folder / "hub", model_config={})
+    words = {"teacher__name": f"local-dir:{folder}/hub", "teacher__pretrained": True, "optim__batch_size": 8}
+    with pytest.raises(OptionError, match=r"teacher\.pretrained: local-dir:.* has 5 classes, not 2"):
+        classification.Classification.check(of_folder(folder, **words))
+    classification.Classification.check(of_folder(folder, distill__logit_weight=0, **words))
+
+
+def test_features_that_are_no_patches_are_refused(folder):
+    """timm's pit and coat have a class token and no number of prefix tokens."""
+    check, words = classification.Classification.check, {"optim__batch_size": 8, "teacher__batch_size": 8}
+    with pytest.raises(
+        OptionError, match=r"^student\.name: timm does not say which tokens of coat_lite_tiny are patches"
+    ):
+        check(of_folder(folder, student__name="coat_lite_tiny", **words))
+    check(of_folder(folder, student__name="coat_lite_tiny", distill__weight=0, **words))  # logits alone
+    with pytest.raises(OptionError, match=r"^student\.name: crossvit_tiny_240 cannot take an image \(32, 3\): "):
+        check(of_folder(folder, student__name="crossvit_tiny_240", **words))
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused_before_the_teacher_is_trained(folder):
+    config = of_folder(folder, optim__steps=0, optim__epochs=2, optim__warmup=50, optim__batch_size=4)
+    with pytest.raises(OptionError, match=r"^optim\.warmup: 50, but there are only 6 steps, of optim\.epochs=2; lower"):
+        job(config, folder / "run").train_teacher()
+    assert not (folder / "run" / "metrics.jsonl").exists()
 
 
 def test_without_a_network_the_error_names_the_remedy_before_anything_is_trained(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchvision.ops import box_iou
 from tests.helpers import processes
 from tests.recipes import setups
 from vkd_kernels import cli
-from vkd_kernels.recipes import coco, detection, detectors, scenes
+from vkd_kernels.recipes import coco, detection, detectors, runs, scenes
 from vkd_kernels.recipes import config as configs
 from vkd_kernels.recipes.config import OptionError
 from vkd_kernels.recipes.detection import Detection, DistilledDetector
@@ -185,6 +186,17 @@ def test_files_that_are_missing_are_named(written, tmp_path):
         Detection.check(configured(**written, data__val="no"))
     with pytest.raises(RunError, match=r"data\.classes: the categories differ: 10 in .*data\.classes=3"):
         _ = job(configured(**written, data__classes=3), tmp_path).data
+
+
+def test_weights_and_objects_that_are_missing_are_said_before_the_teacher_is_trained(written, tmp_path):
+    runs.save_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(RunError, match=r"^student\.weights: .*x\.safetensors is of another architecture"):
+        Detection.check(configured(student__weights=str(tmp_path / "x.safetensors")))
+    root = Path(shutil.copytree(written["data__root"], tmp_path / "coco"))
+    path = coco.annotation_file(root, "val2017")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    with pytest.raises(RunError, match=r"instances_val2017\.json: without any object there is no average precision"):
+        Detection.check(configured(data__root=str(root), optim__batch_size=8, distill__weight=0))
 
 
 def test_augmented_boxes_stay_on_their_objects(monkeypatch, tmp_path):
@@ -437,6 +449,11 @@ def test_weights_of_a_backbone_and_what_is_no_deformable_detr(detr):
     backbone = Detection.detector(config, 3, 3).net.model.backbone.model
     loaded = backbone.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in swin.state_dict().items())
+    with pytest.raises(
+        RunError, match=r"^student\.name, student\.backbone_weights: cannot make deformable-detr nowhere"
+    ):
+        wrong = configured(student__name="deformable-detr", student__backbone_weights="nowhere").student
+        Detection.detector(wrong, 3, 3, empty=True)
     for name in ("swin", "nowhere"):
         with pytest.raises(RunError, match=f"cannot make .*{name}"):
             Detection.detector(configured(student__name=str(root / name)).student, 3, 3)

@@ -160,6 +160,23 @@ def test_resume_refuses_an_arm_that_was_trained_with_other_values(tmp_path, monk
     assert not (tmp_path / "alone" / "seed-01").exists()
 
 
+def test_resume_refuses_a_typed_value_that_it_would_not_give_to_every_arm(tmp_path, monkeypatch, capsys):
+    match = task.Arm("match", {**toy_task.Toy.arms["vkd"].changes, "distill.scale": "match"})
+    monkeypatch.setattr(toy_task.Toy, "arms", {**toy_task.Toy.arms, "match": match})
+    assert distill(tmp_path, "--seeds", 1, "--arms", "alone", "optim.steps=2") == 0
+    assert distill(tmp_path, "--resume", "--arms", "match", "distill.scale=1.0") == 2
+    assert "--resume: in the arm match distill.scale is match there and 1.0 here" in capsys.readouterr().err
+    assert distill(tmp_path, "--resume", "--arms", "match") == 0
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path, capsys):
+    words = ("--seeds", 1, "--arms", "alone", "optim.steps=0", "optim.epochs=2")
+    assert distill(tmp_path / "a", *words, "optim.warmup=16") == 2
+    assert "optim.warmup: 16, but there are only 16 steps, of optim.epochs=2; lower it" in capsys.readouterr().err
+    assert distill(tmp_path / "b", *words, "optim.warmup=0", "optim.ema_start=99") == 2
+    assert "optim.ema_start: 99, but there are only 16 steps" in capsys.readouterr().err
+
+
 def test_a_run_names_every_machine_and_version_that_trained_a_part_of_it(tmp_path, monkeypatch):
     first, second, third = ({"cpu": name, "commit": name} for name in "abc")
     folder, few = tmp_path / "run", ("--arms", "alone", "optim.steps=2")

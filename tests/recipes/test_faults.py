@@ -36,7 +36,8 @@ def with_a_draw(index):
 
 
 def read(keys, workers=0, broken=(), at_once=0):
-    return loading.read(loading.Views(Items(broken), with_a_draw), keys, list, workers=workers, at_once=at_once)
+    run = task.Run(workers=workers)
+    return loading.read(loading.Views(Items(broken), with_a_draw), keys, list, run=run, at_once=at_once)
 
 
 def take(start, count, workers=0, broken=()):

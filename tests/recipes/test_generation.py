@@ -229,12 +229,20 @@ def test_teacher_of_timm_by_name_with_local_weights(tmp_path):
 
     network = timm.create_model("resnet10t", num_classes=0)
     runs.save_safetensors(tmp_path / "w.safetensors", network.state_dict() | {"head": torch.zeros(1)})
-    config = configured(teacher__name="resnet10t", teacher__weights=str(tmp_path / "w.safetensors")).teacher
+    words = {"teacher__name": "resnet10t", "teacher__weights": str(tmp_path / "w.safetensors")}
+    config = configured(**words, teacher__pretrained=True).teacher  # nothing is downloaded
     encoder = pictures.make_encoder(config, Shape(10, 32, 3), tmp_path)
     assert encoder.num_features == 512 and encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
     runs.save_safetensors(tmp_path / "w.safetensors", {"conv1.weight": torch.zeros(1)})
     with pytest.raises(RunError, match=r"teacher\.weights: .*another architecture"):
         pictures.make_encoder(config, Shape(10, 32, 3), tmp_path)
+
+
+def test_a_classifier_that_diverges_is_an_error():
+    images, labels = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 2
+    config = configured(teacher__lr=1e38, teacher__steps=5).teacher
+    with pytest.raises(RunError, match=r"classifier of seed 3 are not finite; lower teacher\.lr"):
+        pictures.train_classifier(config, 3, ((images, labels), (images, labels), Shape(2, 8, 1)), "cpu")
 
 
 def test_distance_agrees_with_the_matrix_square_root_of_scipy(taught):

@@ -109,6 +109,13 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("classification", ["distill.loss=cosine", "distill.scale=match"], "distill: scale has no effect on the loss"),
         ("classification", ["data.labeled_share=0.005"], "data.labeled_share: 0.005 of 64 is no image; raise it"),
         ("classification", ["digits.labels=0.999"], "digits.labels: 0.999 leaves no image without its label; lower it"),
+        ("classification", ["data.name=mnist"], "data.name: there is no 'mnist' in torchvision.datasets; did you mean"),
+        ("classification", ["teacher.pools=7"], "teacher.pools: 7, but there are only 4 convolutions"),
+        ("classification", ["student.patch=16"], "student.name: small_vit cannot take an image (8, 1): "),
+        ("classification", ["teacher.pools=1,2,3,4"], "teacher.name: small_cnn cannot take an image (8, 1): "),
+        ("detection", ["scenes.root=photos"], "scenes.root: photos has no effect on the bundled digits; leave it out"),
+        ("detection", ["data.root=coco", "scenes.train=100"], "scenes.train: it has no effect on the images of data.r"),
+        ("detection", ["student.widths="], "student.widths: "),
         ("detection", ["data.labeled=10"], "optim.batch_size: 16, but there are only 10 training images; lower it"),
         ("detection", ["optim.batch_size=400"], "optim.batch_size: 400, but there are only 300 training images"),
         ("detection", ["teacher.batch_size=2000"], "teacher.batch_size: 2000, but there are only 1500 training images"),
@@ -120,6 +127,12 @@ def test_a_run_that_is_stopped_anywhere_continues_with_the_same_bits(name, tmp_p
         ("detection", ["teacher.weights=nowhere.pth"], "teacher.weights: there is no file nowhere.pth"),
         ("detection", ["student.name=deformable-detr"], "data.channels: deformable-detr takes images of 3 channels"),
         ("detection", ["data.channels=3", "data.mean=0,0,0", "data.std=1,1,1"], "data.root: missing"),
+        ("generation", ["data.root=photos"], "data.root: photos has no effect on the bundled digits; leave it out"),
+        (
+            "generation",
+            ["data.classes=7"],
+            "data.classes: 7 has no effect on the bundled digits; leave it out, or name",
+        ),
         ("generation", ["augment.policy=color"], "augment.policy: unknown 'color'"),
         ("generation", ["metric.features=inception"], "metric.features: inception needs images of three channels"),
         ("generation", ["data.size=24"], "data.size: the networks make images of 8, 16, 32, ... pixels; got 24"),
@@ -143,11 +156,11 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = {
         "classification": ("data.root", "teacher.weights", "student.weights"),
-        "detection": ("data.root", "scenes.root", "teacher.weights", "student.backbone_weights"),
+        "detection": ("data.root", "teacher.weights", "student.backbone_weights"),
         "generation": ("data.root", "teacher.weights", "metric.weights"),
     }
     for name, keys in paths.items():
-        other = ["data.name=folder"] if name == "classification" else []
+        other = [] if name == "detection" else ["data.name=folder"]
         values = configs.flatten(configured(name, *other, *(f"{key}=~/x" for key in keys)))
         assert {values[key] for key in keys} == {"/home/me/x"}
 

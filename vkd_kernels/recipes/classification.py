@@ -15,7 +15,7 @@ timm.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,12 @@ class Teacher(Section):
     steps: int = option(300, "training steps, where it is trained here", ge=0)
     batch_size: int = option(64, "images per training step", ge=2)
     lr: float = option(2e-3, "peak learning rate", gt=0)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Teacher:
+        if self.name == "small_cnn" and (most := max(self.pools, default=0)) > len(self.widths):
+            raise OptionError(f"teacher.pools: {most}, but there are only {len(self.widths)} convolutions")
+        return self
 
 
 class Student(Section):
@@ -335,7 +341,9 @@ class Classification(Task):
         super().check(config)
         data = Images(config, 0)
         shape, sizes = models.Shape.of(data), dict[str, int]()
-        student = models.make_student(config.student, shape, empty=True)
+        make_student = partial(models.make_student, config.student, shape)
+        features = bool(config.distill.weight)
+        ours = models.check_network("student", config.student.name, shape, make_student, features=features)
         if config.labels == 1:
             sizes["optim.batch_size"] = config.optim.batch_size
         else:
@@ -347,11 +355,16 @@ class Classification(Task):
                 sizes["teacher.batch_size"] = config.teacher.batch_size
                 check_parts("teacher.batch_size", config.teacher.batch_size)
             weights = "" if here else config.teacher.weights
-            teacher = models.make_teacher(config.teacher, shape, weights, logits=here or logits, empty=True)
+            make_teacher = partial(models.make_teacher, config.teacher, shape, weights, logits=here or logits)
+            theirs = models.check_network("teacher", config.teacher.name, shape, make_teacher, features=features)
             if config.teacher.pretrained and not weights:
                 models.fetch(config.teacher.name)
-            if config.distill.weight and config.distill.features == "tokens":
-                check_positions(student, teacher, shape)
+            positions, wanted = ours.tokens.shape[1], theirs.tokens.shape[1]
+            if features and config.distill.features == "tokens" and positions != wanted:
+                raise OptionError(
+                    f"distill.features: tokens, but the student has {positions} positions and the teacher {wanted}; "
+                    "choose other models, or distill.features=pooled"
+                )
         for name, size in sizes.items():
             check_enough(name, size, data.images)
             if (config.augment.mixup or config.augment.cutmix) and (size // ranks()) % 2:
@@ -364,7 +377,7 @@ class Classification(Task):
 class TeacherTraining(Classification):
     """The same with the teacher in the student's place: it learns from the labels of all training images."""
 
-    learner = "teacher"
+    learner, rate = "teacher", "teacher.lr"
     make_model = Classification.make_model  # not that of a subclass, which as_teacher puts behind this class
 
     def make_student(self) -> nn.Module:
@@ -379,17 +392,6 @@ def check_share(config: Any) -> None:
         share = config.data.labeled_share
         raise OptionError(f"data.labeled_share: {share} of {size} is no image; raise it, or optim.batch_size")
     check_parts("data.labeled_share", labeled)
-
-
-def check_positions(student: models.Model, teacher: models.Model, shape: models.Shape) -> None:
-    """Of empty models: position by position, only as many can be compared."""
-    images = torch.empty(1, shape.channels, shape.size, shape.size, device="meta")
-    ours, theirs = (models.run(model.eval(), images).tokens.shape[1] for model in (student, teacher))
-    if ours != theirs:
-        raise OptionError(
-            f"distill.features: tokens, but the student has {ours} positions and the teacher {theirs}; choose other "
-            "models, or distill.features=pooled"
-        )
 
 
 def trained_here(config: Any) -> bool:

@@ -164,7 +164,11 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
                 f"--resume: {name} is no longer the file with which {folder} was begun: its SHA-256 begins with "
                 f"{digest[:16]}, not {known[name][:16]}. Put that file back, or choose another --output"
             )
-    return resolve(a.task, files, head, {key: value for key, value in typed.items() if key.startswith("run.")})
+    extended = resolve(a.task, files, head, {key: value for key, value in typed.items() if key.startswith("run.")})
+    for arm in new.arms:
+        if listed := differences(configs.flatten(extended.config_of(arm)), configs.flatten(new.config_of(arm))):
+            raise RunError(f"--resume: in the arm {arm} {listed}. Leave it out, or choose another --output")
+    return extended
 
 
 def files_of(folder: Path) -> dict[str, str]:

@@ -101,7 +101,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean ...?` for a name that is nearly a known one, or the known ones where they are few."""
     known = list(known)
     typo, near = (difflib.get_close_matches(name, known, n=1, cutoff=cutoff) for cutoff in (0.9, 0.5))
-    same = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]  # in another section
+    last = name.rsplit(".", 1)[-1].casefold()
+    same = [k for k in known if k.rsplit(".", 1)[-1].casefold() == last]  # in another section, or another case
     near = typo or same[:1] or near
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}" if len(known) <= 12 else ""
 

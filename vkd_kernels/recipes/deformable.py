@@ -43,6 +43,8 @@ class Deformable(Detector):
         names = [*(f"map{level}" for level in range(config.num_feature_levels)), "queries", "decoder"]
         super().__init__(config.num_labels, dict.fromkeys(names, config.d_model))
         self.net: Any = net
+        if swin := getattr(net.model.backbone.model, "swin", None):
+            swin.layernorm.requires_grad_(False)  # of no use in a backbone, and without a gradient
 
     def predict(self, images: Tensor, inside: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Prediction:
         wanted = None
@@ -104,19 +106,22 @@ def make_deformable(config: Any, classes: int, *, empty: bool = False) -> Deform
             return Deformable(Net(about) if empty else Net.from_pretrained(config.name, **options))
         with torch.device("meta" if empty else "cpu"):
             net = new_net(config, classes)
-        if config.backbone_weights and not empty:
+        if config.backbone_weights and empty:
+            transformers.AutoConfig.from_pretrained(config.backbone_weights)  # is it there?
+        elif config.backbone_weights:
             backbone = SwinBackbone.from_pretrained(config.backbone_weights, out_features=STAGES)
             net.model.backbone.model.load_state_dict(backbone.state_dict())
     except (OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:600]
-        raise RunError(f"cannot make {config.name} {config.backbone_weights}: {said}") from error
+        where = f"{config.side}.name, {config.side}.backbone_weights"
+        raise RunError(f"{where}: cannot make {config.name} {config.backbone_weights}: {said}") from error
     return Deformable(net)
 
 
 def new_net(config: Any, classes: int) -> Any:
     """The paper's 100 queries and box refinement; six layers each, 256 channels and 8 heads are the library's own."""
     if config.backbone not in SWIN:
-        raise OptionError(f"backbone: unknown {config.backbone!r}; there are {', '.join(SWIN)}")
+        raise OptionError(f"{config.side}.backbone: unknown {config.backbone!r}; there are {', '.join(SWIN)}")
     width, depths, heads, drop = SWIN[config.backbone]
     of_swin: Any = {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": 7, "out_features": STAGES}
     of_swin["drop_path_rate"] = drop
@@ -128,5 +133,4 @@ def new_net(config: Any, classes: int) -> Any:
             head.bias.fill_(LOGIT)
             sides.layers[-1].weight.zero_()
             sides.layers[-1].bias.zero_()[2:].fill_(0.0 if index else -2.0)
-    net.model.backbone.model.swin.layernorm.requires_grad_(False)  # of no use in a backbone, and without a gradient
     return net

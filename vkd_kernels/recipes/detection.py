@@ -20,7 +20,7 @@ import importlib
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -30,11 +30,13 @@ from . import coco, engine, images, runs, scenes
 from .config import Channels, Floats, Ints, OptionError, Section, UserPath, option, section
 from .detectors import FCOS, Detector, convolutions
 from .loading import Key, Views, epochs, read
+from .models import put_weights
 from .runs import RunError
 from .task import Arm, DistillConfig, Metric, Optim, Run, Task, as_teacher, check_enough, check_parts
 
 TRIED = "tried on seeds 100-103"
 LABELED_SCENES = 300
+WITHOUT_OBJECTS = "{}: without any object there is no average precision"
 BUNDLED_AT_ONCE = 50  # scenes in an evaluation batch; a user's own images differ in size and come one by one
 
 
@@ -66,15 +68,17 @@ class Augment(Section):
 
 
 class DetectorConfig(Section):
+    side: ClassVar[str] = "student"  # the section, for errors
     name: UserPath = option("fcos", "fcos (bundled), deformable-detr, or a folder or hub name of one of transformers")
     weights: UserPath = option("", "weights to begin with: student.safetensors of a run, or another state dict")
-    widths: Ints = option((12, 24, 32), "fcos: channels before the map", source=TRIED)
+    widths: Ints = option((12, 24, 32), "fcos: channels before the map", source=TRIED, min_length=1)
     channels: int = option(32, "fcos: channels of the map and the heads", source=TRIED, multiple_of=32, ge=32)
     backbone: str = option("swin-nano", "deformable-detr: swin-nano, -tiny, -small or -base", source="the paper")
     backbone_weights: UserPath = option("", "a folder or hub name of transformers' Swin with the backbone's weights")
 
 
 class Teacher(DetectorConfig):
+    side: ClassVar[str] = "teacher"
     steps: int = option(400, "training steps, where it is trained here; 0: its weights are given", ge=0)
     batch_size: int = option(16, "images per training step", ge=1)
     lr: float = option(4e-3, "peak learning rate", source=TRIED, gt=0)
@@ -101,6 +105,9 @@ class Config(Section):
             raise OptionError(f"data.mean, data.std: one per channel, {d.channels}; got {d.mean} and {d.std}")
         if not d.root and self.labeled > self.scenes.train:
             raise OptionError(f"data.labeled: {self.labeled} of scenes.train={self.scenes.train}")
+        if ignored := [key for key, value in Scenes() if d.root and getattr(self.scenes, key) != value]:
+            raise OptionError(f"scenes.{ignored[0]}: it has no effect on the images of data.root; leave it out")
+        images.check_bundled(self.scenes, "scenes")
         return self
 
     @property
@@ -122,11 +129,8 @@ class DistilledDetector(nn.Module):
         super().__init__()
         self.student, self.distill, self.group = student, distill, group
         self.feature_losses = nn.ModuleDict()
-        if teacher_dims and student.dims.keys() != teacher_dims.keys():
-            raise OptionError(
-                f"teacher.name, student.name: their features differ: {', '.join(teacher_dims)} of the teacher, "
-                f"{', '.join(student.dims)} of the student"
-            )
+        if teacher_dims:
+            check_features(student.dims, teacher_dims)
         for name, dim in teacher_dims.items():
             self.feature_losses[name] = distill.feature_loss(student.dims[name], dim, group)
 
@@ -149,6 +153,14 @@ class DistilledDetector(nn.Module):
             total = total + self.distill.weight * losses["features"]
             losses |= {f"features/{name}": x for name, x in features.items()} if len(features) > 1 else {}
         return {**losses, "total": total}
+
+
+def check_features(ours: dict[str, int], theirs: dict[str, int]) -> None:
+    if ours.keys() != theirs.keys():
+        raise OptionError(
+            f"teacher.name, student.name: their features differ: {', '.join(theirs)} of the teacher, "
+            f"{', '.join(ours)} of the student"
+        )
 
 
 def without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,10 +217,12 @@ class Detection(Task):
 
         return make_deformable(config, classes, empty=empty)
 
-    def make_detector(self, side: str, config: Any) -> Detector:
-        detector = self.detector(config, self.classes, self.config.data.channels)
+    @classmethod
+    def make_detector(cls, config: Any, classes: int, channels: int, *, empty: bool = False) -> Detector:
+        """With the weights of its section."""
+        detector, where = cls.detector(config, classes, channels, empty=empty), f"{config.side}.weights"
         if config.weights:
-            runs.load_state(detector, runs.load_weights(Path(config.weights), f"{side}.weights"), f"{side}.weights")
+            put_weights(detector, runs.load_weights(Path(config.weights), where), f"{where}: {config.weights}")
         return detector
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -245,7 +259,7 @@ class Detection(Task):
     def read(self, views: Views, keys: Any, at_once: int = 0) -> Iterator[dict[str, Any]]:
         mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (self.config.data.mean, self.config.data.std))
         collate = partial(coco.collate, mean=mean, std=std)
-        for batch in read(views, keys, collate, workers=self.config.run.workers, at_once=at_once):
+        for batch in read(views, keys, collate, run=self.config.run, at_once=at_once):
             yield self.fabric.to_device(batch)
 
     @cached_property
@@ -275,7 +289,7 @@ class Detection(Task):
         if not self.config.distill.weight:
             return {}
         if not trained_here(self.config):
-            self.make_detector("teacher", self.config.teacher)
+            self.make_detector(self.config.teacher, self.classes, self.config.data.channels)
             return {}
         training = as_teacher(TeacherTraining, self)
         result = engine.train(training, weights="teacher.safetensors")
@@ -287,7 +301,8 @@ class Detection(Task):
         config = self.config.teacher
         if trained_here(self.config) and self.context.teacher:
             config = config.model_copy(update={"weights": str(self.context.teacher / "teacher.safetensors")})
-        return self.fabric.to_device(self.make_detector("teacher", config).requires_grad_(False).eval())
+        teacher = self.make_detector(config, self.classes, self.config.data.channels)
+        return self.fabric.to_device(teacher.requires_grad_(False).eval())
 
     def teach(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The teacher's features of a batch, from memory where they are of scenes that are always the same."""
@@ -310,7 +325,7 @@ class Detection(Task):
     # ---- the student -------------------------------------------------------------------------------------------------
 
     def make_student(self) -> nn.Module:
-        return self.make_detector("student", self.config.student)
+        return self.make_detector(self.config.student, self.classes, self.config.data.channels)
 
     def make_model(self, student: nn.Module) -> nn.Module:
         distill = self.config.distill
@@ -334,7 +349,7 @@ class Detection(Task):
             metric.update([detections], [targets])
         values = {name: 100 * float(value) for name, value in metric.compute().items() if name[:3] == "map"}
         if values["map"] < 0:
-            raise RunError(f"{val.where}: without any object there is no average precision")
+            raise RunError(WITHOUT_OBJECTS.format(val.where))
         return {"AP": values["map"], "AP50": values["map_50"], "AP75": values["map_75"]}
 
     @classmethod
@@ -353,7 +368,9 @@ class Detection(Task):
             if not path.exists():
                 raise OptionError(f"data.root: there is no {path}")
         if d.root:
-            train = coco.CocoImages(Path(d.root), d.train, d.channels)
+            train, val = (coco.CocoImages(Path(d.root), name, d.channels) for name in (d.train, d.val))
+            if not any(map(len, val.objects)):
+                raise RunError(WITHOUT_OBJECTS.format(val.where))
             classes, count = d.classes or len(train.names), len(train)
         else:
             classes, count = images.open_images(config.scenes, 0, "scenes")[2], config.scenes.train
@@ -361,9 +378,10 @@ class Detection(Task):
         check_enough("optim.batch_size", config.optim.batch_size, config.labeled or count)
         if here:
             check_enough("teacher.batch_size", config.teacher.batch_size, count)
-        cls.detector(config.student, classes, d.channels, empty=True)
+        student = cls.make_detector(config.student, classes, d.channels, empty=True)
         if config.distill.weight:
-            cls.detector(config.teacher, classes, d.channels, empty=True)
+            teacher = cls.make_detector(config.teacher, classes, d.channels, empty=True)
+            check_features(student.dims, teacher.dims)
 
 
 def on_cpu(images: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -384,10 +402,11 @@ class TeacherTraining(Detection):
     """The same with the teacher in the student's place: it learns from the boxes of all training images."""
 
     labeled = 0  # all
+    rate = "teacher.lr"
     make_model = Detection.make_model  # not that of a subclass, which as_teacher puts behind this class
 
     def make_student(self) -> nn.Module:
-        return self.make_detector("teacher", self.config.teacher)
+        return self.make_detector(self.config.teacher, self.classes, self.config.data.channels)
 
 
 def trained_here(config: Any) -> bool:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import runs
 from .config import OptionError
 from .runs import RunError
-from .task import Optim, Run, Task, ranks, seed_all
+from .task import Optim, Run, Task, check_schedule, ranks, seed_all
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
 
@@ -81,6 +81,7 @@ def train(task: Task, *, weights: str = "student.safetensors") -> dict[str, Any]
     seed_all(task.seed)  # the same initial weights in every arm: the student is built first
     task.student = task.make_student()
     task.model = task.make_model(task.student)
+    check_schedule(task.optim, task.steps)
     return Loop(task, weights).fit()
 
 
@@ -194,7 +195,8 @@ class Loop:
         for name, value in values.items():
             if value.is_floating_point() and not value.isfinite().all():
                 where = f"{self.context.folder}: step {self.step}"
-                raise RunError(f"{where}: the {what} {name!r} is not finite; lower optim.lr or raise optim.warmup")
+                lower = f"lower {self.task.rate} or raise optim.warmup"
+                raise RunError(f"{where}: the {what} {name!r} is not finite; {lower}")
 
     def check_weights(self) -> None:
         for module in (self.task.model, self.student):

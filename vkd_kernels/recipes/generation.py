@@ -125,6 +125,7 @@ class Config(Section):
     def _checked(self) -> Config:
         if unknown := {*self.augment.policy} - {"translation", "cutout"}:
             raise OptionError(f"augment.policy: unknown {min(unknown)!r}; there are translation and cutout")
+        images.check_bundled(self.data, "data")
         if self.data.size.bit_count() != 1:
             raise OptionError(f"data.size: the networks make images of 8, 16, 32, ... pixels; got {self.data.size}")
         return self
@@ -176,6 +177,7 @@ class Generation(Task):
     title = "Image generation from little data: a GAN whose discriminator is taught by a frozen teacher (V_kD)."
     Config = Config
     metric = Metric("frechet", "Fréchet distance", higher_is_better=False, digits=2)
+    rate = "optim.lr or optim.discriminator_lr"
     unused_parameters = True  # a step trains one of the two networks
     arms = {
         "alone": Arm("GAN alone", {"distill.weight": 0.0}),

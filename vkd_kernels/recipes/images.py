@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from .config import OptionError, Section, UserPath, nearest, option
+from .config import OptionError, Section, UserPath, nearest, option, show
 from .digits import Digits, DigitViews
 from .loading import Key, Views, epochs, read
 from .runs import RunError
@@ -42,6 +42,14 @@ class Source(Section):
     root: UserPath = option("", "folder of the images; data.name=folder: it holds train/<class>/* and val/<class>/*")
     download: bool = option(False, "let torchvision download what is missing")
     classes: int = option(0, "number of classes; 0: as the data say", ge=0)
+
+
+def check_bundled(source: Source, where: str) -> None:
+    """An error about what the bundled digits would ignore, of the section `where`."""
+    for key in ("root", "download", "classes") if source.name == "digits" else ():
+        if value := getattr(source, key):
+            remedy = f"leave it out, or name other images by {where}.name"
+            raise OptionError(f"{where}.{key}: {show(value)} has no effect on the bundled digits; {remedy}")
 
 
 class Images:
@@ -96,7 +104,7 @@ class Images:
         a, mix = self.augment, None
         if a.mixup or a.cutmix:
             mix = Mixup(a.mixup, a.cutmix, label_smoothing=smoothing, num_classes=self.classes)
-        stream = read(self.training, keys, collate, workers=self.config.run.workers)
+        stream = read(self.training, keys, collate, run=self.config.run)
         for step, (images, labels, seen) in enumerate(stream, start):
             if mix:
                 numpy.random.seed(mixed_seed(self.seed, step, rank, MIX) % 2**32)
@@ -140,10 +148,10 @@ class Images:
         return EveryView(self)
 
     def held_out(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, Tensor]]:
-        test, workers = self.opened[1], self.config.run.workers
+        test = self.opened[1]
         mine = map(Key, range(rank, len(test), ranks))
         views = self.seen(test, training=False)
-        for images, labels, _ in read(views, mine, collate, workers=workers, at_once=AT_ONCE):
+        for images, labels, _ in read(views, mine, collate, run=self.config.run, at_once=AT_ONCE):
             yield images, labels
 
     def transform(self, *, training: bool) -> Any:
@@ -219,7 +227,7 @@ def open_images(data: Source, seed: int, where: str = "data") -> tuple[Any, Any,
     if data.name == "digits":
         return Digits(seed, training=True), Digits(seed, training=False), len(Digits.classes)
     kind: Any = getattr(torchvision.datasets, data.name, None)
-    if data.name != "folder" and kind is None:
+    if data.name != "folder" and not isinstance(kind, type):  # torchvision.datasets.mnist is a module
         known = ["digits", "folder", *torchvision.datasets.__all__]
         raise OptionError(f"{where}.name: there is no {data.name!r} in torchvision.datasets{nearest(data.name, known)}")
     try:

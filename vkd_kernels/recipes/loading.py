@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .config import OptionError
 from .runs import RunError
-from .task import generator, seed_all
+from .task import Run, generator, seed_all
 
 
 class Key(NamedTuple):
@@ -40,16 +40,16 @@ class Views(Dataset):
 
 
 def read(
-    views: Views, keys: Iterable[Any], collate: Callable[[list[Any]], Any], *, workers: int, at_once: int = 0
+    views: Views, keys: Iterable[Any], collate: Callable[[list[Any]], Any], *, run: Run, at_once: int = 0
 ) -> Iterator[Any]:
     """Batches of `collate([(sample, key), ...])`: of lists of keys, or of `at_once` keys each."""
     loader = DataLoader(
         views,
         batch_sampler=BatchSampler(keys, at_once, drop_last=False) if at_once else keys,  # type: ignore[arg-type]
-        num_workers=workers,
+        num_workers=run.workers,
         collate_fn=collate,
         worker_init_fn=_start_reading,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=run.accelerator != "cpu" and torch.cuda.is_available(),
     )
     yield from loader
 

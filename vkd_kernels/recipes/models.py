@@ -5,6 +5,7 @@ All have timm's `forward_features`, which gives tokens or a map, and `forward_he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,20 +175,19 @@ def put_weights(model: Model, state: dict[str, Tensor], what: str, hint: str = "
 
 
 def timm_model(side: str, name: str, shape: Shape, **options: Any) -> Model:
-    if (known := pretrained_config(name)) is not None and known.fixed_input_size:
+    known = timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if known is not None and known.fixed_input_size:
         options["img_size"] = shape.size
     return created(side, name, f"for {shape}", **options)
 
 
-def pretrained_config(name: str) -> Any:
-    return timm.models.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-
-
 def check_classes(teacher: str, shape: Shape) -> None:
-    """An error where timm would begin with a head that knows nothing."""
-    if (known := pretrained_config(teacher)) is not None and known.num_classes != shape.classes:
+    """An error where timm would begin with a head that knows nothing; teachers may be hf-hub: or local-dir: ones."""
+    with torch.device("meta"):
+        known = created("teacher", teacher, "to see its classes").pretrained_cfg["num_classes"]
+    if known != shape.classes:
         raise OptionError(
-            f"teacher.pretrained: {teacher} has {known.num_classes} classes, not {shape.classes}; with "
+            f"teacher.pretrained: {teacher} has {known} classes, not {shape.classes}; with "
             "distill.logit_weight=0 its features alone teach"
         )
 
@@ -210,6 +210,29 @@ def created(side: str, name: str, what: str, **options: Any) -> Model:
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         near = nearest(name, [*STUDENTS, "small_vit", "small_cnn", *timm.list_models()])
         raise OptionError(f"{side}.name: cannot make {name!r} {what}: {error}{near}") from error
+
+
+def check_network(side: str, name: str, shape: Shape, make: Callable[..., Model], *, features: bool) -> Output:
+    """What a network makes of one image, or an error that names it, also where its `features` are no patches.
+    `make(empty=...)` makes it: it runs on PyTorch's meta device, and for real where an operation is unknown there."""
+    for empty in (True, False):
+        model = make(empty=empty).eval()
+        device = next(model.parameters()).device
+        try:
+            with torch.no_grad():
+                output = run(model, torch.zeros(1, shape.channels, shape.size, shape.size, device=device))
+            break
+        except (RuntimeError, AttributeError, AssertionError, IndexError, TypeError, ValueError) as error:
+            if not empty:
+                said = " ".join(str(error).split())[:300]
+                raise OptionError(f"{side}.name: {name} cannot take an image {tuple(shape[1:])}: {said}") from error
+    of_class = any("cls_token" in parameter for parameter, _ in model.named_parameters())
+    if features and of_class and not hasattr(model, "num_prefix_tokens"):
+        raise OptionError(f"{side}.name: timm does not say which tokens of {name} are patches; choose another model")
+    if features and (width := output.tokens.shape[-1]) != model.num_features:
+        said = f"{width} channels, and not the {model.num_features} that timm says"
+        raise OptionError(f"{side}.name: the features of {name} have {said}; choose another model")
+    return output
 
 
 # ---- features and logits ---------------------------------------------------------------------------------------------

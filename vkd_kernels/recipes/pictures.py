@@ -16,7 +16,8 @@ from . import images, runs
 from .gan import as_float
 from .loading import Key, Views, read
 from .models import Shape, SmallCNN, created
-from .task import Optim, generator, parameter_groups, seed_all
+from .runs import RunError
+from .task import Optim, Run, generator, parameter_groups, seed_all
 
 SPLIT, CLASSIFIER, AT_ONCE = 0, 1, 250  # the first two: what a draw is for, beside the seed and the step
 
@@ -41,7 +42,7 @@ def in_memory(dataset: Any, data: Any) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) uint8 and labels (N,), cropped to squares in the middle and resized."""
     to_size = v2.Compose([v2.Resize(data.size), v2.CenterCrop(data.size), v2.PILToTensor()])
     views = Views(dataset, partial(images.transformed, to_size, "RGB" if data.channels == 3 else "L"))
-    parts = [*read(views, map(Key, range(len(dataset))), images.collate, workers=0, at_once=AT_ONCE)]
+    parts = [*read(views, map(Key, range(len(dataset))), images.collate, run=Run(accelerator="cpu"), at_once=AT_ONCE)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -82,7 +83,8 @@ def make_encoder(config: Any, shape: Shape, weights: Path, *, empty: bool = Fals
         if config.name == "classifier":
             return classifier_features(config, shape, None if empty else weights)
         options: dict[str, Any] = {} if config.features == "head" else {"num_classes": 0}
-        network = created("teacher", config.name, "as encoder", pretrained=config.pretrained and not empty, **options)
+        pretrained = config.pretrained and not (config.weights or empty)
+        network = created("teacher", config.name, "as encoder", pretrained=pretrained, **options)
         if config.weights and not empty:
             state, wanted = runs.load_weights(Path(config.weights), "teacher.weights"), network.state_dict()
             state = {name: tensor for name, tensor in state.items() if name in wanted}  # there may be another head
@@ -107,6 +109,8 @@ def train_classifier(config: Any, seed: int, data: Learned, device: Any) -> tupl
         optimizer.zero_grad()
         schedule.step()
     classifier.eval()
+    if not all(parameter.isfinite().all() for parameter in classifier.parameters()):
+        raise RunError(f"the weights of the classifier of seed {seed} are not finite; lower teacher.lr")
     with torch.no_grad():
         said = torch.cat([classifier(as_float(part).to(device)).argmax(1).cpu() for part in others.split(AT_ONCE)])
     return classifier, 100 * (said == truth).double().mean().item()

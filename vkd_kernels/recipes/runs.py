@@ -88,9 +88,12 @@ def load(path: Path) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     """Of a file's content."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
 
 

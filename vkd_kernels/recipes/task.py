@@ -161,6 +161,7 @@ class Task:
     seeds: ClassVar[int] = 3
     metric: ClassVar[Metric]
     recipes: ClassVar[Path | None] = None  # folder of named recipes, NAME.yaml
+    rate: ClassVar[str] = "optim.lr"  # what to lower where a training diverges
     unused_parameters: ClassVar[bool] = False  # do some parameters get no gradient in some backward passes?
 
     student: nn.Module
@@ -179,9 +180,8 @@ class Task:
                 raise OptionError(f"{key}: there is no file {value}")
         o = config.optim
         check_parts("optim.batch_size", o.batch_size)
-        for key in ("warmup", "ema_start"):
-            if 0 < o.steps <= (value := getattr(o, key)):
-                raise OptionError(f"optim.{key}: {value:g}, but there are only optim.steps={o.steps}; lower it")
+        if o.steps:
+            check_schedule(o, o.steps)
         try:
             if config.distill.weight:
                 config.distill.feature_loss(1, 1)
@@ -289,6 +289,14 @@ def check_enough(key: str, batch_size: int, images: int) -> None:
         raise OptionError(f"{key}: {batch_size}, but there are only {images} training images; lower it, or use more")
 
 
+def check_schedule(optim: Optim, steps: int) -> None:
+    """An error if the warm-up, or the average's start, lasts as long as the training."""
+    said = f"optim.steps={steps}" if optim.steps else f"{steps} steps, of optim.epochs={optim.epochs:g}"
+    for key in ("warmup", "ema_start"):
+        if steps <= (value := getattr(optim, key)):
+            raise OptionError(f"optim.{key}: {value:g}, but there are only {said}; lower it")
+
+
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -310,10 +318,11 @@ def as_teacher(role: type[Task], task: Task) -> Task:
     """The training of the task's teacher: `role` stands before the task's own class, whose data and networks stay. It
     has `teacher.steps`, `.batch_size` and `.lr`, warms up in the same share of its steps, and is taught by nobody."""
     config, t, warmup = task.config, task.config.teacher, task.optim.warmup
+    check_schedule(task.optim, task.steps)
     if warmup >= 1:  # in steps
-        warmup = round(warmup / task.steps * t.steps)
-    optim = {"lr": t.lr, "steps": t.steps, "batch_size": t.batch_size, "epochs": 0.0, "min_lr": 0.0, "ema": 0.0}
-    optim["warmup"] = warmup
+        warmup = min(round(warmup / task.steps * t.steps), t.steps - 1)
+    optim = {"lr": t.lr, "steps": t.steps, "batch_size": t.batch_size, "epochs": 0.0, "min_lr": 0.0}
+    optim |= {"warmup": warmup, "ema": 0.0, "ema_start": 0}
     changes = {"optim": optim, "distill": {"weight": 0.0}, "run": {"eval_every": 0}}
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     kind = type(role.__name__, (role, type(task)), {})
