@@ -105,8 +105,9 @@ def test_black_pictures_are_in_no_scene(monkeypatch):
 
 
 def test_own_data_give_the_bundled_batches(written, tmp_path):
-    small = {"scenes__train": 30, "scenes__val": 6, "data__labeled": 0, "optim__batch_size": 8, "distill__weight": 0}
-    bundled, own = job(configured(**small), tmp_path), job(configured(**small, **written), tmp_path)
+    small = {"data__labeled": 0, "optim__batch_size": 8, "distill__weight": 0}
+    bundled = job(configured(**small, scenes__train=30, scenes__val=6), tmp_path)
+    own = job(configured(**small, **written), tmp_path)
     workers = job(configured(**small, **written, run__workers=1, augment__flip=0.5), tmp_path)
     alone = job(configured(**small, **written, augment__flip=0.5), tmp_path)
     for one, two in ((bundled, own), (workers, alone)):

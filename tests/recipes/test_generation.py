@@ -307,7 +307,7 @@ def test_one_step_of_the_papers_configuration(tmp_path, monkeypatch):
     config = recipe(
         "vkd-biggan-cifar100-20pct",
         **{"metric__features": "classifier", "teacher__widths": "4,8", "teacher__steps": 1, "metric__samples": 8},
-        **{"optim__steps": 1, "optim__batch_size": 4, "optim__discriminator_steps": 2},
+        **{"optim__steps": 1, "optim__batch_size": 4, "optim__discriminator_steps": 2, "optim__ema_start": 0},
         run__accelerator="cpu",
     )
     data = pictures.Pictures.__new__(pictures.Pictures)
