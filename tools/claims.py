@@ -126,7 +126,7 @@ FAMILIES = [
     ),
     Family(
         "fashion-mnist-losses",
-        "No normalization, cosine",
+        "No normalization at weight 24, and cosine",
         ["5cc678a", "f85a887", "2a8601f"],
         "Fashion-MNIST: no normalization with a larger weight, and cosine; points, eight seeds",
         [*FASHION_MNIST, FURTHER],
@@ -170,7 +170,7 @@ FAMILIES = [
     ),
     Family(
         "fashion-mnist-batch-norm",
-        "Batch norm, again",
+        "Batch norm: weight and projection",
         ["b17ad59"],
         "Fashion-MNIST: batch norm with a linear projection, and with a larger weight; points, eight seeds",
         [*FASHION_MNIST, WEIGHTS, FURTHER],
@@ -204,7 +204,7 @@ FAMILIES = [
     ),
     Family(
         "fashion-mnist-longer",
-        "Labels alone, for as long",
+        "Labels alone for twice the steps",
         ["e4e2d11"],
         "Fashion-MNIST: logits against labels alone that train as long; points, eight seeds",
         ["fashion-mnist-8seeds.json", FURTHER],
