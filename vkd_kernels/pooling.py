@@ -20,6 +20,7 @@ LAYOUTS_OF_POOLINGS = {
     "spatial_mean": "(N, C, H, W)",
     "spatial": "(N, C, H, W)",
 }
+MEANS = ("mean_tokens", "spatial_mean")
 
 
 @dataclass(frozen=True)

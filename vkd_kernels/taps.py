@@ -233,8 +233,14 @@ def as_mapping(value: Any) -> Any:
     return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
 
 
+class Selected(dict[Any, Any]):
+    """Entries of an output that have been selected before, by the keys of then: they have no positions of their own."""
+
+
 def selected(output: Any, key: int | str | tuple | None, *, where: str, option: str) -> Any:
     """The entry of what a module returned: by a key, a position or a path of them."""
+    if isinstance(output, Selected) and key in output:
+        return output[key]
     value, steps = output, () if key is None else key if isinstance(key, tuple) else (key,)
     if isinstance(output, torch.Tensor) and steps and isinstance(steps[0], int):
         raise TypeError(
@@ -267,6 +273,8 @@ def selected(output: Any, key: int | str | tuple | None, *, where: str, option: 
 def entries_of(value: Any) -> dict[int | str, Any]:
     """The entries of a tuple, a list, a dict, a dataclass or a Hugging Face output, by name and by position."""
     value = as_mapping(value)
+    if isinstance(value, Selected):
+        return value
     if isinstance(value, Mapping):
         return {**value, **dict(enumerate(value.values()))}
     if isinstance(value, (tuple, list)):
@@ -275,7 +283,7 @@ def entries_of(value: Any) -> dict[int | str, Any]:
 
 
 def _positions(value: Any) -> int:
-    return len(value) if isinstance(value, (Mapping, tuple, list)) else 0
+    return len(value) if isinstance(value, (Mapping, tuple, list)) and not isinstance(value, Selected) else 0
 
 
 def as_tensor(value: Any, output: Any, key: int | str | tuple | None, *, where: str, option: str) -> torch.Tensor:

@@ -335,6 +335,34 @@ def test_an_hf_like_output_by_name(tmp_path, images):
     assert torch.allclose(losses["logits"], expected["logits"]) and torch.allclose(losses["total"], expected["total"])
 
 
+@pytest.mark.parametrize("key", [1, 2, ("named", "more")])
+def test_logits_are_the_stored_output_of_that_key_and_no_other(tmp_path, images, key):
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 3))
+
+        def forward(self, images):
+            logits = self.inner(images)
+            return {"x": images, "y": logits, "z": 2 * logits, "named": {"more": 3 * logits}}
+
+    teacher, student = Three(), CNN()
+    taps = [{"teacher": "", "teacher_output": k} for k in (1, 2, ("named", "more"))]
+    store = vk.FeatureStore.build(tmp_path, teacher, images, taps, progress=False)
+
+    def loss(source, **given):
+        distiller = vk.FeatureDistiller(student, source, [], teacher_logits=key, logit_weight=1.0).eval()
+        return distiller(images, **given)[1]["logits"]
+
+    assert torch.allclose(loss(store, indices=range(SAMPLES)), loss(teacher), rtol=1e-2)
+    for wrong in (0, -1, "y"):
+        distiller = vk.FeatureDistiller(student, store, [], teacher_logits=wrong, logit_weight=1.0).eval()
+        with pytest.raises(
+            TypeError, match=r"has no entry .*teacher_logits.* has the entries 1, 2, \('named', 'more'\)"
+        ):
+            distiller(images, indices=range(SAMPLES))
+
+
 @pytest.mark.parametrize("output_first", [True, False])
 def test_logits_are_the_unpooled_output_whatever_else_is_made_of_it(tmp_path, images, output_first):
     teacher, student = CNN(), CNN()

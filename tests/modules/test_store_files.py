@@ -91,7 +91,7 @@ def test_without_its_manifest_a_store_is_still_of_its_data(tmp_path):
     assert content_of(tmp_path) == before
     teacher = Teacher()
     store = build(tmp_path, teacher)
-    assert teacher.images == 3 and torch.equal(store[:]["2"], expected(Images()))
+    assert teacher.images == 6 and torch.equal(store[:]["2"], expected(Images()))
     for name in ("store.json", "probe.safetensors"):
         (tmp_path / name).unlink()
     store = build(tmp_path, data=other_images())
@@ -140,7 +140,7 @@ def test_two_jobs_of_one_store_agree_whichever_writes_the_manifest(tmp_path, mon
     meanwhile(monkeypatch, "check_fresh", lambda: build(tmp_path, shard_samples=20))
     teacher = Teacher()
     store = build(tmp_path, teacher)
-    assert teacher.images == 3 and torch.equal(store[:]["2"], expected(Images()))
+    assert teacher.images == 6 and torch.equal(store[:]["2"], expected(Images()))
     assert len([*tmp_path.glob("shard-*")]) == 3
 
 

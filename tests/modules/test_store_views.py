@@ -29,6 +29,54 @@ def test_data_that_change_at_few_of_their_visits_are_refused(tmp_path):
             build(tmp_path / folder, data=data)
 
 
+class Draws(nn.Module):
+    """Dropout that does not know of eval mode."""
+
+    def forward(self, images):
+        return nn.functional.dropout(images, 0.5)
+
+
+def test_a_teacher_that_draws_in_eval_mode_is_refused(tmp_path):
+    teacher = nn.Sequential(Draws(), Teacher())
+    with pytest.raises(ValueError, match="teacher gives other features of the same input at every call, in eval mode"):
+        build(tmp_path, teacher, taps=[{"teacher": "1.2", "teacher_pool": "tokens"}])
+    assert [*tmp_path.iterdir()] == []
+
+
+class InPlace(nn.Module):
+    def forward(self, images):
+        return images.sub_(0.5).div_(2)
+
+
+def test_a_teacher_may_change_its_own_batch(tmp_path):
+    taps = [{"teacher": "1.2", "teacher_pool": "tokens"}]
+    store = build(tmp_path, nn.Sequential(InPlace(), Teacher()), taps=taps)
+    build(tmp_path, nn.Sequential(InPlace(), Teacher()), taps=taps)  # opens it
+    expected = live_tokens(Teacher(), (Images().images[:3] - 0.5) / 2)
+    assert torch.allclose(store[:3]["1.2"].float(), expected, atol=1e-2)
+
+
+def test_a_mask_that_leaves_nothing_of_a_sample_is_refused(tmp_path):
+    masks = torch.ones(SAMPLES, 5, dtype=torch.bool)
+    masks[2] = False
+    data = StackDataset(images=Images(), masks=masks)
+    options = {"teacher_input": lambda batch: batch["images"][0], "mask": lambda batch: batch["masks"]}
+    with pytest.raises(ValueError, match=r"mask leaves no position of sample 2, so that its mean in '2' would"):
+        build(tmp_path / "a", data=data, taps=[{"teacher": "2", "teacher_pool": "mean_tokens"}], **options)
+    build(tmp_path / "b", data=data, taps=[{"teacher": "2", "teacher_pool": "tokens"}], **options)
+
+
+def test_views_by_any_index(tmp_path):
+    views = FixedViews(Images(), lambda image: image + torch.rand(()), views=2)
+    for index in (torch.tensor(3), numpy.int64(3)):
+        assert torch.equal(views[index][0], views[3][0])
+    with pytest.raises(ValueError, match="seed must be at least 0; got -1"):
+        FixedViews(Images(), torch.abs, views=2, seed=-1)
+    with pytest.raises(ValueError, match="num_workers must be an int of at least 0; got -1"):
+        build(tmp_path, num_workers=-1)
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize("entry", [float("nan"), -float("inf"), float("inf")])
 def test_views_beside_entries_that_are_not_finite_are_compared(tmp_path, entry):
     """Such as -Inf of an additive mask: the same entries everywhere, another view beside them."""

@@ -85,14 +85,21 @@ def compute_shard(
     while done < len(rows):
         sign_of_work.touch()
         indices, batch = next(batches)
-        answer = frozen(batch, len(indices)).features
+        answer = frozen(batch, len(indices))
+        for key, left in answer.left.items():
+            if not left.all():
+                raise ValueError(
+                    f"mask leaves no position of sample {indices[int(left.logical_not().nonzero()[0])]}, so that its "
+                    f"mean in {key!r} would be of nothing: leave such samples out of data"
+                )
         for key, tensor in features.items():
-            if answer[key].shape[1:] != tensor.shape[1:]:
+            found = answer.features[key]
+            if found.shape[1:] != tensor.shape[1:]:
                 raise ValueError(
                     f"features of {key!r} must have one shape for all samples, {tuple(tensor.shape[1:])}; the samples "
-                    f"{indices[0]} to {indices[-1]} have {tuple(answer[key].shape[1:])}: pad or resize the input alike"
+                    f"{indices[0]} to {indices[-1]} have {tuple(found.shape[1:])}: pad or resize the input alike"
                 )
-            tensor[done : done + len(indices)] = as_stored(answer[key], manifest.torch_dtype, key, indices)
+            tensor[done : done + len(indices)] = as_stored(found, manifest.torch_dtype, key, indices)
         done += len(indices)
         progress.add(len(indices))
     return features
@@ -113,7 +120,7 @@ def as_stored(features: torch.Tensor, dtype: torch.dtype, key: str, indices: Seq
             largest = features[first].abs().max().item()
             in_bfloat16 = torch.tensor(largest, dtype=torch.bfloat16)
             wide = torch.bfloat16 if in_bfloat16.isfinite() and in_bfloat16 > 0 else torch.float64
-            remedy = f"their largest is {largest:.3g}; dtype={wide} holds it"
+            remedy = f"their largest is {largest:.3g}; dtype={wide} holds it, in another folder or when this is deleted"
         raise ValueError(f"features of {key!r} are {what} in {dtype} at sample {indices[first]}: {remedy}")
     return converted.cpu()
 
@@ -122,6 +129,7 @@ def open_manifest(folder: Path, frozen: TappedTeacher, samples: Samples, options
     """The manifest of the store in the folder, which must be of this teacher and these data; or a new one."""
     wanted, probe = planned(frozen, samples, options)
     if not (folder / MANIFEST).exists():
+        check_room(folder, wanted, missing_shards(folder, wanted))
         check_views(frozen, samples, probe)
         save_tensors(folder / PROBE, probe_tensors(probe), replace=False)
         check_fresh(folder, wanted, wanted, probe)  # another job may have been first, with other data
@@ -134,7 +142,7 @@ def open_manifest(folder: Path, frozen: TappedTeacher, samples: Samples, options
 
 def planned(frozen: TappedTeacher, samples: Samples, options: Options) -> tuple[Manifest, Answer]:
     """The manifest of a new store, and the teacher's answer to a few samples, which shows the features' shapes."""
-    probe = frozen(samples.batch(samples.probed), len(samples.probed))
+    probe = frozen(samples.batch(samples.probed), len(samples.probed), keep_inputs=True)
     manifest = Manifest(
         samples=samples.count,
         shard_samples=options.shard_samples or MOST_SHARD_SAMPLES,
@@ -157,13 +165,23 @@ def planned(frozen: TappedTeacher, samples: Samples, options: Options) -> tuple[
 
 
 def check_views(frozen: TappedTeacher, samples: Samples, probe: Answer) -> None:
-    """An error if the same samples are others at a later visit: several, as some views change in one visit of ten."""
+    """An error if the same samples are others at a later visit: several, as some views change in one visit of ten; or
+    if the teacher gives other features of the same input."""
+    second = frozen(samples.batch(samples.probed), len(samples.probed), keep_inputs=True)
+    same_input = probe.only_tensors and largest_difference(probe.inputs, second.inputs) == 0
+    if same_input and differ(probe_tensors(second), probe_tensors(probe), "features"):
+        raise ValueError(
+            "teacher gives other features of the same input at every call, in eval mode, too (dropout that is always "
+            "on, random masks), so what is stored would be one of them: it must draw nothing in eval mode"
+        )
 
     def changed() -> bool:
         batch = samples.batch(samples.probed)
         if probe.only_tensors:
             return largest_difference(probe.inputs, tensors_in(frozen.arguments(batch))) > 0
-        again = frozen(batch, len(samples.probed))  # arrays, images and texts: what the teacher makes of them, too
+        again = frozen(
+            batch, len(samples.probed), keep_inputs=True
+        )  # arrays, images and texts: what the teacher makes of them, too
         differs = differ(probe_tensors(again), probe_tensors(probe), "features")
         return differs or largest_difference(probe.inputs, again.inputs) > 0
 
@@ -296,5 +314,6 @@ def why_it_waits(folder: Path, left: Sequence[int], ranks: int, silence: float) 
     who = f"rank {owners[0]}" if len(owners) == 1 else f"ranks {', '.join(map(str, owners))}"
     return (
         f"no sign of work has come from the other ranks for {duration(silence)}; {len(left)} shards of {who} are "
-        f"missing in {folder}. Every rank must call build; if only this process builds, pass rank=0, world_size=1"
+        f"missing in {folder}. Every rank must call build, with a folder that all of them see; if only this process "
+        "builds, pass rank=0, world_size=1"
     )

@@ -34,6 +34,8 @@ class Options:
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function of a batch; got {checks.describe(getattr(self, name))}")
         checks.check_dim("batch_size", self.batch_size)
+        if isinstance(self.num_workers, bool) or not isinstance(self.num_workers, int) or self.num_workers < 0:
+            raise ValueError(f"num_workers must be an int of at least 0; got {self.num_workers!r}")
         if self.shard_samples is not None:
             checks.check_dim("shard_samples", self.shard_samples)
         if (self.rank is None) != (self.world_size is None):

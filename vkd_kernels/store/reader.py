@@ -96,8 +96,8 @@ class FeatureStore:
         gradients, on its own device and in its own dtype, under the caller's autocast.
 
         Args:
-            folder: new, empty, or a store begun with the same arguments; nothing else is touched. A finished store may
-                hold more taps.
+            folder: new, empty, or a store begun with the same arguments, on a disk that all ranks see; nothing else is
+                touched. A finished store may hold more taps.
             teacher: any module, whole on every rank.
             data: a map-style ``Dataset`` (or anything with ``len`` and ``[index]``), or a ``DataLoader`` over one,
                 in batches and without shuffling. A sample must be the same at every visit: see ``FixedViews`` for

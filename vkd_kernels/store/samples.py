@@ -1,6 +1,7 @@
 """The data while a store is built, by index; and augmentations that are the same at every visit."""
 
 import dataclasses
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -102,12 +103,15 @@ class FixedViews(Dataset):
 
     def __init__(self, images: Any, transform: Callable[[Any], Any], views: int, seed: int = 0):
         checks.check_dim("views", views)
+        if operator.index(seed) < 0:
+            raise ValueError(f"seed must be at least 0; got {seed}")
         self.images, self.transform, self.views, self.seed = images, transform, views, seed
 
     def __len__(self) -> int:
         return self.views * len(self.images)
 
     def __getitem__(self, item: int) -> Any:
+        item = operator.index(item)  # of a tensor, too
         if not 0 <= item < len(self):
             raise IndexError(f"view {item} is not among {len(self)}")
         sample = self.images[item % len(self.images)]

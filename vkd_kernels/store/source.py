@@ -9,7 +9,8 @@ import torch
 from ..ops import checks
 from ..ops.tracing import not_traced
 from ..pairs import Pair
-from ..pooling import Rows, check_samples_of, grid_of, of_positions
+from ..pooling import MEANS, Rows, check_samples_of, grid_of, of_positions
+from ..taps import Selected
 from ..teachers import TeacherAnswer, TeacherCall, TeacherSource
 from .functions import check_one_function
 from .reader import FeatureStore
@@ -32,7 +33,7 @@ class StoredAnswer(TeacherAnswer):
                 f"the store in {self.store.folder} has no outputs of the teacher, which logit_weight needs: build one "
                 'with {"teacher": ""} among the taps'
             )
-        return outputs[None] if None in outputs else outputs
+        return outputs[None] if None in outputs else Selected(outputs)
 
 
 class StoredTeacher(TeacherSource):
@@ -93,7 +94,7 @@ def stored_mask(pair: Pair, features: torch.Tensor, mask: torch.Tensor | None) -
         return of_positions(mask, features)
     if pool == "class_token":
         return mask[:, 0]
-    if pool in ("mean_tokens", "spatial_mean"):
+    if pool in MEANS:
         raise ValueError(
             f"masks[{pair.name!r}]: the teacher's means were taken when the store was built, so that a mask of their "
             f"positions comes too late. Give mask= to FeatureStore.build, and here (mask, None): the student's alone; "

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..ops import checks
 from ..pairs import Pair
+from ..pooling import MEANS
 from ..taps import WHERE_NEEDED, Tap, TapError, as_arguments, as_mapping, hooks_of, moved, run_tapped, tensors_in
 from ..teachers import KeptModes, modules_with_a_mode, set_eval_mode
 from .functions import check_one_function
@@ -17,8 +18,9 @@ from .options import Options
 
 
 class Answer(NamedTuple):
-    inputs: list[torch.Tensor]
+    inputs: list[torch.Tensor]  # copies, where they were asked for
     features: dict[str, torch.Tensor]  # (N, ...) each, in the teacher's precision
+    left: dict[str, torch.Tensor]  # of means under a mask: (N,), whether there was something to take the mean of
     only_tensors: bool  # whether the inputs are all that the teacher was given
 
 
@@ -56,25 +58,29 @@ class TappedTeacher:
         self.undo.close()
 
     @torch.no_grad()
-    def __call__(self, batch: Any, count: int) -> Answer:
+    def __call__(self, batch: Any, count: int, *, keep_inputs: bool = False) -> Answer:
         args, kwargs = arguments = self.arguments(batch)
-        inputs = tensors_in(arguments)  # now: a teacher may write its output into the dict that it is given
+        # Copied now: a teacher may change its input, or write its output into the dict that it is given.
+        inputs = [tensor.clone() for tensor in tensors_in(arguments)] if keep_inputs else []
         whole = only_tensors(arguments)
         mask = self.mask(batch, count)
         _, calls = run_tapped(lambda: self.teacher(*args, **kwargs), dict(zip(self.keys, self.taps, strict=True)))
-        rows = {}
+        rows, left = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         for key, tap in zip(self.keys, self.taps, strict=True):
             returned = tap.chosen(calls[key])
             if returned is None:
                 raise TapError(tap.missing(self.teacher, calls[key], WHERE_NEEDED))
-            rows[key] = tap.rows(returned, mask).values
+            found = tap.rows(returned, mask)
+            rows[key] = found.values
+            if tap.side.pool in MEANS and found.mask is not None:
+                left[key] = found.mask
         for key, features in rows.items():
             if features.dim() < 2 or len(features) != count:
                 raise ValueError(
                     f"features of {key!r} must have the shape (samples, ..., channels), with {count} samples in this "
                     f"batch; got {tuple(features.shape)}"
                 )
-        return Answer(inputs, rows, whole)
+        return Answer(inputs, rows, left, whole)
 
     def arguments(self, batch: Any) -> tuple[tuple, dict]:
         if self.options.teacher_input is not None:
