@@ -27,6 +27,11 @@ def check_total_rows(total_rows: float | torch.Tensor | Mapping[str, Any], names
             checks.check_number("total_rows", value, above=0)
         elif value.numel() != 1:
             raise ValueError(f"total_rows must be a number or a 0-d tensor; got {checks.describe(value)}")
+        elif value.dtype in (torch.float16, torch.bfloat16):  # which holds no such number: 100097, say
+            raise ValueError(
+                f"total_rows must be a number or an integer or float32 tensor; got {checks.describe(value)}. Mixed "
+                "precision of FSDP2 casts floating arguments of forward: give a number or an integer tensor"
+            )
 
 
 def entry_of(given: Mapping[str, Any], name: str) -> Any:

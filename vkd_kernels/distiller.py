@@ -1,7 +1,7 @@
 """``FeatureDistiller``: student and teacher on the same input, features of named modules compared, losses added up."""
 
+import fnmatch
 import glob
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from .store import FeatureStore
 from .store.source import StoredTeacher
 from .taps import Returned, Tap, TapError, as_arguments, hooks_of, is_compiled, run_tapped, versions_of
 from .teachers import KeptModes, ModelTeacher, TeacherAnswer, TeacherCall, TeacherSource
+from .turn import Turn
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,12 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module; got {checks.describe(student)}")
         self.pairs = as_pairs(pairs)
         projects = any(pair.projection != "identity" or pair.scale == "learned" for pair in self.pairs)
-        if projects and any(isinstance(part, nn.parallel.DistributedDataParallel) for part in student.modules()):
+        wrappers = (nn.DataParallel, *[nn.parallel.DistributedDataParallel] * projects)
+        if any(isinstance(part, wrappers) for part in student.modules()):
             raise ValueError(
                 "wrap the distiller in DistributedDataParallel, not the student: beside the wrapped student each rank "
-                "would train a projection of its own. Give the distiller the student itself, ddp.module"
+                "would train a projection of its own, and nn.DataParallel is not supported. Give the distiller the "
+                "student itself, ddp.module"
             )
         for option, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if isinstance(logits, nn.Module):
@@ -275,13 +278,19 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
         A pair's name stands in brackets, which mean something else where timm takes names for patterns: such names are
         there a second time, as ``glob.escape`` writes them.
         """
-        said = {
-            f"{prefix}.{name}"
+        said = [
+            (prefix, name)
             for prefix, module in self.named_modules()
             if prefix and callable(getattr(module, "no_weight_decay", None))
             for name in module.no_weight_decay()  # type: ignore[operator]
+        ]
+        exact = {f"{prefix}.{name}" for prefix, name in said}
+        patterns = [f"{glob.escape(prefix)}.{name}" for prefix, name in said if "*" in name or "?" in name]  # as timm's
+        names = {
+            name
+            for name, _ in self.named_parameters()
+            if name in exact or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         }
-        names = {name for name, _ in self.named_parameters() if name in said}
         return names | {glob.escape(name) for name in names}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -479,22 +488,3 @@ def as_source(teacher: Any, pairs: Sequence[Pair], student: nn.Module) -> Teache
     return (
         SeveralTeachers(teacher, pairs, one_source) if isinstance(teacher, Mapping) else one_source("", teacher, pairs)
     )
-
-
-class Turn:
-    """A lock that copies and pickles of a module leave behind: each makes its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
-
-    def __deepcopy__(self, memo: dict) -> "Turn":
-        return Turn()
-
-    def __reduce__(self) -> tuple:
-        return Turn, ()

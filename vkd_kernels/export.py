@@ -1,5 +1,6 @@
 """The student as a stand-in for its teacher: a plain module that gives vectors in the teacher's space."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -11,6 +12,7 @@ from .ops.normalization.reference import mean_and_variance, without_masked_rows
 from .pairs import Pair
 from .pooling import Rows, masks_of_sides, of_positions
 from .taps import WHERE_NEEDED, Tap, TapError, hooks_of, run_tapped
+from .turn import Turn
 
 
 class TeacherSpace(nn.Module):
@@ -30,7 +32,7 @@ class TeacherSpace(nn.Module):
         self.student = copy.deepcopy(student)
         self.student.requires_grad_(False)
         self.projection = projection.requires_grad_(False)
-        self._pair, self._tap = pair, Tap(pair.side("student"))
+        self._pair, self._tap, self._turn = pair, Tap(pair.side("student")), Turn()
         for module, tap in hooks_of("student", self.student, [self._tap]):
             module.register_forward_hook(tap)
         self.eval()
@@ -60,7 +62,8 @@ class TeacherSpace(nn.Module):
         for name in masks:
             checks.check_choice("masks", name, [self._pair.name])
         mask, _ = masks_of_sides(self._pair, masks.get(self._pair.name))
-        _, calls = run_tapped(lambda: self.student(*args, **known), {"": self._tap})
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self._turn:
+            _, calls = run_tapped(lambda: self.student(*args, **known), {"": self._tap})
         returned = self._tap.chosen(calls[""])
         if returned is None:
             raise TapError(self._tap.missing(self.student, calls[""], WHERE_NEEDED))

@@ -95,7 +95,7 @@ class TrainingWatch:
         self.received_gradient = True
 
     def _settle(self) -> None:
-        self.settled, self.student_part, self.start = True, None, None
+        self.settled, self.student, self.student_part, self.start = True, None, None, None
         if self.hook is not None:
             self.hook.remove()
             self.hook = None

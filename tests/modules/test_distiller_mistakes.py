@@ -2,6 +2,8 @@
 
 import collections
 import concurrent.futures
+import copy
+import time
 import warnings
 
 import pytest
@@ -91,6 +93,20 @@ def test_threads_that_share_a_distiller_get_their_own_losses():
             with concurrent.futures.ThreadPoolExecutor(4) as pool:
                 got = list(pool.map(loss, batches * 3))
             torch.testing.assert_close(torch.stack(got), torch.stack(expected * 3))
+
+
+def test_threads_that_share_an_exported_student_get_their_own_vectors():
+    distiller = make().eval()
+    space = distiller.export(distiller.pairs[0].name)
+    for module in (space.student.embed, space.student.norm):
+        module.register_forward_hook(lambda *_: time.sleep(0.001))
+    batches = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(30)]
+    with torch.no_grad():
+        expected = [space(batch) for batch in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(torch.no_grad()(space), batches))
+    torch.testing.assert_close(got, expected)
+    copy.deepcopy(space)(batches[0])
 
 
 def test_calls_of_the_student_in_another_thread_are_not_seen():
@@ -359,6 +375,8 @@ def test_a_student_that_ddp_has_wrapped_is_refused(wrap, tmp_path):
         with pytest.raises(ValueError, match="wrap the distiller in DistributedDataParallel, not the student"):
             vk.FeatureDistiller(student, layers(32), [{"student": "", "teacher": "", "dims": (8, 32)}])
         vk.FeatureDistiller(student, layers(32), [], logit_weight=1.0)  # nothing here would be trained by each rank
+        with pytest.raises(ValueError, match=r"nn\.DataParallel is not supported"):
+            vk.FeatureDistiller(nn.DataParallel(layers(8)), layers(32), [], logit_weight=1.0)
     finally:
         dist.destroy_process_group()
 

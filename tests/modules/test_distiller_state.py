@@ -177,6 +177,8 @@ def test_one_number_of_total_rows_serves_all_losses_and_bad_ones_are_refused():
         distiller(IMAGES, total_rows={"x": 3})
     with pytest.raises(ValueError, match="total_rows must be .*> 0; got 0"):
         distiller(IMAGES, total_rows=0)
+    with pytest.raises(ValueError, match=r"total_rows must be a number or an integer or float32 tensor; .*FSDP2 casts"):
+        distiller(IMAGES, total_rows=torch.tensor(100097.0, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"total_rows must be a number or a 0-d tensor; got .*\(5,\)"):
         distiller(IMAGES, total_rows=torch.ones(5))
     with pytest.raises(ValueError, match="with reduction='sum' divide the losses"):

@@ -238,6 +238,9 @@ def test_timms_optimizers_spare_the_projections():
         decayed = {name for name, p in distiller.named_parameters() if decays[id(p)] > 0}
         assert decayed >= {"student.head.weight", "student.embed.weight"}
         assert not any("pair_losses" in name or "cls_token" in name for name in decayed)
+    distiller.student.no_weight_decay = lambda: {"embed.*", "cls_token"}  # as timm's XCiT has patterns
+    assert "student.embed.weight" in distiller.no_weight_decay()
+    assert "student.head.weight" not in distiller.no_weight_decay()
 
 
 def test_timms_layer_decay_of_a_student_in_a_distiller():

@@ -81,6 +81,19 @@ def loop(parameters, loss_of, steps=3 * PATIENCE, accumulate=1, skip=lambda step
             optimizer.zero_grad()
 
 
+def test_after_training_the_student_moves_where_pytorch_swaps_tensors(monkeypatch):
+    """It refuses tensors that have weak references."""
+    student, loss = torch.nn.Linear(4, 4), vk.OrthoProjLoss(4, 6)
+    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1)
+    for _ in range(3):
+        loss(student(torch.randn(8, 4)), torch.randn(8, 6)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    student.double()
+    assert student.weight.dtype == torch.float64
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": True, "accumulate": 3, "steps": 4 * PATIENCE}])
 def test_a_projection_left_out_of_the_optimizer_is_warned_of_once(options):
     """Fused optimizers change no version counter."""
