@@ -116,7 +116,8 @@ class FeatureDistiller(HasProcessGroup, nn.Module):
             raise TypeError(f"student must be a torch.nn.Module; got {checks.describe(student)}")
         self.pairs = as_pairs(pairs)
         projects = any(pair.projection != "identity" or pair.scale == "learned" for pair in self.pairs)
-        wrappers = (nn.DataParallel, *[nn.parallel.DistributedDataParallel] * projects)
+        parallel = nn.parallel.DistributedDataParallel
+        wrappers = (nn.DataParallel, parallel) if projects else (nn.DataParallel,)
         if any(isinstance(part, wrappers) for part in student.modules()):
             raise ValueError(
                 "wrap the distiller in DistributedDataParallel, not the student: beside the wrapped student each rank "

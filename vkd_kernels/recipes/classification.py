@@ -377,7 +377,8 @@ class Classification(Task):
 class TeacherTraining(Classification):
     """The same with the teacher in the student's place: it learns from the labels of all training images."""
 
-    learner, rate = "teacher", "teacher.lr"
+    learner = "teacher"
+    rate_option = "teacher.lr"
     make_model = Classification.make_model  # not that of a subclass, which as_teacher puts behind this class
 
     def make_student(self) -> nn.Module:

@@ -62,12 +62,15 @@ class Experiment:
     def config_of(self, arm: str) -> Any:
         return self.config if arm == TEACHER else self.arms[arm].apply(self.config, self.typed)
 
-    def files(self) -> dict[str, str]:
-        """{path: SHA-256} of the files of weights that options name."""
-        options = [configs.flatten(config) for config in (self.config, *map(self.config_of, self.arms))]
-        values = [item for of_arm in options for item in of_arm.items()]
-        named = {value for key, value in values if key.endswith("weights") and isinstance(value, str)}
-        return {path: runs.sha256(Path(path)) for path in sorted(named) if Path(path).is_file()}
+    def files(self, known: Mapping[str, str]) -> dict[str, str]:
+        """{path: SHA-256} of the files of weights that options name; of `known` ones it is not computed again."""
+        named = {
+            value
+            for config in (self.config, *map(self.config_of, self.arms))
+            for key, value in configs.flatten(config).items()
+            if key.endswith("weights") and isinstance(value, str) and Path(value).is_file()
+        }
+        return {path: known.get(path) or runs.sha256(Path(path)) for path in sorted(named)}
 
     def check(self) -> None:
         """All that can be known to be wrong before anything is trained."""
@@ -158,7 +161,7 @@ def asked(a: argparse.Namespace, folder: Path) -> Experiment:
                     "another name, or choose another --output"
                 )
     known = files_of(folder)
-    for name, digest in new.files().items():
+    for name, digest in new.files({}).items():
         if known.get(name, digest) != digest:
             raise RunError(
                 f"--resume: {name} is no longer the file with which {folder} was begun: its SHA-256 begins with "
@@ -319,7 +322,7 @@ def run(e: Experiment, folder: Path, *, processes: int, quiet: bool) -> str:
             if not (folder / runs.MACHINE).exists():
                 runs.save_json(folder / runs.MACHINE, machine)
             runs.write_text(folder / "config.yaml", configs.to_yaml(e.head, e.config))
-            if used := {**e.files(), **files_of(folder)}:
+            if used := files_of(folder) | e.files(files_of(folder)):
                 runs.save_json(folder / FILES, used)
         if ranks() > 1 or engine.device_of(e.config.run) != "cpu":
             processes = 0

@@ -402,7 +402,7 @@ class TeacherTraining(Detection):
     """The same with the teacher in the student's place: it learns from the boxes of all training images."""
 
     labeled = 0  # all
-    rate = "teacher.lr"
+    rate_option = "teacher.lr"
     make_model = Detection.make_model  # not that of a subclass, which as_teacher puts behind this class
 
     def make_student(self) -> nn.Module:

@@ -195,7 +195,7 @@ class Loop:
         for name, value in values.items():
             if value.is_floating_point() and not value.isfinite().all():
                 where = f"{self.context.folder}: step {self.step}"
-                lower = f"lower {self.task.rate} or raise optim.warmup"
+                lower = f"lower {self.task.rate_option} or raise optim.warmup"
                 raise RunError(f"{where}: the {what} {name!r} is not finite; {lower}")
 
     def check_weights(self) -> None:

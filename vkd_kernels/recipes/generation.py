@@ -177,7 +177,7 @@ class Generation(Task):
     title = "Image generation from little data: a GAN whose discriminator is taught by a frozen teacher (V_kD)."
     Config = Config
     metric = Metric("frechet", "Fréchet distance", higher_is_better=False, digits=2)
-    rate = "optim.lr or optim.discriminator_lr"
+    rate_option = "optim.lr or optim.discriminator_lr"
     unused_parameters = True  # a step trains one of the two networks
     arms = {
         "alone": Arm("GAN alone", {"distill.weight": 0.0}),

@@ -161,7 +161,7 @@ class Task:
     seeds: ClassVar[int] = 3
     metric: ClassVar[Metric]
     recipes: ClassVar[Path | None] = None  # folder of named recipes, NAME.yaml
-    rate: ClassVar[str] = "optim.lr"  # what to lower where a training diverges
+    rate_option: ClassVar[str] = "optim.lr"  # what to lower where a training diverges
     unused_parameters: ClassVar[bool] = False  # do some parameters get no gradient in some backward passes?
 
     student: nn.Module

@@ -167,21 +167,21 @@ def planned(frozen: TappedTeacher, samples: Samples, options: Options) -> tuple[
 def check_views(frozen: TappedTeacher, samples: Samples, probe: Answer) -> None:
     """An error if the same samples are others at a later visit: several, as some views change in one visit of ten; or
     if the teacher gives other features of the same input."""
-    second = frozen(samples.batch(samples.probed), len(samples.probed), keep_inputs=True)
-    same_input = probe.only_tensors and largest_difference(probe.inputs, second.inputs) == 0
-    if same_input and differ(probe_tensors(second), probe_tensors(probe), "features"):
-        raise ValueError(
-            "teacher gives other features of the same input at every call, in eval mode, too (dropout that is always "
-            "on, random masks), so what is stored would be one of them: it must draw nothing in eval mode"
-        )
+    if probe.only_tensors:
+        second = frozen(samples.batch(samples.probed), len(samples.probed), keep_inputs=True)
+        same_input = largest_difference(probe.inputs, second.inputs) == 0
+        if same_input and differ(probe_tensors(second), probe_tensors(probe), "features"):
+            raise ValueError(
+                "teacher gives other features of the same input at every call, in eval mode, too (dropout that is "
+                "always on, random masks), so what is stored would be one of them: it must draw nothing in eval mode"
+            )
 
     def changed() -> bool:
         batch = samples.batch(samples.probed)
         if probe.only_tensors:
             return largest_difference(probe.inputs, tensors_in(frozen.arguments(batch))) > 0
-        again = frozen(
-            batch, len(samples.probed), keep_inputs=True
-        )  # arrays, images and texts: what the teacher makes of them, too
+        # Arrays, images and texts: what the teacher makes of them, too.
+        again = frozen(batch, len(samples.probed), keep_inputs=True)
         differs = differ(probe_tensors(again), probe_tensors(probe), "features")
         return differs or largest_difference(probe.inputs, again.inputs) > 0
 
